@@ -1,0 +1,54 @@
+"""OpenDelta: a plug-and-play library for delta tuning (parameter-efficient fine-tuning).
+
+    from opendelta import LoraModel
+
+    delta = LoraModel(backbone)                        # modifies the backbone in place
+    delta.freeze_module(exclude=["deltas", "classifier"])
+    ...                                                # train the backbone as before
+    delta.save_finetuned("my_delta")
+"""
+
+from __future__ import annotations
+
+from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel, register
+from opendelta.backbone_state import deltas
+from opendelta.basemodel import DeltaBase
+from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.delta_models.adapter import AdapterConfig, AdapterModel
+from opendelta.delta_models.bitfit import BitFitConfig, BitFitModel
+from opendelta.delta_models.compacter import CompacterConfig, CompacterModel
+from opendelta.delta_models.lora import LoraConfig, LoraModel
+from opendelta.delta_models.low_rank_adapter import LowRankAdapterConfig, LowRankAdapterModel
+from opendelta.delta_models.parallel_adapter import ParallelAdapterConfig, ParallelAdapterModel
+from opendelta.exceptions import BackboneMismatchWarning, DeltaWarning, OpenDeltaError
+from opendelta.inspection import inspect_module_statistics
+from opendelta.saving.hashing import gen_model_hash, gen_parameter_hash
+from opendelta.version import __version__
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterModel",
+    "AutoDeltaConfig",
+    "AutoDeltaModel",
+    "BackboneMismatchWarning",
+    "BaseDeltaConfig",
+    "BitFitConfig",
+    "BitFitModel",
+    "CompacterConfig",
+    "CompacterModel",
+    "DeltaBase",
+    "DeltaWarning",
+    "LoraConfig",
+    "LoraModel",
+    "LowRankAdapterConfig",
+    "LowRankAdapterModel",
+    "OpenDeltaError",
+    "ParallelAdapterConfig",
+    "ParallelAdapterModel",
+    "__version__",
+    "deltas",
+    "gen_model_hash",
+    "gen_parameter_hash",
+    "inspect_module_statistics",
+    "register",
+]

@@ -1,0 +1,82 @@
+"""Checking what a delta's constructor is given against its own signature."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from opendelta.exceptions import ConfigError, UnknownArgumentError, nearest
+
+# Arguments that are not configuration: what is modified, and how the modules are chosen.
+NOT_CONFIGURATION = frozenset({"self", "backbone_model", "interactive_modify"})
+
+
+def checked(constructor: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the ``__init__`` of a delta class: check its arguments, and note them on the object.
+
+    Raises (from the wrapped constructor):
+        UnknownArgumentError: for a name that the signature does not have, with the nearest.
+        ConfigError: for a value of another type than annotated.
+    """
+    signature = inspect.signature(constructor)
+    keywords = {p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD}
+    open_ended = len(keywords) < len(signature.parameters)
+
+    @functools.wraps(constructor)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        unknown = [name for name in kwargs if name not in keywords]
+        if unknown and not open_ended:
+            choices = [name for name in signature.parameters if name != "self"]
+            raise UnknownArgumentError(
+                f"{type(self).__name__} has no argument {unknown[0]!r}."
+                + nearest(unknown[0], choices)
+                + f" Its arguments are {', '.join(choices)}."
+            )
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        hints = _hints(constructor)
+        for name, value in bound.arguments.items():
+            if name in hints and name != "self":
+                _check_type(type(self).__name__, name, value, hints[name])
+        if "arguments" not in self.__dict__:  # the outermost class says what was passed
+            self.__dict__["arguments"] = {
+                name: value
+                for name, value in bound.arguments.items()
+                if name not in NOT_CONFIGURATION
+            }
+        constructor(self, *args, **kwargs)
+
+    return wrapper
+
+
+@functools.cache
+def _hints(constructor: Callable[..., None]) -> dict[str, Any]:
+    return typing.get_type_hints(constructor)
+
+
+def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
+    if not _fits(value, hint):
+        expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        raise ConfigError(
+            f"{owner}: {name}={value!r:.80} is of type {type(value).__name__}; expected {expected}."
+        )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the annotated type; an int is a float, a bool is no number."""
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is not None:
+        return isinstance(value, origin)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

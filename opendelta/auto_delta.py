@@ -1,0 +1,174 @@
+"""The registry of methods, and the classes that load any of them (specification 1.22)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from torch import Tensor, nn
+
+from opendelta.delta_configs import BaseDeltaConfig, read_config
+from opendelta.exceptions import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from opendelta.basemodel import DeltaBase
+
+REGISTRY: dict[str, type[DeltaBase]] = {}
+
+Model = TypeVar("Model", bound="type[DeltaBase]")
+
+
+@overload
+def register(first: Model) -> Model: ...
+@overload
+def register(first: str, *aliases: str) -> Callable[[Model], Model]: ...
+def register(first: Any, *aliases: str) -> Any:
+    """Class decorator: make a delta class known under its `delta_type`.
+
+    Args:
+        first: the class, for a bare ``@register``, or an alias.
+        aliases: further names that configs may use: ``@register("lowrankadapter")``.
+
+    Raises:
+        ConfigError: if the class names no `delta_type`, or another class has it.
+    """
+
+    def add(model: Model, names: tuple[str, ...]) -> Model:
+        if not model.delta_type:
+            raise ConfigError(f"{model.__name__} sets no delta_type, the name of its method.")
+        for name in (model.delta_type, *names):
+            known = REGISTRY.get(name)
+            if known is not None and (known.__module__, known.__qualname__) != (
+                model.__module__,
+                model.__qualname__,
+            ):
+                raise ConfigError(
+                    f"delta_type={name!r} is {known.__module__}.{known.__name__}'s already."
+                )
+            REGISTRY[name] = model
+        return model
+
+    if isinstance(first, str):
+        return lambda model: add(model, (first, *aliases))
+    return add(first, ())
+
+
+def model_class_for(config: BaseDeltaConfig | dict[str, Any]) -> type[DeltaBase]:
+    """The delta class that a config or dict is for.
+
+    Raises:
+        ConfigError: if it names no method, or one that nobody registered.
+    """
+    named = config.get("delta_type") if isinstance(config, dict) else config.delta_type
+    choices = ", ".join(sorted({model.delta_type for model in REGISTRY.values()}))
+    if not named:
+        raise ConfigError(f"The config names no method: set 'delta_type' to one of {choices}.")
+    if named not in REGISTRY:
+        raise ConfigError(
+            f"delta_type={named!r} is not a known method."
+            + nearest(str(named), REGISTRY)
+            + f" Known are {choices}; a class of your own joins with @opendelta.register."
+        )
+    return REGISTRY[named]
+
+
+class _ClassMethodsOnly:
+    """Base of the auto classes, which are not instantiated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise OSError(
+            f"{type(self).__name__} is not instantiated: call one of its class methods "
+            "(from_finetuned, from_config, from_dict)."
+        )
+
+
+class AutoDeltaConfig(_ClassMethodsOnly):
+    """Makes the config of whichever method a dict or file names."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> BaseDeltaConfig:
+        """A config of the class that ``config_dict["delta_type"]`` names.
+
+        Args:
+            config_dict: `delta_type` and fields.
+            kwargs: fields that override.
+
+        Raises:
+            ConfigError: if `delta_type` is missing or unknown, or a field is unknown.
+
+        Example:
+            >>> AutoDeltaConfig.from_dict({"delta_type": "lora", "lora_r": 5}).lora_r
+            5
+        """
+        if not isinstance(config_dict, dict):
+            raise ConfigError(f"expected a dict, got a {type(config_dict).__name__}.")
+        return model_class_for(config_dict).config_class.from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_finetuned(
+        cls, finetuned_delta_path: str | os.PathLike[str], **kwargs: Any
+    ) -> BaseDeltaConfig:
+        """The config of a saved delta of any method.
+
+        Args:
+            finetuned_delta_path: a folder that holds ``config.json``, or that file.
+            kwargs: fields to override, and arguments of loading.
+
+        Raises:
+            CheckpointError: if there is no config, or it is not a delta's.
+        """
+        config = cls.from_dict(read_config(finetuned_delta_path), **kwargs)
+        config.from_file = True
+        return config
+
+
+class AutoDeltaModel(_ClassMethodsOnly):
+    """Puts whichever delta a config or folder holds on a backbone."""
+
+    @classmethod
+    def from_config(
+        cls,
+        config: BaseDeltaConfig | dict[str, Any],
+        backbone_model: nn.Module,
+        **kwargs: Any,
+    ) -> DeltaBase:
+        """An untrained delta as the config says; weights are loaded by `from_finetuned` only.
+
+        Args:
+            config: a config, or a dict that names `delta_type`.
+            backbone_model: modified in place.
+            kwargs: see `DeltaBase.from_config`.
+
+        Raises:
+            ConfigError: for an unknown method or field.
+        """
+        return model_class_for(config).from_config(config, backbone_model, **kwargs)
+
+    @classmethod
+    def from_finetuned(
+        cls,
+        finetuned_delta_path: str | os.PathLike[str] | None,
+        backbone_model: nn.Module,
+        delta_config: BaseDeltaConfig | dict[str, Any] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        *model_args: Any,
+        **kwargs: Any,
+    ) -> DeltaBase:
+        """A saved delta of any method, with its weights, on `backbone_model` in eval mode.
+
+        Args and errors are those of `DeltaBase.from_finetuned`.
+        """
+        from opendelta.basemodel import DeltaBase
+
+        return DeltaBase.from_finetuned(
+            finetuned_delta_path,
+            backbone_model,
+            delta_config,
+            cache_dir,
+            state_dict,
+            *model_args,
+            **kwargs,
+        )
+

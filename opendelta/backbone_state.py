@@ -1,0 +1,227 @@
+"""What the library remembers about one backbone, kept in the hooks of its root module.
+
+Nothing is added to the backbone's attributes: a `BackboneState` lives in the root's state-dict
+hooks, from where it is copied, pickled and found again together with the backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from opendelta.insertion import Insertion, ParameterSlot, forget_compiled_code, own_modules
+
+if TYPE_CHECKING:
+    from opendelta.basemodel import DeltaBase
+
+
+class BackboneState:
+    """The deltas of a backbone and what must be restored when they go.
+
+    It is itself the state-dict hook of the root: while `trimmed` and any delta is attached,
+    ``state_dict()`` holds only what `active_names` says.
+
+    Attributes:
+        deltas: the delta objects, in order of insertion.
+        was_trainable: ``requires_grad`` of the backbone's parameters before the first freeze.
+        slots: places of parameters that deltas replaced, by name.
+        trimmed: whether `state_dict()` is reduced to its active part while a delta is attached.
+        held: overrides `trimmed` after an attach or detach with ``reset_state_dict=False``.
+        told_ties: tied names that a freeze has already mentioned.
+    """
+
+    def __init__(self) -> None:
+        self.deltas: list[DeltaBase] = []
+        self.was_trainable: dict[str, bool] = {}
+        self.slots: dict[str, ParameterSlot] = {}
+        self.trimmed = False
+        self.held: bool | None = None
+        self.told_ties: set[str] = set()
+        self.handles: list[RemovableHandle] = []
+
+    @classmethod
+    def of(cls, backbone: nn.Module) -> BackboneState | None:
+        """The state of `backbone`, or None if no delta is on it."""
+        for hook in backbone._state_dict_hooks.values():
+            if type(hook) is cls:
+                return hook
+        return None
+
+    @classmethod
+    def create(cls, backbone: nn.Module) -> BackboneState:
+        """The state of `backbone`, made and registered if it has none yet."""
+        state = cls.of(backbone)
+        if state is None:
+            state = cls()
+            state.handles += [
+                backbone.register_state_dict_post_hook(state),
+                backbone.register_load_state_dict_pre_hook(state.accept_trimmed),
+            ]
+            for _, module in own_modules(backbone):
+                if hasattr(module, "gradient_checkpointing"):
+                    state.handles.append(
+                        module.register_forward_pre_hook(let_gradients_in, prepend=True)
+                    )
+        return state
+
+    def forget(self, delta: DeltaBase, backbone: nn.Module) -> None:
+        """Strike `delta` off; with the last one restore `requires_grad` and take the hooks off."""
+        self.deltas = [other for other in self.deltas if other is not delta]
+        self.slots = {name: slot for name, slot in self.slots.items() if slot.layers}
+        if self.deltas:
+            return
+        for name, p in backbone.named_parameters(remove_duplicate=False):
+            if name in self.was_trainable:
+                p.requires_grad_(self.was_trainable[name])
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        forget_compiled_code()
+
+    @property
+    def insertions(self) -> Iterator[Insertion]:
+        """Every insertion of every delta, in order."""
+        return (insertion for delta in self.deltas for insertion in delta.insertions)
+
+    # --- the state dict ---------------------------------------------------------------------
+
+    @property
+    def trims(self) -> bool:
+        """Whether `state_dict()` is reduced now."""
+        if self.held is not None:
+            return self.held
+        return self.trimmed and any(insertion.attached for insertion in self.insertions)
+
+    def __call__(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+    ) -> None:
+        if self.trims:
+            trim(module, state_dict, prefix, self.delta_tensors())
+
+    def accept_trimmed(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+    ) -> None:
+        """Before loading: let a trimmed dict stand for itself and whatever is frozen now."""
+        if not self.trims or not any(key.startswith(prefix) for key in state_dict):
+            return
+        keep = active_names(module, self.delta_tensors())
+        for name, tensor in named_tensors(module):
+            if name not in keep:
+                state_dict.setdefault(prefix + name, tensor.detach())
+
+    def delta_tensors(self) -> set[int]:
+        """Ids of the tensors that deltas keep constant (buffers, parameters that never train)."""
+        return {id(t) for delta in self.deltas for t in delta.constants()}
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers with all their names, ties repeated."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The backbone's own parameters with all their names, those of attached deltas left out.
+
+    A parameter that a delta put in the place of the backbone's (BitFit's bias) is the delta's.
+    """
+    state = BackboneState.of(backbone)
+    foreign = {id(p) for delta in state.deltas for p in delta.parameters()} if state else set()
+    for name, p in backbone.named_parameters(remove_duplicate=False):
+        if id(p) not in foreign:
+            yield name, p
+
+
+def active_names(module: nn.Module, constants: set[int]) -> set[str]:
+    """Names that a trimmed state dict of `module` holds: what trains, and constants of deltas.
+
+    A tensor with several names is held under the first.
+    """
+    names = {name for name, p in module.named_parameters() if p.requires_grad or id(p) in constants}
+    return names | {name for name, b in module.named_buffers() if id(b) in constants}
+
+
+def trim(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, constants: set[int]
+) -> None:
+    """Reduce in place what `module` put into `state_dict` to its active part."""
+    keep = active_names(module, constants)
+    for name, _ in named_tensors(module):
+        if name not in keep:
+            state_dict.pop(prefix + name, None)
+
+
+class SubmoduleTrim:
+    """State-dict hook of a submodule whose own `state_dict()` was asked to be trimmed."""
+
+    def __init__(self, state: BackboneState) -> None:
+        self.state = state
+
+    def __call__(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+    ) -> None:
+        if any(insertion.attached for insertion in self.state.insertions):
+            trim(module, state_dict, prefix, self.state.delta_tensors())
+
+
+def let_gradients_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Before a block under reentrant checkpointing: make an input require grad.
+
+    Reentrant checkpointing drops all gradients of a block none of whose inputs requires grad;
+    with a frozen backbone that is the first block of every stack.
+    """
+    if not (module.training and getattr(module, "gradient_checkpointing", False)):
+        return None
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    if not getattr(function, "keywords", {}).get("use_reentrant", False):
+        return None
+    if not torch.is_grad_enabled() or any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return None
+    if not any(p.requires_grad for p in module.parameters()):
+        return None
+    for position, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return (*args[:position], value.detach().requires_grad_(), *args[position + 1 :])
+    return None
+
+
+@contextmanager
+def bare(backbone: nn.Module) -> Iterator[nn.Module]:
+    """The backbone without any of its deltas, for the time of a ``with`` block."""
+    states = [s for _, m in own_modules(backbone) if (s := BackboneState.of(m)) is not None]
+    attached = [i for state in states for i in state.insertions if i.attached]
+    trimmed = [(state, state.trimmed) for state in states]
+    for insertion in reversed(attached):
+        insertion.detach()
+    for state in states:
+        state.trimmed = False
+    try:
+        yield backbone
+    finally:
+        for insertion in attached:
+            insertion.attach()
+        for state, was in trimmed:
+            state.trimmed = was
+
+
+def deltas(backbone: nn.Module) -> list[DeltaBase]:
+    """The deltas of a backbone in order of insertion, attached or not.
+
+    Works on a backbone, on a module that wraps one, and on deep copies and unpickled backbones,
+    whose delta objects are their own.
+
+    Example:
+        >>> [delta.delta_type for delta in opendelta.deltas(model)]
+        ['lora', 'adapter']
+    """
+    found: list[DeltaBase] = []
+    for _, module in own_modules(backbone):
+        state = BackboneState.of(module)
+        if state is not None:
+            found += state.deltas
+    return found

@@ -1,0 +1,394 @@
+"""`DeltaBase`: the life of a delta, from patterns to a saved file (specification 1.20.2)."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from opendelta.addressing.patterns import as_patterns
+from opendelta.arguments import checked
+from opendelta.backbone_state import BackboneState, SubmoduleTrim
+from opendelta.backends import check_backend
+from opendelta.construction import Construction
+from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.exceptions import ConfigError, InsertionError, UnmatchedPatternWarning
+from opendelta.freezing import EVERY_DELTA, freeze, reached
+from opendelta.insertion import Insertion, ModuleInsertion
+from opendelta.saving.checkpoint import SaveLoadMixin, check_backbone
+
+INTERACTIVE_PORT = 8888
+
+
+class DeltaBase(SaveLoadMixin, Construction):
+    """Base class of all deltas: small trainable modules on a backbone that is otherwise frozen.
+
+    A delta is an `nn.Module` whose parameters are those it added (or took over), under the names
+    of the modules that they sit on; the backbone is not part of it. Constructing a method's class
+    modifies the backbone in place, wholly or, after an error, not at all.
+
+    Class attributes:
+        delta_type: the method's name in configs.
+        config_class: the method's config.
+        default_modified_modules: common names that are modified if the user names none.
+        default_ends: for a default role that is a whole unit, the projection of it behind which
+            the delta goes (``{"attn": "proj"}``), where the unit has one.
+
+    Args:
+        backbone_model: the model to modify.
+        modified_modules: patterns of modules to modify; None for `default_modified_modules`
+            by common names. Each pattern must address some module.
+        exclude_modules: patterns of modules to leave alone, with all inside them.
+        unfrozen_modules: what `freeze_module` leaves trainable; None for ``["deltas"]``.
+        interactive_modify: choose modules on a web page; an int is the page's port.
+        common_structure: whether the patterns are common names (``attn.q``) rather than the
+            backbone's own.
+        backend: the engine, ``"hf"``.
+
+    Raises:
+        AddressingError: if a pattern addresses nothing.
+        InsertionError: if an addressed module cannot take this delta.
+        ConfigError: for an argument of the wrong type or value.
+        ValueError: if `interactive_modify` is given together with `modified_modules`.
+    """
+
+    delta_type: ClassVar[str] = ""
+    config_class: ClassVar[type[BaseDeltaConfig]] = BaseDeltaConfig
+    default_modified_modules: ClassVar[list[str]] = []
+    default_ends: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+        if "config_class" in vars(cls):
+            cls.config_class.derive(cls)
+
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        modified_modules: list[str] | None = None,
+        exclude_modules: list[str] | None = None,
+        unfrozen_modules: list[str] | None = None,
+        interactive_modify: bool | int | None = False,
+        common_structure: bool | None = False,
+        backend: str | None = "hf",
+    ) -> None:
+        if not isinstance(backbone_model, nn.Module):
+            raise ConfigError(
+                f"backbone_model is a {type(backbone_model).__name__}; expected a torch nn.Module."
+            )
+        check_backend(backend)
+        nn.Module.__init__(self)
+        self.__dict__["backbone_model"] = backbone_model  # not a submodule of the delta
+        self.backend = backend
+        self.insertions = []
+        self.left_trainable: list[str] | None = None
+        self.from_file = False
+        self._constant_names = set()
+        self._planned, self._planned_on = None, {}
+        self._excluded = set()
+        self._module_names, self._target_names, self._measured = {}, [], {}
+
+        patterns = as_patterns(modified_modules, "modified_modules")
+        self.exclude_modules = as_patterns(exclude_modules, "exclude_modules")
+        self.unfrozen_modules = as_patterns(unfrozen_modules, "unfrozen_modules")
+        if interactive_modify:
+            if patterns:
+                raise ValueError(
+                    "interactive_modify and modified_modules both choose the modules; give one."
+                )
+            from opendelta.web import select_modules
+
+            port = INTERACTIVE_PORT if interactive_modify is True else interactive_modify
+            patterns = select_modules(backbone_model, port)
+            self.__dict__.setdefault("arguments", {})["modified_modules"] = patterns
+        self.uses_defaults = not patterns
+        self.modified_modules = patterns or list(self.default_modified_modules)
+        self.common_structure = bool(common_structure) or self.uses_defaults
+        self._common_names = None
+        self.config: BaseDeltaConfig = self.config_class()
+
+    def _construct(self, arguments: dict[str, Any]) -> None:
+        """The body of a method's constructor: ``self._construct(locals())``.
+
+        Base arguments go to `DeltaBase.__init__`, the method's own become attributes, and the
+        delta is put on the backbone.
+        """
+        base = "backbone_model modified_modules exclude_modules unfrozen_modules interactive_modify"
+        base_names = {*base.split(), "common_structure", "backend"}
+        given = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
+        DeltaBase.__init__(self, **{k: v for k, v in given.items() if k in base_names})
+        for name, value in given.items():
+            if name not in base_names:
+                setattr(self, name, copy.copy(value))
+        self.add_all_delta_to_backbone(self.backbone_model, self.modified_modules)
+
+    def forward(self, *args: Any, **kwargs: Any) -> RuntimeError:
+        """Raise: a delta has no forward of its own; call the backbone's.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "A delta computes nothing by itself: call the backbone it is attached to, "
+            f"{type(self.backbone_model).__name__}, as before."
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._label()  # attributes of parameters do not survive a copy
+
+    # --- from configs -----------------------------------------------------------------------
+
+    @classmethod
+    def config_from(cls, config: BaseDeltaConfig | dict[str, Any], **kwargs: Any) -> BaseDeltaConfig:
+        """A config of this class from an object or dict, with fields overridden by `kwargs`.
+
+        Raises:
+            ConfigError: if it is the config of another method.
+        """
+        values = config.to_dict() if isinstance(config, BaseDeltaConfig) else config
+        made = cls.config_class.from_dict(values, **kwargs)
+        made.from_file = getattr(config, "from_file", False)
+        return made
+
+    @classmethod
+    def from_config(
+        cls,
+        config: BaseDeltaConfig | dict[str, Any],
+        backbone_model: nn.Module,
+        check_hash: bool = True,
+        **kwargs: Any,
+    ) -> DeltaBase:
+        """Put an untrained delta on a backbone as a config says.
+
+        Args:
+            config: the config, or a dict of its fields.
+            backbone_model: modified in place.
+            check_hash: whether a hash in the config is compared with the backbone's.
+            kwargs: fields that override the config's, and `interactive_modify`.
+
+        Raises:
+            ConfigError: for the config of another method, or an unknown field.
+
+        Warns:
+            BackboneMismatchWarning: if the hash differs.
+        """
+        model_class = cls._class_for(config)
+        made = model_class.config_from(config, **kwargs)
+        if check_hash:
+            check_backbone(made, backbone_model)
+        fields = {name: getattr(made, name) for name in model_class.constructor_fields()}
+        if "interactive_modify" in kwargs:
+            fields["interactive_modify"] = kwargs["interactive_modify"]
+        with warnings.catch_warnings():
+            if made.from_file:  # patterns that were checked when the delta was made
+                warnings.simplefilter("ignore", UnmatchedPatternWarning)
+            delta = model_class(backbone_model, **fields)
+        delta.from_file = made.from_file
+        for name in ("backbone_hash", "backbone_hash_excludes", "backbone_class"):
+            setattr(delta.config, name, getattr(made, name))
+        delta.config.backbone_checkpoint_name = made.backbone_checkpoint_name
+        return delta
+
+    @classmethod
+    def constructor_fields(cls) -> list[str]:
+        """Fields of the config that are arguments of the constructor."""
+        parameters = inspect.signature(cls.__init__).parameters
+        return [name for name in cls.config_class.field_names() if name in parameters]
+
+    # --- what trains ------------------------------------------------------------------------
+
+    def freeze_module(
+        self,
+        module: nn.Module | None = None,
+        exclude: list[str] | str | None = None,
+        set_state_dict: bool | None = True,
+        prefix: str = "",
+    ) -> None:
+        """Freeze the backbone's parameters but those that `exclude` names.
+
+        May be called again, with another `exclude`: what it names gets back the state that it
+        had before the first freeze.
+
+        Args:
+            module: the part of the backbone to freeze; None for all of it.
+            exclude: patterns of what stays trainable, with all inside it; ``"deltas"`` is every
+                delta on the backbone, a delta object that delta alone, and a pattern may also
+                name what is inside a delta (``"lora_A"``). None for this delta's
+                `unfrozen_modules`, else ``["deltas"]``.
+            set_state_dict: whether ``state_dict()`` is reduced to what trains.
+            prefix: the name of `module`, if that is not to be looked up.
+
+        Warns:
+            UnmatchedPatternWarning: for a pattern that names nothing.
+            DeltaWarning: if nothing is left to train.
+        """
+        backbone = self.backbone_model
+        part = prefix or ("" if module is None or module is backbone else self.name_of(module))
+        chosen = exclude if exclude is not None else (self.unfrozen_modules or [EVERY_DELTA])
+        declared = freeze(
+            BackboneState.create(backbone),
+            backbone,
+            part,
+            [chosen] if isinstance(chosen, (str, DeltaBase)) else chosen,
+            names_of=self.names_of,
+            inside_deltas=exclude is not None,
+            warn_unmatched=exclude is not None or not self.from_file,
+        )
+        under = part + "." if part else ""
+        elsewhere = [n for n in self.left_trainable or () if part and not n.startswith(under)]
+        self.left_trainable = [*elsewhere, *declared]
+        if set_state_dict:
+            self.set_active_state_dict(backbone if module is None else module)
+
+    def set_active_state_dict(self, module: nn.Module) -> None:
+        """Reduce ``module.state_dict()`` to what trains (and constants of deltas).
+
+        It is full again while all deltas are detached. ``load_state_dict`` takes both kinds.
+
+        Args:
+            module: the backbone or a part of it.
+        """
+        state = BackboneState.create(self.backbone_model)
+        if module is self.backbone_model:
+            state.trimmed, state.held = True, None
+        elif not any(type(hook) is SubmoduleTrim for hook in module._state_dict_hooks.values()):
+            state.handles.append(module.register_state_dict_post_hook(SubmoduleTrim(state)))
+
+    # --- on and off -------------------------------------------------------------------------
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether any part of this delta acts on the backbone now."""
+        return any(insertion.attached for insertion in self.insertions)
+
+    def attach(self, module: nn.Module | None = None, reset_state_dict: bool = True) -> None:
+        """Let the delta act again after `detach`, in its old place among other deltas.
+
+        Args:
+            module: only the part of the delta that sits inside this module.
+            reset_state_dict: whether ``state_dict()`` follows (reduced after `freeze_module`).
+
+        Raises:
+            InsertionError: if the delta was removed.
+        """
+        state = self._switching(reset_state_dict)
+        for insertion in self._inside(module):
+            insertion.attach()
+        state.held = None if reset_state_dict else state.held
+
+    def detach(self, module: nn.Module | None = None, reset_state_dict: bool = True) -> None:
+        """Let the backbone compute without the delta, which is kept for `attach`.
+
+        Args:
+            module: only the part of the delta that sits inside this module.
+            reset_state_dict: whether ``state_dict()`` follows (full, once no delta is attached).
+
+        Raises:
+            InsertionError: if the delta was removed.
+        """
+        state = self._switching(reset_state_dict)
+        for insertion in reversed(self._inside(module)):
+            insertion.detach()
+        state.held = None if reset_state_dict else state.held
+
+    def _switching(self, reset_state_dict: bool) -> BackboneState:
+        state = BackboneState.of(self.backbone_model)
+        if state is None or self not in state.deltas:
+            raise InsertionError(
+                f"This {type(self).__name__} was removed from its backbone: construct a new one."
+            )
+        if not reset_state_dict:
+            state.held = state.trims
+        return state
+
+    def _inside(self, module: nn.Module | None) -> list[Insertion]:
+        if module is None or module is self.backbone_model:
+            return self.insertions
+        name = self.name_of(module)
+        inside = [i for i in self.insertions if (i.host_name + ".").startswith(name + ".")]
+        if not inside:
+            raise InsertionError(f"No part of this {type(self).__name__} sits inside {name!r}.")
+        return inside
+
+    def remove(self) -> None:
+        """Take the delta off for good; with the last one the backbone is as before construction."""
+        state = self._switching(True)
+        for insertion in reversed(self.insertions):
+            insertion.remove()
+        state.forget(self, self.backbone_model)
+
+    # --- its tensors ------------------------------------------------------------------------
+
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in a saved file, tensor) of all this delta holds, shared ones once."""
+        seen: set[int] = set()
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor
+
+    def constants(self) -> Iterator[Tensor]:
+        """This delta's buffers, and its parameters that never train."""
+        yield from self.buffers()
+        if self._constant_names:
+            yield from (p for n, p in self.named_parameters() if n in self._constant_names)
+
+    def declared_backbone_parameters(self) -> list[str]:
+        """Names of the backbone's own parameters that are saved together with this delta."""
+        if self.left_trainable is not None:
+            return self.left_trainable
+        patterns = [p for p in self.unfrozen_modules if p != EVERY_DELTA]
+        return reached(self.backbone_model, patterns, self.names_of) if patterns else []
+
+    def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors under today's names; methods whose 0.3.2 files differ redefine it."""
+        return tensors
+
+    def require_own(self, backbone: nn.Module | None) -> None:
+        """Refuse another backbone than this delta's.
+
+        Raises:
+            InsertionError: if `backbone` is one.
+        """
+        if backbone is not None and backbone is not self.backbone_model:
+            raise InsertionError("backbone_model is not the backbone that this delta is on.")
+
+    # --- looking ----------------------------------------------------------------------------
+
+    def log(
+        self,
+        module: nn.Module | None = None,
+        delta_ratio: bool = True,
+        trainable_ratio: bool = True,
+        visualization: bool = True,
+        cuda_memory: bool = True,
+    ) -> None:
+        """Print the backbone's tree and how much of it the delta is.
+
+        Args:
+            module: the part to show; None for the whole backbone.
+            delta_ratio: the share of delta parameters.
+            trainable_ratio: the share of trainable parameters.
+            visualization: the tree.
+            cuda_memory: memory in use.
+        """
+        from opendelta.inspection import print_log
+
+        print_log(
+            self.backbone_model if module is None else module,
+            delta_ratio=delta_ratio,
+            trainable_ratio=trainable_ratio,
+            visualization=visualization,
+            cuda_memory=cuda_memory,
+        )
+
+    def _label(self) -> None:
+        for p in self.parameters():
+            p._is_delta = True  # type: ignore[attr-defined]  # bigmodelvis colours by it

@@ -1,0 +1,485 @@
+"""Putting a delta on a backbone: address modules, plan insertions, carry out all of them or none."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from opendelta import insertion as actions
+from opendelta.addressing.patterns import as_patterns, lineage, matches
+from opendelta.addressing.targets import excluded_modules, find_targets
+from opendelta.backbone_state import BackboneState
+from opendelta.exceptions import AddressingError, InsertionError
+from opendelta.insertion import (
+    AfterDispatcher,
+    BeforeDispatcher,
+    Dispatcher,
+    Insertion,
+    ModuleInsertion,
+    ParameterInsertion,
+    Replacement,
+    first_parameter,
+    inserted_names,
+    own_modules,
+)
+from opendelta.sizes import measure_widths, read_widths
+
+if TYPE_CHECKING:
+    from opendelta.delta_configs import BaseDeltaConfig
+
+
+def numbered(base: str) -> Iterator[str]:
+    """``base, base_1, base_2, ...``: the names of several deltas of one kind on one module."""
+    return itertools.chain([base], (f"{base}_{count}" for count in itertools.count(1)))
+
+
+def _sides(method: str, delta: nn.Module) -> list[tuple[type[Dispatcher], Callable[..., Any]]]:
+    """The dispatchers that call `delta` for a `method` of `insert_module`, and how."""
+    pre, post = hasattr(delta, "pre_forward"), hasattr(delta, "post_forward")
+    before = (BeforeDispatcher, actions.before)
+    after = (AfterDispatcher, actions.after)
+    table: dict[str, list[tuple[type[Dispatcher], Callable[..., Any]]]] = {
+        "before": [before],
+        "after": [after],
+        "sequential": [before] * pre + [after] * (post or not pre),
+        "parallel": [(AfterDispatcher, actions.parallel)],
+        "onto": [(AfterDispatcher, actions.onto)],
+    }
+    if method not in table:
+        raise InsertionError(f"method={method!r}: expected one of {', '.join(map(repr, table))}.")
+    return table[method]
+
+
+def reads_without_calling(backbone: nn.Module, name: str) -> bool:
+    """Whether the module called `name` is one whose weight its parent reads, never calling it.
+
+    That is the output projection of `nn.MultiheadAttention`.
+    """
+    parent_name, _, child = name.rpartition(".")
+    return child == "out_proj" and hasattr(backbone.get_submodule(parent_name), "in_proj_weight")
+
+
+class Construction(nn.Module):
+    """The part of `DeltaBase` that modifies the backbone.
+
+    Between the start and the end of `add_all_delta_to_backbone` insertions are only planned;
+    then the whole plan is carried out. Outside of it each insertion acts at once.
+    """
+
+    default_ends: ClassVar[dict[str, str]]
+    config_class: ClassVar[type[BaseDeltaConfig]]
+
+    backbone_model: nn.Module
+    arguments: dict[str, Any]
+    config: BaseDeltaConfig
+    insertions: list[Insertion]
+    exclude_modules: list[str]
+    common_structure: bool
+    uses_defaults: bool
+    _planned: list[Insertion] | None
+    _planned_on: dict[int, list[ModuleInsertion]]
+    _excluded: set[str]
+    _module_names: dict[int, str]
+    _target_names: list[str]
+    _measured: dict[str, tuple[int, int]]
+    _constant_names: set[str]
+    _common_names: dict[str, tuple[str, ...]] | None
+
+    # --- addressing -------------------------------------------------------------------------
+
+    def names_of(self, name: str) -> Iterator[str]:
+        """The names by which a module or parameter of the backbone can be addressed.
+
+        Its own, and under common structure its common names.
+        """
+        yield name
+        if self.common_structure:
+            yield from self.common_names_of(name)
+
+    def common_names_of(self, name: str) -> Iterator[str]:
+        """The common names of a module or parameter of the backbone."""
+        if self._common_names is None:
+            from opendelta.addressing.common_structure import CommonStructureMap
+
+            structure = CommonStructureMap(self.backbone_model)
+            self._common_names = {
+                module: names for module in structure.matched_pairs if (names := structure.names(module))
+            }
+        yield from self._common_names.get(name, ())
+        module, _, leaf = name.rpartition(".")
+        for common in self._common_names.get(module, ()):
+            yield f"{common}.{leaf}"
+
+    def find_key(self, key: str, target_list: Sequence[str]) -> bool:
+        """Whether some pattern of `target_list` addresses the module called `key`.
+
+        Args:
+            key: a module's name in the backbone.
+            target_list: patterns, plain or ``[r]``; a string is a list of one.
+        """
+        patterns = as_patterns(target_list, "target_list")
+        names = self.common_names_of(key) if self.common_structure else (key,)
+        return any(matches(name, pattern) for name in names for pattern in patterns)
+
+    def find_module(self, root_module: nn.Module, key: str) -> tuple[nn.Module, str, nn.Module]:
+        """(parent, the child's name in it, child) of the module called `key`.
+
+        Raises:
+            AddressingError: if there is none.
+        """
+        parent_name, _, child_name = key.rpartition(".")
+        try:
+            parent = root_module.get_submodule(parent_name)
+            return parent, child_name, root_module.get_submodule(key)
+        except AttributeError as error:
+            raise AddressingError(f"{type(root_module).__name__} has no module {key!r}.") from error
+
+    def find_targets(self, patterns: Sequence[str]) -> list[list[str]]:
+        """Names of the modules that each pattern addresses, exclusions taken out."""
+        names = [name for name, _ in own_modules(self.backbone_model)]
+        lookup = self.common_names_of if self.common_structure else lambda name: (name,)
+        if self.uses_defaults:
+            patterns = [self._default_site(pattern, names) for pattern in patterns]
+        found = find_targets(names, patterns, lookup, required=not self.uses_defaults)
+        self._excluded = excluded_modules(names, self.exclude_modules, self.names_of)
+        kept = [[name for name in hits if not self.is_excluded(name)] for hits in found]
+        if not any(kept):
+            raise AddressingError(
+                f"exclude_modules={self.exclude_modules} leaves nothing of what "
+                f"modified_modules={list(patterns)} addresses."
+            )
+        return kept
+
+    def is_excluded(self, name: str) -> bool:
+        """Whether `exclude_modules` addresses the module called `name` or one around it."""
+        return bool(self._excluded) and any(a in self._excluded for a in lineage(name))
+
+    def inside(self, key: str) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) of the module called `key` and all inside it, exclusions left out."""
+        for relative, module in own_modules(self.backbone_model.get_submodule(key)):
+            name = f"{key}.{relative}" if relative else key
+            if not self.is_excluded(name):
+                yield name, module
+
+    def _default_site(self, role: str, names: Iterable[str]) -> str:
+        end = self.default_ends.get(role)
+        site = f"{role}.{end}" if end else role
+        if any(matches(c, site) for name in names for c in self.common_names_of(name)):
+            return site
+        return role
+
+    # --- building ---------------------------------------------------------------------------
+
+    def add_all_delta_to_backbone(
+        self, backbone: nn.Module, modified_modules: list[str]
+    ) -> nn.Module:
+        """Put the delta on every module that `modified_modules` addresses, or on none.
+
+        Args:
+            backbone: the model to modify, in place.
+            modified_modules: patterns.
+
+        Returns:
+            The backbone.
+        """
+        self._planned, self._planned_on = [], {}
+        self._module_names = {id(module): name for name, module in own_modules(backbone)}
+        try:
+            self.plan(backbone, modified_modules)
+            planned = self._planned
+            if not planned:
+                raise InsertionError(
+                    f"Nothing in {modified_modules} is a module that {type(self).__name__} can "
+                    "modify."
+                )
+        finally:
+            self._planned, self._planned_on = None, {}
+        self._apply(planned)
+        self._module_names, self._target_names, self._measured = {}, [], {}
+        self.__dict__.setdefault("arguments", {})
+        self.config = self.config_class(**self.arguments)
+        if self.uses_defaults:
+            self.config.common_structure = True
+        self.config.backbone_class = type(backbone).__name__
+        return backbone
+
+    def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
+        """Call `update_module` for every target, in module order."""
+        addressed = {name for hits in self.find_targets(patterns) for name in hits}
+        self._target_names = [n for n in self._module_names.values() if n in addressed]
+        for name in self._target_names:
+            self.update_module(backbone, name)
+
+    def update_module(self, module: nn.Module, key: str) -> None:
+        """Modify the module called `key` inside `module`; each method defines how.
+
+        Raises:
+            NotImplementedError: in the base class.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define update_module(module, key): it should build "
+            "its layer for the module called `key` and insert it, for instance with "
+            "self.insert_sequential_module(...)."
+        )
+
+    def modify_module(self, module: nn.Module) -> None:
+        """Modify the parameters inside a module; methods that do so redefine it.
+
+        Raises:
+            NotImplementedError: in the base class.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not modify parameters in place.")
+
+    def widths(self, module: nn.Module) -> tuple[int, int]:
+        """(input, output) width of a module to be modified.
+
+        Read off its attributes, else measured by one forward for all targets together.
+
+        Raises:
+            InsertionError: if neither is possible.
+        """
+        known = read_widths(module)
+        if known is not None:
+            return known
+        name = self.name_of(module)
+        if name not in self._measured:
+            wanted = {
+                other: target
+                for other in dict.fromkeys([name, *self._target_names])
+                if read_widths(target := self.backbone_model.get_submodule(other)) is None
+            }
+            self._measured.update(measure_widths(self.backbone_model, wanted))
+        return self._measured[name]
+
+    def name_of(self, module: nn.Module) -> str:
+        """The name of one of the backbone's own modules.
+
+        Raises:
+            InsertionError: if it is none of them.
+        """
+        names = self._module_names or {id(m): n for n, m in own_modules(self.backbone_model)}
+        if id(module) not in names:
+            raise InsertionError(
+                f"This {type(module).__name__} is no module of the backbone "
+                f"{type(self.backbone_model).__name__}."
+            )
+        return names[id(module)]
+
+    # --- inserting --------------------------------------------------------------------------
+
+    def insert_module(
+        self,
+        module: nn.Module,
+        method: str = "sequential",
+        delta_module: nn.Module | None = None,
+        delta_name: str = "delta",
+        strict: bool = False,
+        _delta_info: dict[str, Any] | None = None,
+    ) -> None:
+        """Insert a delta module before, after, around or beside a module of the backbone.
+
+        The module's own ``forward``, signature and docstring stay as they are.
+
+        Args:
+            module: the module to modify.
+            method: ``"before"``: the input passes through ``delta_module`` first
+                (``pre_forward(*args, **kwargs)`` if it has that); ``"after"``: the output does
+                (``post_forward(output)``); ``"sequential"``: before if it has ``pre_forward``,
+                after if it has ``post_forward`` or neither; ``"parallel"``:
+                ``delta_module(*args, **kwargs)`` is added to the output; ``"onto"``: the output
+                becomes ``delta_module(output, input)``.
+            delta_module: what to insert.
+            delta_name: the name under which it sits on `module`; ``_1``, ``_2`` are appended
+                where deltas of that name are there already.
+            strict: refuse a module that carries a delta already.
+            _delta_info: a dict whose entries override the arguments of the same name.
+
+        Raises:
+            InsertionError: for an unknown method, a name that would shadow an attribute, a module
+                that is not the backbone's, or (`strict`) one that is modified already.
+        """
+        info = {"method": method, "delta_module": delta_module, "delta_name": delta_name}
+        info |= {key: value for key, value in (_delta_info or {}).items() if key in info}
+        delta = info["delta_module"]
+        if not isinstance(delta, nn.Module):
+            raise InsertionError(
+                f"delta_module is a {type(delta).__name__}; expected the nn.Module to insert."
+            )
+        if strict and inserted_names(module):
+            raise InsertionError(
+                f"{self.name_of(module)!r} carries {', '.join(inserted_names(module))} already, "
+                "and strict=True allows one delta on a module."
+            )
+        for side, action in _sides(str(info["method"]), delta):
+            self.insert_action(module, delta, str(info["delta_name"]), side, action)
+
+    def insert_sequential_module(
+        self,
+        module: nn.Module,
+        delta_module: nn.Module | None = None,
+        delta_name: str = "delta",
+        strict: bool = False,
+        _delta_info: dict[str, Any] | None = None,
+    ) -> None:
+        """`insert_module` with ``method="sequential"``: before or after the module."""
+        self.insert_module(module, "sequential", delta_module, delta_name, strict, _delta_info)
+
+    def insert_parallel_module(
+        self,
+        module: nn.Module,
+        delta_module: nn.Module | None = None,
+        delta_name: str = "delta",
+        strict: bool = False,
+        _delta_info: dict[str, Any] | None = None,
+    ) -> None:
+        """`insert_module` with ``method="parallel"``: its result is added to the output."""
+        self.insert_module(module, "parallel", delta_module, delta_name, strict, _delta_info)
+
+    def insert_action(
+        self,
+        module: nn.Module,
+        delta_module: nn.Module,
+        delta_name: str,
+        side: type[Dispatcher],
+        action: Callable[..., Any],
+    ) -> None:
+        """Insert a delta module that a dispatcher of `module` calls through `action`.
+
+        The general form of `insert_module`, for methods with an action of their own (a function
+        of a module, so that it can be pickled).
+        """
+        host_name = self.name_of(module)
+        if reads_without_calling(self.backbone_model, host_name):
+            raise InsertionError(
+                f"{host_name!r} is read by its parent, never called, so a delta on it would not "
+                f"act. Name its parent {host_name.rpartition('.')[0]!r} instead."
+            )
+        mine = next((i for i in self._mine_on(module) if i.module is delta_module), None)
+        name = mine.name if mine is not None else self._free_name(module, delta_name)
+        self._follow_host(module, delta_module)
+        insertion = ModuleInsertion(module, host_name, delta_module, name, side, action)
+        if mine is None:
+            insertion.lone_name = self._lone_name(module, delta_name)
+        self._insert(insertion)
+
+    def replace_module(
+        self,
+        parent_module: nn.Module,
+        child_name: str,
+        child_module: nn.Module,
+        new_module: nn.Module,
+        delta_name: str | None = "delta",
+    ) -> None:
+        """Put `new_module` in the place of a child; detaching puts the original back.
+
+        Args:
+            parent_module: a module of the backbone.
+            child_name: the child's name in it.
+            child_module: the child that is replaced.
+            new_module: the delta module.
+            delta_name: a name for messages only.
+
+        Raises:
+            InsertionError: if the child is not there under that name.
+        """
+        if parent_module._modules.get(child_name) is not child_module:
+            raise InsertionError(
+                f"{type(parent_module).__name__} has no child {child_name!r} that is the given "
+                f"{type(child_module).__name__} (for delta {delta_name!r})."
+            )
+        self._follow_host(child_module, new_module)
+        self._insert(Replacement(parent_module, self.name_of(parent_module), child_name, new_module))
+
+    def _mine_on(self, host: nn.Module) -> list[ModuleInsertion]:
+        """This delta's modules on `host`, planned ones included."""
+        if self._planned is not None:
+            return self._planned_on.get(id(host), [])
+        return [i for i in self.insertions if isinstance(i, ModuleInsertion) and i.host is host]
+
+    def _insert(self, insertion: Insertion) -> None:
+        """Plan an insertion, or carry it out at once outside of planning."""
+        if self._planned is not None:
+            self._planned.append(insertion)
+            if isinstance(insertion, ModuleInsertion):
+                self._planned_on.setdefault(id(insertion.host), []).append(insertion)
+        else:
+            self._apply([insertion])
+
+    def _apply(self, planned: Sequence[Insertion]) -> None:
+        """Carry out all of a plan, or none of it."""
+        done: list[Insertion] = []
+        try:
+            for insertion in planned:
+                done.append(insertion)
+                insertion.insert()
+        except BaseException:
+            for insertion in reversed(done):
+                insertion.remove()
+            raise
+        self.insertions += planned
+        for insertion in planned:
+            self._adopt(insertion)
+        self._label()
+        state = BackboneState.create(self.backbone_model)
+        if not any(delta is self for delta in state.deltas):
+            state.deltas.append(self)
+        for insertion in planned:
+            if isinstance(insertion, ParameterInsertion):
+                state.slots[insertion.full_name] = insertion.slot
+
+    def _adopt(self, insertion: Insertion) -> None:
+        """Hold what an insertion added under its place in the backbone: ``encoder.layer.0...``."""
+        node: nn.Module = self
+        for part in insertion.host_name.split(".") if insertion.host_name else ():
+            if part not in node._modules:
+                node._modules[part] = nn.Module()
+            child = node._modules[part]
+            assert child is not None
+            node = child
+        if isinstance(insertion, ParameterInsertion):
+            node._parameters[insertion.name] = insertion.parameter
+        if not isinstance(insertion, (ModuleInsertion, Replacement)):
+            return
+        name = insertion.lone_name if isinstance(insertion, ModuleInsertion) else insertion.name
+        if any(insertion.module is known for known in self.modules()):
+            return  # the second host of a module that is held under its first
+        node._modules[name] = insertion.module
+        prefix = insertion.host_name + "." if insertion.host_name else ""
+        self._constant_names |= {
+            f"{prefix}{name}.{p_name}"
+            for p_name, p in insertion.module.named_parameters()
+            if not p.requires_grad
+        }
+
+    def _free_name(self, host: nn.Module, base: str) -> str:
+        """`base`, or `base_1`, ... if deltas of that name are on `host` already."""
+        if not base.isidentifier():
+            raise InsertionError(f"delta_name={base!r} is not a valid attribute name.")
+        taken = set(inserted_names(host))
+        taken |= {i.name for i in self._mine_on(host)}
+        name = next(n for n in numbered(base) if n not in taken)
+        if hasattr(host, name):
+            raise InsertionError(
+                f"A delta called {name!r} would shadow the attribute {name!r} of "
+                f"{self.name_of(host)!r} ({type(host).__name__}): pass another delta_name."
+            )
+        return name
+
+    def _lone_name(self, host: nn.Module, base: str) -> str:
+        """The name that the delta module would have if this delta were alone on the backbone."""
+        mine = {i.lone_name for i in self._mine_on(host)}
+        return next(n for n in numbered(base) if n not in mine)
+
+    def _follow_host(self, host: nn.Module, delta_module: nn.Module) -> None:
+        """Bring a new delta module to its host's device, dtype and train mode."""
+        place = first_parameter(host)
+        if place is None:
+            place = first_parameter(self.backbone_model)
+        p = next(delta_module.parameters(), None)
+        if place is not None and p is not None and (p.device, p.dtype) != (place.device, place.dtype):
+            delta_module.to(device=place.device, dtype=place.dtype)
+        if delta_module.training != host.training:
+            delta_module.train(host.training)

@@ -1,0 +1,282 @@
+"""Configs: what was passed to a delta's constructor, as a JSON file between people.
+
+A method declares its hyper-parameters once, in the constructor of its model; the fields of its
+config are read off that signature when the model class is made (`BaseDeltaConfig.derive`).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from opendelta.exceptions import CheckpointError, ConfigError, UnknownArgumentError, nearest
+from opendelta.saving.files import CONFIG_FILE, resolve_folder, write_atomically
+from opendelta.version import __version__
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from opendelta.basemodel import DeltaBase
+
+# Arguments of loading, which every config loader accepts and which are not configuration.
+LOADING_ARGUMENTS = frozenset(
+    "backbone_model cache_dir revision force_download local_files_only check_hash center token "
+    "proxies resume_download use_auth_token interactive_modify".split()
+)
+# Keys of 0.3.2's files that say nothing today.
+_LEGACY_KEYS = frozenset({"sequential", "scaled", "bottleneck_dim", "registraction_name"})
+# What a saved config says beyond its fields.
+_FACTS = (
+    "backbone_hash_excludes",
+    "weights_sha256",
+    "opendelta_version",
+    "transformers_version",
+    "torch_version",
+)
+
+
+class BaseDeltaConfig:
+    """Base class of all configs.
+
+    Args:
+        modified_modules: patterns of the modules to modify; None for the method's defaults.
+        exclude_modules: patterns of modules left alone, with all inside them.
+        unfrozen_modules: patterns of what stays trainable in `freeze_module`.
+        common_structure: whether patterns are common names (``attn.q``).
+        backbone_class: name of the class of the backbone that the delta was trained on.
+        backbone_checkpoint_name: where that backbone came from.
+        backbone_hash: md5 of what the delta relies on, see `gen_model_hash`.
+        kwargs: the fields of the method, and facts that a saved config holds.
+
+    Raises:
+        UnknownArgumentError: for a field that the method does not have.
+    """
+
+    delta_type: ClassVar[str] = ""
+    method_fields: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        modified_modules: list[str] | None = None,
+        exclude_modules: list[str] | None = None,
+        unfrozen_modules: list[str] | None = ["deltas"],  # noqa: B006 - the documented default
+        common_structure: bool | None = False,
+        backbone_class: str | None = None,
+        backbone_checkpoint_name: str | None = None,
+        backbone_hash: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.modified_modules = modified_modules
+        self.exclude_modules = exclude_modules
+        self.unfrozen_modules = copy.copy(unfrozen_modules)
+        self.common_structure = common_structure
+        self.backbone_class = backbone_class
+        self.backbone_checkpoint_name = backbone_checkpoint_name
+        self.backbone_hash = backbone_hash
+        for name, default in self.method_fields.items():
+            setattr(self, name, copy.copy(kwargs.pop(name, default)))
+        for name in _FACTS:
+            setattr(self, name, kwargs.pop(name, None))
+        kwargs.pop("delta_type", None)
+        self._reject_unknown(kwargs)
+        self.from_file = False
+
+    def _reject_unknown(self, names: dict[str, Any]) -> None:
+        unknown = [n for n in names if n not in LOADING_ARGUMENTS and n not in _LEGACY_KEYS]
+        if unknown:
+            choices = [*self.field_names(), *_FACTS]
+            raise UnknownArgumentError(
+                f"{type(self).__name__} has no field {unknown[0]!r}."
+                + nearest(unknown[0], choices)
+                + f" Its fields are {', '.join(self.field_names())}."
+            )
+
+    @classmethod
+    def derive(cls, model_class: type[DeltaBase]) -> None:
+        """Read the method's fields off the constructor of `model_class`."""
+        base = list(inspect.signature(BaseDeltaConfig.__init__).parameters.values())[1:-1]
+        skip = {"self", "backbone_model", "interactive_modify", *(p.name for p in base)}
+        parameters = [
+            p
+            for p in inspect.signature(model_class.__init__).parameters.values()
+            if p.name not in skip and p.kind is not p.VAR_KEYWORD
+        ]
+        cls.method_fields = {p.name: p.default for p in parameters}
+        cls.delta_type = model_class.delta_type
+        if "__init__" in vars(cls):  # a config written by hand, in the style of 0.3.2
+            return
+        own = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in parameters]
+        signature = inspect.Signature([*own, *base])
+
+        def __init__(self: BaseDeltaConfig, *args: Any, **kwargs: Any) -> None:
+            named = signature.bind_partial(*args).arguments
+            twice = next((name for name in named if name in kwargs), None)
+            if twice:
+                raise UnknownArgumentError(f"{cls.__name__} was given {twice!r} twice.")
+            BaseDeltaConfig.__init__(self, **named, **kwargs)
+
+        cls.__init__ = __init__  # type: ignore[method-assign]
+        cls.__signature__ = signature  # type: ignore[attr-defined]
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Names of all fields: the method's, then those that every config has."""
+        base = list(inspect.signature(BaseDeltaConfig.__init__).parameters)[1:-1]
+        return [*cls.method_fields, *base]
+
+    # --- dict and JSON ----------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """A config from a dict of its fields.
+
+        Args:
+            config_dict: fields, such as `to_dict` returns or a ``config.json`` holds.
+            kwargs: fields that override those of the dict; arguments of loading are ignored.
+
+        Raises:
+            UnknownArgumentError: for a key that is no field.
+            ConfigError: if the dict was written by a newer major version of the library.
+        """
+        if not isinstance(config_dict, dict):
+            raise ConfigError(f"expected a dict of fields, got a {type(config_dict).__name__}.")
+        _check_version(config_dict)
+        values = {**config_dict, **kwargs}
+        for key in ("modified_modules", "exclude_modules", "unfrozen_modules"):
+            values[key] = _without_marks(values[key]) if key in values else None
+        if values["unfrozen_modules"] is None:
+            del values["unfrozen_modules"]
+        for key, default in cls.method_fields.items():
+            if values.get(key) is None and default is not None:  # 0.3.2 wrote "scaled": null
+                values.pop(key, None)
+        return cls(**{k: v for k, v in values.items() if k not in LOADING_ARGUMENTS})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, `delta_type` and the facts that are known, as a dict fit for JSON."""
+        values = {"delta_type": self.delta_type}
+        values |= {name: copy.deepcopy(getattr(self, name)) for name in self.field_names()}
+        return values | {n: getattr(self, n) for n in _FACTS if getattr(self, n) is not None}
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The dict from which `from_dict` makes an equal config."""
+        return self.to_dict()
+
+    def to_json_string(self) -> str:
+        """`to_dict` as indented JSON with sorted keys."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BaseDeltaConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+    # --- files ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_finetuned(cls, finetuned_delta_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """The config of a saved delta.
+
+        Args:
+            finetuned_delta_path: a folder that holds ``config.json``, or such a file.
+            kwargs: fields to override, and arguments of loading (``cache_dir``, ...).
+
+        Raises:
+            CheckpointError: if there is no such file, or it is not a delta's.
+        """
+        values = read_config(finetuned_delta_path)
+        if cls.delta_type and canonical_type(values["delta_type"]) != cls.delta_type:
+            raise ConfigError(
+                f"{finetuned_delta_path} holds a {values['delta_type']!r} delta, not a "
+                f"{cls.delta_type!r} one; AutoDeltaConfig.from_finetuned reads any."
+            )
+        config = cls.from_dict(values, **kwargs)
+        config.from_file = True
+        return config
+
+    def save_finetuned(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write ``config.json`` into a folder, which is made if it does not exist.
+
+        Args:
+            save_directory: the folder.
+            kwargs: none is known in this version.
+        """
+        if kwargs:
+            raise UnknownArgumentError(
+                f"save_finetuned of a config does not take {', '.join(map(repr, kwargs))}."
+            )
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise CheckpointError(f"{folder} is a file; a config is saved into a folder.")
+        facts = {"opendelta_version": __version__, **_library_versions()}
+        for name, value in facts.items():
+            setattr(self, name, value)
+        write_atomically(folder / CONFIG_FILE, self.to_json_string().encode())
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields in a delta's ``config.json`` (a folder that holds it, or the file itself).
+
+    Raises:
+        CheckpointError: if it is missing, is not JSON, or is not a delta's config.
+    """
+    file = Path(path)
+    if not file.is_file():
+        file = resolve_folder(path) / CONFIG_FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file.parent} holds no {CONFIG_FILE}: no delta was saved there.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}).") from error
+    if not isinstance(values, dict) or "delta_type" not in values:
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        what = f"the config of a {kind!r} backbone" if kind else "not the config of a delta"
+        raise CheckpointError(
+            f"{file} is {what}: it has no 'delta_type'. Load a backbone with its own class, then "
+            "its delta from the folder that save_finetuned wrote."
+        )
+    return values
+
+
+def canonical_type(delta_type: str) -> str:
+    """`delta_type` as the library spells it (``lowrankadapter`` is ``low_rank_adapter``)."""
+    from opendelta.auto_delta import REGISTRY  # the registry needs this module first
+
+    model = REGISTRY.get(delta_type)
+    return model.delta_type if model is not None else delta_type
+
+
+def _without_marks(patterns: Any) -> Any:
+    """Patterns of 0.3.2's files mark common names with ``@`` (``attn@.q@``)."""
+    if isinstance(patterns, str):
+        return patterns if patterns.startswith("[r]") else patterns.replace("@", "")
+    return [_without_marks(p) for p in patterns] if isinstance(patterns, (list, tuple)) else patterns
+
+
+def _check_version(values: dict[str, Any]) -> None:
+    written_by = values.get("opendelta_version")
+    if not written_by:
+        return
+    try:
+        newer = int(str(written_by).split(".")[0]) > int(__version__.split(".")[0])
+    except ValueError as error:
+        raise ConfigError(f"opendelta_version={written_by!r} is not a version.") from error
+    if newer:
+        raise ConfigError(
+            f"This config was written by opendelta {written_by}, which is newer than the installed "
+            f"{__version__}: update the library to read it."
+        )
+
+
+def _library_versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {"torch_version": torch.__version__, "transformers_version": transformers.__version__}

@@ -1,0 +1,123 @@
+"""BitFit: training biases only (Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from opendelta.auto_delta import register
+from opendelta.basemodel import DeltaBase
+from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.backbone_state import BackboneState
+from opendelta.exceptions import InsertionError
+from opendelta.insertion import ParameterInsertion, ParameterSlot, own_modules
+from opendelta.sizes import read_widths
+
+
+class BitFitConfig(BaseDeltaConfig):
+    """Config of `BitFitModel`; its fields are that constructor's arguments."""
+
+
+@register
+class BitFitModel(DeltaBase):
+    """Trains the biases of modules, and adds one where there is none.
+
+    All modules inside an addressed module take part. The delta's biases are copies that take the
+    place of the backbone's own while the delta is attached; added ones start at zero, so that
+    the output is the same at first. Keys stay ``<module>.bias``.
+
+    Args:
+        backbone_model: the model to modify, in place.
+        modified_modules: see `DeltaBase`, also for the arguments that follow.
+
+    Raises:
+        InsertionError: if nothing inside an addressed module can have a bias.
+    """
+
+    delta_type: ClassVar[str] = "bitfit"
+    config_class = BitFitConfig
+    default_modified_modules: ClassVar[list[str]] = ["attn", "ff", "layer_norm", "lm_head.proj"]
+
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        modified_modules: list[str] | tuple[str, ...] | str | None = None,
+        exclude_modules: list[str] | tuple[str, ...] | str | None = None,
+        unfrozen_modules: list[str] | tuple[str, ...] | str | None = None,
+        common_structure: bool | None = None,
+        interactive_modify: bool | int | None = False,
+        backend: str | None = "hf",
+    ) -> None:
+        self._construct(locals())
+
+    def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
+        self._places: dict[int, list[tuple[str, nn.Module]]] = {}
+        for name, module in own_modules(backbone):
+            bias = module._parameters.get("bias")
+            if bias is not None:
+                self._places.setdefault(id(bias), []).append((name, module))
+        self._done: set[int] = set()
+        super().plan(backbone, patterns)
+        del self._places, self._done
+
+    def update_module(self, module: nn.Module, key: str) -> None:
+        """Train the biases of the module called `key` and of all inside it."""
+        parts = list(self.inside(key))
+        for name, part in parts:
+            if id(part) not in self._done:
+                self.add_bias_to_modules_have_bias_or_known_type(part, name)
+        if not self.uses_defaults and not any(id(part) in self._done for _, part in parts):
+            target = module.get_submodule(key)
+            raise InsertionError(
+                f"{key!r} ({type(target).__name__}) has no bias and takes none: BitFit trains the "
+                "biases of linears, convolutions and norms, and of modules that hold such."
+            )
+
+    def add_bias_to_modules_have_bias_or_known_type(
+        self, c: nn.Module, name: str | None = None
+    ) -> None:
+        """Train the bias of a module; add one if it has none and is a linear, convolution or norm.
+
+        Args:
+            c: a module of the backbone.
+            name: its name, if known.
+        """
+        name = self.name_of(c) if name is None else name
+        bias = c._parameters.get("bias")
+        if bias is not None:
+            places = self._places[id(bias)]
+            if any(id(place) in self._done for _, place in places):
+                return
+            self._train(places, nn.Parameter(bias.detach().clone()), ignored=False)
+            return
+        size = self._bias_size(c)
+        if size is None:
+            return
+        weight = c._parameters.get("weight")
+        like = weight if weight is not None and weight.is_floating_point() else torch.empty(0)
+        parameter = nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device))
+        self._train([(name, c)], parameter, ignored="bias" not in c._parameters)
+
+    def _train(
+        self, places: list[tuple[str, nn.Module]], parameter: nn.Parameter, ignored: bool
+    ) -> None:
+        self._done.update(id(module) for _, module in places)
+        name = places[0][0]
+        state = BackboneState.of(self.backbone_model)
+        slot = state.slots.get(f"{name}.bias") if state is not None else None
+        if slot is None:
+            slot = ParameterSlot([module for _, module in places], "bias")
+        self._insert(ParameterInsertion(slot, name, parameter, ignored))
+
+    @staticmethod
+    def _bias_size(module: nn.Module) -> int | None:
+        """Width of the bias that a module without one can be given, or None."""
+        if module._modules or hasattr(module, "num_embeddings"):
+            return None
+        widths = read_widths(module)
+        if widths is not None:
+            return widths[1]
+        weight = module._parameters.get("weight")  # a norm that only scales
+        return weight.shape[0] if weight is not None and weight.dim() == 1 else None

@@ -1,0 +1,326 @@
+"""LoRA: a low-rank term beside a linear map (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from opendelta.auto_delta import register
+from opendelta.basemodel import DeltaBase
+from opendelta.construction import reads_without_calling
+from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
+from opendelta.addressing.patterns import as_patterns, matches_any
+from opendelta.insertion import AfterDispatcher, onto
+from opendelta.sizes import read_widths
+
+
+class LowRankAdd(torch.autograd.Function):
+    """``output + scaling * dropout(x) A^T B^T`` as one node of the autograd graph.
+
+    It keeps ``x`` and the low-rank activation for backward and draws the dropout mask again
+    there. The small products are computed with the rank as their rows, which is several times
+    faster on CPU than the other way round.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        x: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        seed = int(torch.randint(2**62, ()).item()) if dropout else None
+        rows = _drop(x.reshape(-1, x.shape[-1]).to(lora_a.dtype), dropout, seed)
+        z = lora_a @ rows.t()
+        ctx.save_for_backward(x, z, lora_a, lora_b)
+        ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
+        return _add_product(output, z.t(), lora_b, scaling)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, z, lora_a, lora_b = ctx.saved_tensors
+        _, needs_x, needs_a, needs_b = ctx.needs_input_grad[:4]
+        dy = grad.reshape(-1, grad.shape[-1]).to(lora_a.dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(lora_a.dtype)
+        if needs_a or (needs_b and torch.is_grad_enabled()):
+            rows = _drop(rows, ctx.dropout, ctx.seed)
+        if torch.is_grad_enabled():  # a second derivative is wanted: z must depend on its factors
+            z = lora_a @ rows.t()
+        dz = (lora_b.t() @ dy.t()) * ctx.scaling
+        grad_x = grad_a = grad_b = None
+        if needs_x:
+            grad_x = _drop(dz.t() @ lora_a, ctx.dropout, ctx.seed).to(x.dtype).view(x.shape)
+        if needs_a:
+            grad_a = dz @ rows
+        if needs_b:
+            grad_b = (z @ dy).t() * ctx.scaling
+        return grad, grad_x, grad_a, grad_b, None, None
+
+
+def _drop(rows: Tensor, dropout: float, seed: int | None) -> Tensor:
+    """Dropout whose mask follows from `seed`."""
+    if not dropout or seed is None:
+        return rows
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    mask = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    mask.bernoulli_(1 - dropout, generator=generator)
+    return rows * mask / (1 - dropout)
+
+
+def _add_product(output: Tensor, z: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """``output + scaling * z B^T`` in the output's dtype, in one operation where dtypes agree."""
+    rows = output.reshape(-1, output.shape[-1])
+    if rows.dtype == z.dtype:
+        return torch.addmm(rows, z, lora_b.t(), alpha=scaling).view(output.shape)
+    return torch.add(rows, (z @ lora_b.t()).to(rows.dtype), alpha=scaling).view(output.shape)
+
+
+def fused_applies(output: Tensor, x: Tensor, lora_a: Tensor) -> bool:
+    """Whether `LowRankAdd` computes what the plain operations would.
+
+    Not for tensor subclasses (shards, quantised ones), compilation, autocast, and functional or
+    forward-mode differentiation.
+    """
+    return (
+        type(output) is Tensor
+        and type(x) is Tensor
+        and output.shape[:-1] == x.shape[:-1]
+        and output.device == x.device == lora_a.device
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+    )
+
+
+class LoraLayer(nn.Module):
+    """The low-rank term of a linear map.
+
+    Parameters: `lora_A` (r, in) with Kaiming-uniform values, `lora_B` (out, r) with zeros.
+
+    Raises:
+        ConfigError: for a rank below 1 or a dropout outside [0, 1).
+    """
+
+    def __init__(
+        self, in_width: int, out_width: int, r: int, lora_alpha: float, lora_dropout: float
+    ) -> None:
+        super().__init__()
+        if r < 1:
+            raise ConfigError(f"lora_r={r}; expected a rank of 1 or more.")
+        if not 0 <= lora_dropout < 1:
+            raise ConfigError(f"lora_dropout={lora_dropout}; expected a share in [0, 1).")
+        self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
+        self.lora_dropout = lora_dropout
+        self.lora_A = nn.Parameter(torch.empty(r, in_width))
+        self.lora_B = nn.Parameter(torch.zeros(out_width, r))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise `lora_A`; `lora_B` starts at zero, so that the term does."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+
+    def forward(self, output: Tensor, x: Tensor) -> Tensor:
+        """Add the term of `x` (..., in) onto `output` (..., out); returns that shape and dtype."""
+        dropout = self.lora_dropout if self.training else 0.0
+        if fused_applies(output, x, self.lora_A):
+            if torch.is_grad_enabled():
+                added: Tensor = LowRankAdd.apply(
+                    output, x, self.lora_A, self.lora_B, self.scaling, dropout
+                )
+                return added
+            if not dropout:
+                rows = x.reshape(-1, x.shape[-1]).to(self.lora_A.dtype)
+                z = self.lora_A @ rows.t()
+                return _add_product(output, z.t(), self.lora_B, self.scaling)
+        z = F.linear(F.dropout(x.to(self.lora_A.dtype), dropout), self.lora_A)
+        return output + (F.linear(z, self.lora_B) * self.scaling).to(output.dtype)
+
+
+class LoraConvLayer(LoraLayer):
+    """The low-rank term of a convolution: one of rank r with its kernel, then a pointwise one.
+
+    Parameters: `lora_A` (r, in / groups, *kernel), `lora_B` (out, r, 1, ...).
+    """
+
+    def __init__(self, host: Any, r: int, lora_alpha: float, lora_dropout: float) -> None:
+        super().__init__(host.in_channels, host.out_channels, r, lora_alpha, lora_dropout)
+        kernel = host.kernel_size
+        self.groups = host.groups
+        self.lora_A = nn.Parameter(torch.empty(r, host.in_channels // host.groups, *kernel))
+        self.lora_B = nn.Parameter(torch.zeros(host.out_channels, r, *(1 for _ in kernel)))
+        self.reset_parameters()
+        self.convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
+        self.options = {"stride": host.stride, "padding": host.padding, "dilation": host.dilation}
+        self.pad_mode = host.padding_mode
+        self.pad = tuple(getattr(host, "_reversed_padding_repeated_twice", ()))
+
+    def forward(self, output: Tensor, x: Tensor) -> Tensor:
+        dropout = self.lora_dropout if self.training else 0.0
+        x = F.dropout(x.to(self.lora_A.dtype), dropout)
+        options = dict(self.options)
+        if self.pad_mode != "zeros":
+            x, options["padding"] = F.pad(x, self.pad, mode=self.pad_mode), 0
+        # Each group has the same A: r channels of every group's input.
+        kernel = self.lora_A.repeat(self.groups, *(1 for _ in self.lora_A.shape[1:]))
+        z = self.convolve(x, kernel, groups=self.groups, **options)
+        term = self.convolve(z, self.lora_B, groups=self.groups)
+        return output + (term * self.scaling).to(output.dtype)
+
+
+class LoraEmbeddingLayer(LoraLayer):
+    """The low-rank term of an embedding: ``B A[:, ids]``.
+
+    Parameters: `lora_A` (r, vocabulary) from N(0, 1/3), the size that a linear's low-rank
+    activation has for inputs of unit variance, and `lora_B` (width, r) with zeros.
+    """
+
+    def __init__(self, host: Any, r: int, lora_alpha: float, lora_dropout: float) -> None:
+        super().__init__(host.num_embeddings, host.embedding_dim, r, lora_alpha, lora_dropout)
+        self.padding_idx = host.padding_idx
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.lora_A, std=3**-0.5)
+
+    def forward(self, output: Tensor, x: Tensor) -> Tensor:
+        z = F.embedding(x, self.lora_A.t(), self.padding_idx)
+        z = F.dropout(z, self.lora_dropout if self.training else 0.0)
+        return output + (F.linear(z, self.lora_B) * self.scaling).to(output.dtype)
+
+
+class LoraConfig(BaseDeltaConfig):
+    """Config of `LoraModel`; its fields are that constructor's arguments."""
+
+
+@register
+class LoraModel(DeltaBase):
+    """Low-rank terms beside linear maps.
+
+    Targets are linears (`nn.Linear`, transformers' `Conv1D`, quantised ones), `nn.Conv1d`,
+    `nn.Conv2d`, `nn.Conv3d` and `nn.Embedding`; a module that holds others stands for all linears
+    inside it.
+
+    Args:
+        backbone_model: the model to modify, in place.
+        lora_r: rank.
+        lora_alpha: the term is scaled by ``lora_alpha / lora_r``.
+        lora_dropout: dropout of the term's input.
+        modified_modules: see `DeltaBase`, also for the arguments up to `backend`.
+        rank_pattern: pattern -> rank of the modules that it addresses, instead of `lora_r`.
+        alpha_pattern: pattern -> alpha of the modules that it addresses.
+
+    Raises:
+        InsertionError: if a target is no linear map and holds none.
+        ConfigError: for a rank below 1 or a dropout outside [0, 1).
+    """
+
+    delta_type: ClassVar[str] = "lora"
+    config_class = LoraConfig
+    default_modified_modules: ClassVar[list[str]] = ["attn.q", "attn.v"]
+
+    lora_r: int
+    lora_alpha: float
+    lora_dropout: float
+    rank_pattern: dict[str, int] | None
+    alpha_pattern: dict[str, float] | None
+
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        lora_r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        modified_modules: list[str] | tuple[str, ...] | str | None = None,
+        unfrozen_modules: list[str] | tuple[str, ...] | str | None = None,
+        exclude_modules: list[str] | tuple[str, ...] | str | None = None,
+        common_structure: bool | None = None,
+        interactive_modify: bool | int | None = False,
+        backend: str | None = "hf",
+        *,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+    ) -> None:
+        self._construct(locals())
+
+    def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
+        self._done: set[str] = set()
+        super().plan(backbone, patterns)
+        for argument in ("rank_pattern", "alpha_pattern"):
+            for pattern in as_patterns(list(getattr(self, argument) or ()), argument):
+                if not any(matches_any(self.names_of(name), pattern) for name in self._done):
+                    raise AddressingError(
+                        f"{argument}: {pattern!r} addresses none of the modified modules."
+                        + nearest(pattern, self._done)
+                    )
+        del self._done
+
+    def update_module(self, module: nn.Module, key: str) -> None:
+        """Put a low-rank term beside the module called `key`, or beside all linears inside it."""
+        _, _, target = self.find_module(module, key)
+        if any(child is not None for child in target._modules.values()) and not _is_map(target):
+            parts = [
+                (name, part)
+                for name, part in self.inside(key)
+                if _is_linear(part) and not reads_without_calling(self.backbone_model, name)
+            ]
+        else:
+            parts = [(key, target)]
+        if not parts:
+            raise InsertionError(
+                f"{key!r} ({type(target).__name__}) holds no linear that LoRA could be put on."
+            )
+        for name, part in parts:
+            if name not in self._done:
+                self._done.add(name)
+                layer = self.new_layer(name, part)
+                self.insert_action(part, layer, "lora", AfterDispatcher, onto)
+
+    def new_layer(self, name: str, target: nn.Module) -> LoraLayer:
+        """The low-rank term for the module called `name`.
+
+        Raises:
+            InsertionError: if that is no linear map.
+        """
+        r = self._by_pattern(self.rank_pattern, name, self.lora_r)
+        alpha = self._by_pattern(self.alpha_pattern, name, self.lora_alpha)
+        if hasattr(target, "num_embeddings") and hasattr(target, "embedding_dim"):
+            return LoraEmbeddingLayer(target, r, alpha, self.lora_dropout)
+        if hasattr(target, "in_channels") and not getattr(target, "transposed", True):
+            return LoraConvLayer(target, r, alpha, self.lora_dropout)
+        widths = read_widths(target)
+        if widths is None or not _is_linear(target):
+            raise InsertionError(
+                f"{name!r} is a {type(target).__name__}, which is no linear map: LoRA goes on "
+                "linears, convolutions (not transposed ones) and embeddings, or on a module that "
+                "holds linears."
+            )
+        return LoraLayer(*widths, r, alpha, self.lora_dropout)
+
+    def _by_pattern(self, table: dict[str, Any] | None, name: str, default: Any) -> Any:
+        names = tuple(self.names_of(name)) if table else ()
+        return next((v for p, v in (table or {}).items() if matches_any(names, p)), default)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A linear by its attributes: in and out features, or those of transformers' Conv1D."""
+    return read_widths(module) is not None and (
+        hasattr(module, "in_features") or hasattr(module, "nf")
+    )
+
+
+def _is_map(module: nn.Module) -> bool:
+    return read_widths(module) is not None

@@ -1,0 +1,195 @@
+"""ParallelAdapter: a bottleneck beside one or two modules (He et al. 2022).
+
+https://arxiv.org/abs/2110.04366: it reads the input of a first module and adds to the output of
+a second one, which may be the same.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from opendelta.auto_delta import register
+from opendelta.basemodel import DeltaBase
+from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.delta_models.adapter import Bottleneck
+from opendelta.exceptions import AddressingError, ConfigError, InsertionError
+from opendelta.insertion import (
+    AfterDispatcher,
+    Args,
+    BeforeDispatcher,
+    Kwargs,
+    first_hidden,
+    map_hidden,
+)
+
+
+class ParallelAdapterLayer(nn.Module):
+    """``scaled * up(act(down(x)))`` for x of shape (..., in), a tensor of shape (..., out).
+
+    Attributes:
+        held: the first module's input until the second one's output is there.
+    """
+
+    def __init__(
+        self, in_width: int, bottleneck_dim: int, out_width: int, non_linearity: str, scaled: float
+    ) -> None:
+        super().__init__()
+        self.modulelist = Bottleneck(in_width, bottleneck_dim, out_width, non_linearity)
+        self.scaled = scaled
+        self.held: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.modulelist(x.to(self.modulelist.down_proj.weight.dtype))
+        return (y if self.scaled == 1 else y * self.scaled).to(x.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "held": None}
+
+
+def hold(delta: ParallelAdapterLayer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Before the first module: keep its input."""
+    delta.held = first_hidden(args, kwargs)
+    return args, kwargs
+
+
+def release(delta: ParallelAdapterLayer, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """After the second module: add what the adapter makes of the first one's input."""
+    source, delta.held = delta.held, None
+    if source is None:
+        raise InsertionError(
+            "The second module of a ParallelAdapter's pair ran, but the first did not run before "
+            "it: choose two modules that run in this order."
+        )
+    return map_hidden(output, lambda hidden: hidden + delta(source))
+
+
+class DropHeld:
+    """Insertion and hook of the root: after each forward, failed ones too, nothing stays held."""
+
+    def __init__(self, root: nn.Module, layers: list[ParallelAdapterLayer]) -> None:
+        self.host, self.host_name = root, ""
+        self.layers = layers
+        self.handle: RemovableHandle | None = None
+
+    def __call__(self, module: nn.Module, args: Args, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            for layer in self.layers:
+                layer.held = None
+
+    @property
+    def attached(self) -> bool:
+        return False  # it acts on no value
+
+    def insert(self) -> None:
+        self.handle = self.host.register_forward_hook(self, always_call=True)
+
+    def attach(self) -> None:
+        """Nothing to switch."""
+
+    detach = attach
+
+    def remove(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+
+
+class ParallelAdapterConfig(BaseDeltaConfig):
+    """Config of `ParallelAdapterModel`; its fields are that constructor's arguments."""
+
+
+@register
+class ParallelAdapterModel(DeltaBase):
+    """Adapters beside modules.
+
+    The patterns are taken in pairs: ``["attn", "attn", "ff.w1", "ff.w2"]`` puts one adapter
+    beside each attention, and one from the input of each ``ff.w1`` to the output of the ``ff.w2``
+    that follows it.
+
+    Args:
+        backbone_model: the model to modify, in place.
+        bottleneck_dim: width of the bottleneck.
+        non_linearity: name of the activation, see `activation`.
+        scaled: factor of the adapter's output.
+        modified_modules: see `DeltaBase`, also for the arguments that follow.
+
+    Raises:
+        AddressingError: if the patterns do not come in pairs that address equally many modules.
+        ConfigError: for a `bottleneck_dim` below 1 or an unknown activation.
+    """
+
+    delta_type: ClassVar[str] = "parallel_adapter"
+    config_class = ParallelAdapterConfig
+    default_modified_modules: ClassVar[list[str]] = ["attn", "attn", "ff.w1", "ff.w2"]
+
+    bottleneck_dim: int
+    non_linearity: str
+    scaled: float
+
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        bottleneck_dim: int = 24,
+        non_linearity: str = "gelu_new",
+        scaled: float = 1.0,
+        modified_modules: list[str] | tuple[str, ...] | None = None,
+        exclude_modules: list[str] | tuple[str, ...] | str | None = None,
+        unfrozen_modules: list[str] | tuple[str, ...] | str | None = None,
+        common_structure: bool | None = None,
+        interactive_modify: bool | int | None = False,
+        backend: str | None = "hf",
+    ) -> None:
+        self._construct(locals())
+
+    def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
+        """Pair the targets of each two patterns in module order and put an adapter on each pair."""
+        if len(patterns) % 2:
+            raise AddressingError(
+                f"modified_modules={patterns}: a ParallelAdapter takes its modules in pairs, the "
+                "one whose input is read, then the one to whose output is added; name a module "
+                "twice, as in ['attn', 'attn'], to put it beside that one."
+            )
+        found = self.find_targets(patterns)
+        pairs: list[tuple[str, str]] = []
+        for first, second, a, b in zip(
+            found[::2], found[1::2], patterns[::2], patterns[1::2], strict=True
+        ):
+            if len(first) != len(second):
+                raise AddressingError(
+                    f"{a!r} addresses {len(first)} modules and {b!r} {len(second)}: a "
+                    "ParallelAdapter needs as many first as second ones."
+                )
+            pairs += zip(first, second, strict=True)
+        order = {name: i for i, name in enumerate(self._module_names.values())}
+        pairs.sort(key=lambda pair: order[pair[0]])
+        self._target_names = [name for pair in pairs for name in pair]
+        layers = [self.update_pair(first_name, second_name) for first_name, second_name in pairs]
+        self._insert(DropHeld(backbone, layers))
+
+    def update_pair(self, first_name: str, second_name: str) -> ParallelAdapterLayer:
+        """Put one adapter from the input of one module to the output of another."""
+        first = self.backbone_model.get_submodule(first_name)
+        second = self.backbone_model.get_submodule(second_name)
+        for module, name in ((first, first_name), (second, second_name)):
+            if hasattr(module, "out_channels") or hasattr(module, "num_embeddings"):
+                raise ConfigError(
+                    f"{name!r} is a {type(module).__name__}: a ParallelAdapter goes beside modules "
+                    "whose input and output are hidden states of shape (batch, tokens, hidden)."
+                )
+        (in_width, _), (_, out_width) = self.widths(first), self.widths(second)
+        layer = ParallelAdapterLayer(
+            in_width, self.bottleneck_dim, out_width, self.non_linearity, self.scaled
+        )
+        self.insert_action(first, layer, "parallel_adapter", BeforeDispatcher, hold)
+        self.insert_action(second, layer, "parallel_adapter", AfterDispatcher, release)
+        return layer
+
+    def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """0.3.2's files hold an adapter under both its modules: the second name is dropped."""
+        own = {name for name, _ in self.own_tensors()}
+        alias = re.compile(r"(^|\.)parallel_adapter(_\d+)?\.")
+        return {n: t for n, t in tensors.items() if n in own or not alias.search(n)}

@@ -1,0 +1,447 @@
+"""How a delta gets on a module and off again.
+
+Each modified module carries at most two permanent hooks, a `Dispatcher` before its forward and one
+after. A dispatcher knows *names*; on each call it looks them up among the children of the module
+that it fires on and calls those that it finds. So attaching and detaching a delta only puts its
+module in or out of the host's ``_modules``, and copies, replicas, shards and compiled graphs of a
+backbone find their own deltas.
+
+An *insertion* is one change of the backbone that can be attached, detached and removed:
+`ModuleInsertion` (a delta submodule called by a dispatcher), `Replacement` (a swapped child) and
+`ParameterInsertion` (a parameter put in the place of another: BitFit's bias).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from opendelta.exceptions import InsertionError
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+# --- reading and writing the hidden state ------------------------------------------------------
+
+
+def first_hidden(args: Args, kwargs: Kwargs) -> Tensor:
+    """The hidden state among a module's arguments: ``hidden_states``, or the first float tensor."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    named = kwargs.get("hidden_states")
+    if isinstance(named, Tensor):
+        return named
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise InsertionError("The modified module is called without any tensor: there is no input.")
+
+
+def map_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`output` with its hidden state replaced by ``change(hidden)``.
+
+    The hidden state is the output itself, the first element of a tuple or list, or the first
+    floating-point tensor of a dict or ``ModelOutput``. The caller's containers are not changed.
+
+    Raises:
+        InsertionError: if there is no tensor at these places.
+    """
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        changed = [change(output[0]), *output[1:]]
+        if hasattr(output, "_fields"):  # a namedtuple takes its fields one by one
+            return type(output)(*changed)
+        return type(output)(changed)
+    if isinstance(output, Mapping):
+        for key, value in output.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+                return type(output)(**{**output, key: change(value)})
+    raise InsertionError(
+        f"The modified module returned a {type(output).__name__}; expected a tensor, or a tuple, "
+        "list, dict or ModelOutput whose first tensor is the hidden state."
+    )
+
+
+# --- what a dispatcher does with one delta module --------------------------------------------------
+# An action before the forward maps (delta, args, kwargs) to new arguments; one after it maps
+# (delta, args, kwargs, output) to the new output.
+
+
+def before(delta: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Pass the input through the delta (``delta.pre_forward`` where there is one)."""
+    if hasattr(delta, "pre_forward"):
+        new_args, new_kwargs = delta.pre_forward(*args, **kwargs)
+        return new_args, new_kwargs
+    changed = delta(first_hidden(args, kwargs))
+    if args:
+        return (changed, *args[1:]), kwargs
+    key = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return args, {**kwargs, key: changed}
+
+
+def after(delta: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Pass the output through the delta (``delta.post_forward`` where there is one)."""
+    if hasattr(delta, "post_forward"):
+        return delta.post_forward(output)
+    return map_hidden(output, delta)
+
+
+def parallel(delta: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Add to the output what the delta makes of the module's own arguments."""
+    return map_hidden(output, lambda hidden: hidden + delta(*args, **kwargs))
+
+
+def onto(delta: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Let the delta add onto the output itself: ``delta(hidden output, hidden input)``."""
+    source = first_hidden(args, kwargs)
+    return map_hidden(output, lambda hidden: delta(hidden, source))
+
+
+class Dispatcher:
+    """The permanent hook of a module, one on each side of its forward.
+
+    Attributes:
+        entries: ``(name, action)`` in order of execution.
+        handle: kept for `remove`, and in pickles, where it keeps torch's hook counter from
+            handing out the same id again in another process.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, Callable[..., Any]]] = []
+        self.handle: RemovableHandle | None = None
+
+    @classmethod
+    def on(cls, module: nn.Module) -> Dispatcher | None:
+        """The dispatcher of this class on `module`, if it has one."""
+        for hook in cls.hooks(module).values():
+            if type(hook) is cls:
+                return hook
+        return None
+
+    @staticmethod
+    def hooks(module: nn.Module) -> dict[int, Any]:
+        raise NotImplementedError
+
+    def register(self, module: nn.Module) -> None:
+        raise NotImplementedError
+
+    def add(self, name: str, action: Callable[..., Any]) -> None:
+        self.entries.append((name, action))
+
+    def discard(self, name: str) -> None:
+        self.entries = [entry for entry in self.entries if entry[0] != name]
+        if not self.entries and self.handle is not None:
+            self.handle.remove()
+
+
+class BeforeDispatcher(Dispatcher):
+    """Runs the attached deltas before the forward, the last one inserted first."""
+
+    @staticmethod
+    def hooks(module: nn.Module) -> dict[int, Any]:
+        return module._forward_pre_hooks  # type: ignore[return-value]
+
+    def register(self, module: nn.Module) -> None:
+        self.handle = module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
+
+    def add(self, name: str, action: Callable[..., Any]) -> None:
+        self.entries.insert(0, (name, action))
+
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        for name, action in self.entries:
+            delta = module._modules.get(name)
+            if delta is not None:
+                args, kwargs = action(delta, args, kwargs)
+        return args, kwargs
+
+
+class AfterDispatcher(Dispatcher):
+    """Runs the attached deltas after the forward, in order of insertion."""
+
+    @staticmethod
+    def hooks(module: nn.Module) -> dict[int, Any]:
+        return module._forward_hooks  # type: ignore[return-value]
+
+    def register(self, module: nn.Module) -> None:
+        self.handle = module.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        for name, action in self.entries:
+            delta = module._modules.get(name)
+            if delta is not None:
+                output = action(delta, args, kwargs, output)
+        return output
+
+
+def add_bias(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Hook for a module whose forward ignores ``bias``: add the parameter of that name, if there."""
+    bias = module._parameters.get("bias")
+    return output if bias is None else map_hidden(output, lambda hidden: hidden + bias)
+
+
+# --- telling deltas from the backbone's own modules ---------------------------------------------
+
+
+def inserted_names(module: nn.Module) -> tuple[str, ...]:
+    """Names under which deltas sit on `module`, attached or not, in order of execution."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return ()
+    dispatchers = (BeforeDispatcher.on(module), AfterDispatcher.on(module))
+    entries = [entry for dispatcher in dispatchers if dispatcher for entry in dispatcher.entries]
+    return tuple(dict.fromkeys(name for name, _ in entries))
+
+
+def inserted_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of this module's direct parameters that belong to a delta (BitFit's ``bias``)."""
+    return tuple(
+        name for name, p in module._parameters.items() if getattr(p, "_is_delta", False)
+    )
+
+
+def own_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules()` of the backbone alone: nothing that sits inside a delta."""
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        deltas = inserted_names(module)
+        prefix = name + "." if name else ""
+        for child_name, child in module._modules.items():
+            if child is not None and child_name not in deltas:
+                yield from walk(prefix + child_name, child)
+
+    return walk("", root)
+
+
+def forget_compiled_code() -> None:
+    """Make compiled models trace again: graphs are not guarded on the arrival of a new hook."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"]:
+        dynamo.reset()
+
+
+# --- insertions -----------------------------------------------------------------------------------
+
+
+class Insertion(Protocol):
+    """One change of the backbone. `insert` is called once, then `detach` and `attach` at will."""
+
+    host: nn.Module
+    host_name: str
+
+    @property
+    def attached(self) -> bool: ...
+    def insert(self) -> None: ...
+    def attach(self) -> None: ...
+    def detach(self) -> None: ...
+    def remove(self) -> None: ...
+
+
+def first_parameter(module: nn.Module) -> Tensor | None:
+    """The first own floating-point parameter of a host, which says its device and dtype."""
+    deltas = inserted_names(module)
+    for p in module._parameters.values():
+        if p is not None and p.is_floating_point():
+            return p
+    for name, child in module._modules.items():
+        if child is not None and name not in deltas:
+            found = first_parameter(child)
+            if found is not None:
+                return found
+    return None
+
+
+class ModuleInsertion:
+    """A delta submodule on a host, called by the host's dispatcher.
+
+    Args:
+        host: the modified module; `host_name`: its name in the backbone.
+        module: the delta module.
+        name: the name under which it is registered on the host.
+        side: which dispatcher calls it; `action`: what that one does with it.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        host_name: str,
+        module: nn.Module,
+        name: str,
+        side: type[Dispatcher],
+        action: Callable[..., Any],
+    ) -> None:
+        self.host, self.host_name = host, host_name
+        self.module, self.name = module, name
+        self.lone_name = name  # its name in files, where the delta is alone
+        self.side, self.action = side, action
+        self._left_at: tuple[torch.device, torch.dtype] | None = None
+
+    @property
+    def attached(self) -> bool:
+        return self.name in self.host._modules
+
+    def insert(self) -> None:
+        dispatcher = self.side.on(self.host)
+        if dispatcher is None:
+            dispatcher = self.side()
+            dispatcher.register(self.host)
+            forget_compiled_code()
+        dispatcher.add(self.name, self.action)
+        self.host._modules[self.name] = self.module
+
+    def detach(self) -> None:
+        if self.attached:
+            del self.host._modules[self.name]
+            self._left_at = self._place()
+
+    def attach(self) -> None:
+        if self.attached:
+            return
+        place = self._place()
+        if self._left_at is not None and place is not None and place != self._left_at:
+            self._follow(self._left_at, place)
+        if self.module.training != self.host.training:
+            self.module.train(self.host.training)
+        self.host._modules[self.name] = self.module
+
+    def remove(self) -> None:
+        self.host._modules.pop(self.name, None)
+        dispatcher = self.side.on(self.host)
+        if dispatcher is not None:
+            dispatcher.discard(self.name)
+
+    def _place(self) -> tuple[torch.device, torch.dtype] | None:
+        p = first_parameter(self.host)
+        return None if p is None else (p.device, p.dtype)
+
+    def _follow(
+        self, old: tuple[torch.device, torch.dtype], new: tuple[torch.device, torch.dtype]
+    ) -> None:
+        """Move, in place, to where the host went; to its dtype only if it shared the old one."""
+        if new[0].type == "meta":
+            return
+        same_dtype = all(p.dtype == old[1] for p in self.module.parameters())
+        self.module.to(device=new[0], dtype=new[1] if same_dtype else None)
+
+
+class Replacement:
+    """A child of `host` swapped for a delta module; detaching puts the original back."""
+
+    def __init__(
+        self, host: nn.Module, host_name: str, child_name: str, module: nn.Module
+    ) -> None:
+        self.host, self.host_name, self.name = host, host_name, child_name
+        self.original = host._modules[child_name]
+        self.module = module
+
+    @property
+    def attached(self) -> bool:
+        return self.host._modules.get(self.name) is self.module
+
+    def insert(self) -> None:
+        self.host._modules[self.name] = self.module
+        forget_compiled_code()
+
+    attach = insert
+
+    def detach(self) -> None:
+        if self.attached:
+            self.host._modules[self.name] = self.original
+            forget_compiled_code()
+
+    remove = detach
+
+
+class ParameterSlot:
+    """A place for a parameter on a module, with its original content and those laid over it.
+
+    The content is that of the attached insertion that was inserted last, else the original one.
+    Tied parameters have several places.
+
+    Args:
+        places: the modules that hold the parameter.
+        name: its name there, e.g. ``"bias"``.
+    """
+
+    def __init__(self, places: list[nn.Module], name: str) -> None:
+        self.places, self.name = places, name
+        self.existed = [name in place._parameters for place in places]
+        self.original = places[0]._parameters.get(name)
+        self.layers: list[ParameterInsertion] = []
+        self.handle: RemovableHandle | None = None
+
+    @property
+    def content(self) -> nn.Parameter | None:
+        """The parameter that acts now."""
+        attached = [layer.parameter for layer in self.layers if layer.attached]
+        return attached[-1] if attached else self.original
+
+    def settle(self) -> None:
+        """Put what acts now into every place."""
+        content = self.content
+        for place, existed in zip(self.places, self.existed, strict=True):
+            if content is None and not existed:
+                place._parameters.pop(self.name, None)
+            else:
+                place._parameters[self.name] = content
+
+
+class ParameterInsertion:
+    """A parameter of a delta in the place of a parameter (or of none) of the backbone.
+
+    Args:
+        slot: where it goes.
+        host_name: the first place's name in the backbone.
+        parameter: what acts while attached.
+        ignored: whether the host's forward ignores a parameter of that name, so that a hook
+            has to add it to the output.
+    """
+
+    def __init__(
+        self, slot: ParameterSlot, host_name: str, parameter: nn.Parameter, ignored: bool
+    ) -> None:
+        self.slot, self.host_name, self.parameter, self.ignored = slot, host_name, parameter, ignored
+        self.host, self.name = slot.places[0], slot.name
+        self.full_name = f"{host_name}.{slot.name}" if host_name else slot.name
+        self._attached = False
+
+    @property
+    def attached(self) -> bool:
+        return self._attached
+
+    def insert(self) -> None:
+        if self.ignored and self.slot.handle is None:
+            self.slot.handle = self.host.register_forward_hook(add_bias, with_kwargs=True)
+            forget_compiled_code()
+        self.slot.layers.append(self)
+        self.attach()
+
+    def attach(self) -> None:
+        if self._attached:
+            return
+        place = first_parameter(self.host)
+        if place is not None and place.device.type != "meta":
+            self.parameter.data = self.parameter.data.to(place.device)
+        self._attached = True
+        self.slot.settle()
+
+    def detach(self) -> None:
+        self._attached = False
+        self.slot.settle()
+
+    def remove(self) -> None:
+        self.detach()
+        if self in self.slot.layers:
+            self.slot.layers.remove(self)
+        if not self.slot.layers and self.slot.handle is not None:
+            self.slot.handle.remove()
+            self.slot.handle = None

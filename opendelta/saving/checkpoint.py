@@ -1,0 +1,318 @@
+"""Saving a delta and loading it (specification 1.23.1)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from opendelta.backbone_state import bare, own_parameters
+from opendelta.delta_configs import BaseDeltaConfig, read_config
+from opendelta.exceptions import BackboneMismatchWarning, CheckpointError, ConfigError, DeltaWarning
+from opendelta.saving.files import (
+    CONFIG_FILE,
+    SAFETENSORS_FILE,
+    TORCH_FILE,
+    WEIGHT_FILES,
+    read_tensors,
+    sha256_of,
+    weights_in,
+    write_tensors,
+)
+from opendelta.saving.hashing import gen_model_hash
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from opendelta.basemodel import DeltaBase
+
+
+class SaveLoadMixin:
+    """What `DeltaBase` offers for files."""
+
+    def save_finetuned(
+        self: DeltaBase,  # type: ignore[misc]
+        finetuned_delta_path: str | os.PathLike[str] | None = "./delta_checkpoints/",
+        save_config: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        save_function: Callable[..., Any] | None = None,
+        push_to_dc: bool = False,
+        center_args: dict[str, Any] | None = {},  # noqa: B006 - documented defaults, never changed
+        center_args_pool: dict[str, Any] | None = {},  # noqa: B006
+        list_tags: list[Any] | None = [],  # noqa: B006
+        dict_tags: dict[str, Any] | None = {},  # noqa: B006
+        delay_push: bool = False,
+        test_result: Any = None,
+        usage: str | None = "",
+        *,
+        state_dict_only: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        """Write this delta into a folder: ``model.safetensors`` and ``config.json``.
+
+        The file holds this delta's parameters, trainable or not, under the names that they have
+        when the delta is alone on its backbone, and the backbone's parameters that its last
+        `freeze_module` (else its `unfrozen_modules`) left trainable, one name per tied parameter.
+
+        Args:
+            finetuned_delta_path: the folder; it is made if it does not exist.
+            save_config: whether to write ``config.json`` too.
+            state_dict: tensors to save instead of the current ones.
+            save_function: called with (tensors, path) to write ``pytorch_model.bin``, as 0.3.2
+                did with `torch.save`; None writes ``model.safetensors``.
+            push_to_dc: publish on DeltaCenter; `center_args` to `usage` go with it.
+            state_dict_only: write no ``config.json`` (as ``save_config=False``).
+            overwrite: replace a ``config.json`` that is not a delta's.
+
+        Raises:
+            CheckpointError: if the folder holds another kind of config, or cannot be written.
+        """
+        if push_to_dc:
+            raise NotImplementedError(
+                "This version does not publish on DeltaCenter. Save the delta into a folder and "
+                "upload that, for instance with `huggingface_hub.upload_folder`."
+            )
+        folder = Path(finetuned_delta_path or "./delta_checkpoints/")
+        if folder.is_file():
+            raise CheckpointError(f"{folder} is a file; a delta is saved into a folder.")
+        if not overwrite:
+            _refuse_foreign(folder)
+        if self.left_trainable is None and state_dict is None:
+            warnings.warn(
+                "freeze_module was never called on this delta: only its own parameters and its "
+                "unfrozen_modules are saved, although the whole backbone may have been trained.",
+                DeltaWarning,
+                stacklevel=2,
+            )
+        tensors = self.checkpoint_tensors() if state_dict is None else state_dict
+        name = SAFETENSORS_FILE if save_function is None else TORCH_FILE
+        digest = write_tensors(folder / name, tensors, save_function)
+        for other in WEIGHT_FILES:
+            if other != name:  # else a reader could find the weights of an earlier save
+                (folder / other).unlink(missing_ok=True)
+        if save_config and not state_dict_only:
+            self.describe_backbone()
+            self.config.weights_sha256 = digest
+            self.config.save_finetuned(folder)
+
+    def checkpoint_tensors(self: DeltaBase) -> dict[str, Tensor]:  # type: ignore[misc]
+        """What `save_finetuned` writes: name -> tensor, this delta's first."""
+        tensors: dict[str, Tensor] = dict(self.own_tensors())
+        wanted = set(self.declared_backbone_parameters())
+        for name, p in own_parameters(self.backbone_model):
+            if name in wanted:
+                tensors.setdefault(name, p)
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def describe_backbone(self: DeltaBase) -> None:  # type: ignore[misc]
+        """Write into the config on which backbone this delta stands."""
+        backbone = self.backbone_model
+        with bare(backbone):
+            own = {name for name, _ in backbone.named_parameters()}
+        carried = set(self.checkpoint_tensors())
+        self.config.backbone_class = type(backbone).__name__
+        source = getattr(getattr(backbone, "config", None), "_name_or_path", None)
+        self.config.backbone_checkpoint_name = source or self.config.backbone_checkpoint_name or ""
+        self.config.backbone_hash_excludes = sorted(carried & own)
+        self.config.backbone_hash = gen_model_hash(
+            backbone, excludes=self.config.backbone_hash_excludes
+        )
+
+    def save_checkpoint(
+        self: DeltaBase,  # type: ignore[misc]
+        path: str | os.PathLike[str],
+        save_func: Callable[..., Any] | None = None,
+        backbone_model: nn.Module | None = None,
+    ) -> None:
+        """Write only the weights.
+
+        Args:
+            path: a file, whose suffix decides the format (``.safetensors``, else torch's), or a
+                folder, which gets ``model.safetensors``.
+            save_func: called with (tensors, path) instead.
+            backbone_model: the backbone; None for this delta's own.
+        """
+        self.require_own(backbone_model)
+        file = Path(path)
+        if file.is_dir() or not file.suffix:
+            file = file / SAFETENSORS_FILE
+        write_tensors(file, self.checkpoint_tensors(), save_func)
+
+    def load_checkpoint(
+        self: DeltaBase,  # type: ignore[misc]
+        path: str | os.PathLike[str],
+        load_func: Callable[..., Any] | None = None,
+        backbone_model: nn.Module | None = None,
+    ) -> None:
+        """Load only the weights, into this delta and its backbone.
+
+        Args:
+            path: a weights file or a folder that holds one.
+            load_func: called with the path instead of the built-in safe readers.
+            backbone_model: the backbone; None for this delta's own.
+
+        Raises:
+            CheckpointError: if the file is damaged or does not fit; nothing is loaded then.
+        """
+        self.require_own(backbone_model)
+        load_tensors(self, read_tensors(weights_in(path), load_func))
+
+    @classmethod
+    def from_finetuned(
+        cls,
+        finetuned_delta_path: str | os.PathLike[str] | None,
+        backbone_model: nn.Module,
+        delta_config: BaseDeltaConfig | dict[str, Any] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        *model_args: Any,
+        force_download: bool = False,
+        check_hash: bool = True,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Put a saved delta on a backbone, which is set to eval mode.
+
+        Nothing is frozen: to train on, call `freeze_module`.
+
+        Args:
+            finetuned_delta_path: the folder that `save_finetuned` wrote; None if both
+                `delta_config` and `state_dict` are given.
+            backbone_model: the backbone, modified in place.
+            delta_config: a config (or dict) to use instead of the folder's.
+            cache_dir, force_download, local_files_only: for deltas that are downloaded.
+            state_dict: tensors to load instead of the folder's.
+            check_hash: whether to compare the backbone's hash with the config's.
+            kwargs: fields of the config to override.
+
+        Raises:
+            CheckpointError: if a file is missing or damaged, or keys do not fit. The backbone is
+                left as it was.
+
+        Warns:
+            BackboneMismatchWarning: if the backbone is not the one the delta was trained on.
+        """
+        if finetuned_delta_path is None and (delta_config is None or state_dict is None):
+            raise CheckpointError(
+                "from_finetuned(None, ...) needs both delta_config and state_dict; else name the "
+                "folder that save_finetuned wrote."
+            )
+        if delta_config is None:
+            assert finetuned_delta_path is not None
+            delta_config = cls._config_in(finetuned_delta_path, **kwargs)
+            kwargs = {}
+        model_class: type[DeltaBase] = cls._class_for(delta_config)
+        config = model_class.config_from(delta_config, **kwargs)
+        if state_dict is None:
+            assert finetuned_delta_path is not None
+            file = weights_in(finetuned_delta_path)
+            expected = config.weights_sha256
+            if expected and sha256_of(file) != expected:
+                raise CheckpointError(
+                    f"{file} is not the file that was saved: its sha256 differs from the one in "
+                    f"{CONFIG_FILE} ({expected[:12]}...). It was damaged or exchanged."
+                )
+            state_dict = read_tensors(file)
+        delta = model_class.from_config(config, backbone_model, check_hash=False)
+        try:
+            load_tensors(delta, state_dict)
+        except BaseException:
+            delta.remove()
+            raise
+        if check_hash:
+            check_backbone(delta.config, backbone_model)
+        delta.left_trainable = list(config.backbone_hash_excludes or ())
+        backbone_model.eval()
+        return delta  # type: ignore[return-value]
+
+    @classmethod
+    def _config_in(cls, path: str | os.PathLike[str], **kwargs: Any) -> BaseDeltaConfig:
+        values = read_config(path)
+        config = cls._class_for(values).config_class.from_dict(values, **kwargs)
+        config.from_file = True
+        return config
+
+    @classmethod
+    def _class_for(cls, config: BaseDeltaConfig | dict[str, Any]) -> type[DeltaBase]:
+        """The delta class that a config is for, which must be this class or one below it."""
+        from opendelta.auto_delta import model_class_for
+
+        found = model_class_for(config)
+        if not issubclass(found, cls):
+            raise ConfigError(
+                f"This is the config of a {found.__name__}, not of a {cls.__name__}. "
+                "AutoDeltaModel loads any."
+            )
+        return found
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Keep a delta from overwriting another model's files, which have the same names."""
+    if not (folder / CONFIG_FILE).exists():
+        return
+    try:
+        read_config(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder} already holds a {CONFIG_FILE} that is not a delta's, and saving would "
+            f"replace it ({error}) Choose another folder, or pass overwrite=True."
+        ) from error
+
+
+def check_backbone(config: BaseDeltaConfig, backbone: nn.Module) -> None:
+    """Warn if `backbone` is not the one whose hash `config` holds."""
+    if not config.backbone_hash:
+        return
+    actual = gen_model_hash(backbone, excludes=config.backbone_hash_excludes or ())
+    if actual != config.backbone_hash:
+        warnings.warn(
+            "This delta was trained on another backbone: the hash in its config is "
+            f"{config.backbone_hash} ({config.backbone_class}), that of the given one is {actual} "
+            f"({type(backbone).__name__}). Predictions will differ from the trained ones; "
+            "check_hash=False silences this.",
+            BackboneMismatchWarning,
+            stacklevel=4,
+        )
+
+
+def load_tensors(delta: DeltaBase, tensors: dict[str, Tensor]) -> None:
+    """Copy a checkpoint into a delta and its backbone, all of it or nothing.
+
+    Raises:
+        CheckpointError: naming missing and unexpected keys and shapes that differ.
+    """
+    tensors = delta.translate_keys(tensors)
+    own = dict(delta.own_tensors())
+    targets: dict[str, Tensor] = dict(own)
+    for name, p in own_parameters(delta.backbone_model):
+        targets.setdefault(name, p)
+    required = [*own, *(delta.config.backbone_hash_excludes or ())]
+    missing = [name for name in required if name not in tensors]
+    unexpected = [name for name in tensors if name not in targets]
+    shapes = [
+        f"{name}: {tuple(tensors[name].shape)} in the file, {tuple(targets[name].shape)} here"
+        for name in tensors
+        if name in targets and tensors[name].shape != targets[name].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = [
+            f"{title}: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}"
+            for title, names in (
+                ("missing in the file", missing),
+                ("unexpected in the file", unexpected),
+                ("of another shape", shapes),
+            )
+            if names
+        ]
+        raise CheckpointError(
+            f"The checkpoint does not fit this {type(delta).__name__} on "
+            f"{type(delta.backbone_model).__name__}. Keys {'; keys '.join(parts)}."
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            targets[name].copy_(tensor)

@@ -1,0 +1,137 @@
+"""Files of a delta: which there are, reading tensors safely, writing whole files or none."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opendelta.exceptions import CheckpointError
+
+CONFIG_FILE = "config.json"
+SAFETENSORS_FILE = "model.safetensors"
+TORCH_FILE = "pytorch_model.bin"
+WEIGHT_FILES = (SAFETENSORS_FILE, TORCH_FILE)
+
+
+def resolve_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder of a saved delta.
+
+    Raises:
+        CheckpointError: if there is no such folder.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    raise CheckpointError(
+        f"There is no folder {str(folder)!r}. A delta is saved with "
+        "`delta.save_finetuned('some_folder')` and loaded from that folder."
+    )
+
+
+def weights_in(path: str | os.PathLike[str]) -> Path:
+    """The weights file that `path` is, or that lies in the folder `path`.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    folder = resolve_folder(file)
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"{folder} holds neither {SAFETENSORS_FILE} nor {TORCH_FILE}.")
+
+
+def read_tensors(file: Path, load_func: Callable[..., Any] | None = None) -> dict[str, Tensor]:
+    """The tensors in a weights file, on the CPU.
+
+    Args:
+        file: ``.safetensors``, or any other suffix for a torch file, which is read with
+            ``weights_only=True``.
+        load_func: called with the file's path instead.
+
+    Raises:
+        CheckpointError: if the file is damaged, foreign, or would run code.
+    """
+    try:
+        if load_func is not None:
+            content = load_func(str(file))
+        elif file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} is not a plain file of tensors, and reading more than tensors could run code; "
+            "ask its author for a .safetensors file."
+        ) from error
+    except Exception as error:  # each reader has its own errors; all mean an unreadable file
+        raise CheckpointError(f"{file} cannot be read as tensors: {error}") from error
+    if not isinstance(content, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+    ):
+        raise CheckpointError(f"{file} does not hold a dict of tensors, so it is no delta's weights.")
+    return dict(content)
+
+
+def write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], save_func: Callable[..., Any] | None = None
+) -> str:
+    """Write tensors to `file` (the suffix decides the format) and return the file's sha256."""
+    content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+    def write(temporary: str) -> None:
+        if save_func is not None:
+            save_func(content, temporary)
+        elif file.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(content, temporary, metadata={"format": "pt"})
+        else:
+            torch.save(content, temporary)
+
+    return _replace(file, write)
+
+
+def write_atomically(file: Path, content: bytes) -> str:
+    """Write bytes to `file` through a temporary name; readers see the old file or the whole new."""
+    return _replace(file, lambda temporary: Path(temporary).write_bytes(content) and None)
+
+
+def sha256_of(file: Path) -> str:
+    """The hex sha256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _replace(file: Path, write: Callable[[str], Any]) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private
+        digest = sha256_of(Path(temporary))
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return digest
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,163 @@
+"""How wide the input and output of a module are: read off it, or measured by one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opendelta.exceptions import InsertionError
+from opendelta.insertion import first_hidden, map_hidden, own_modules
+
+# (input width, output width) attributes: Linear and quantised linears, transformers' Conv1D,
+# convolutions, embeddings.
+_ATTRIBUTES = (
+    ("in_features", "out_features"),
+    ("nx", "nf"),
+    ("in_channels", "out_channels"),
+    ("num_embeddings", "embedding_dim"),
+)
+
+
+def read_widths(module: nn.Module) -> tuple[int, int] | None:
+    """(input, output) width of `module` by its attributes, or None where it has none.
+
+    Attributes, not the weight's shape: a quantised or sharded weight has another one.
+    """
+    for source, target in _ATTRIBUTES:
+        widths = getattr(module, source, None), getattr(module, target, None)
+        if isinstance(widths[0], int) and isinstance(widths[1], int):
+            return widths[0], widths[1]
+    normalized = getattr(module, "normalized_shape", None)
+    if isinstance(normalized, (tuple, list)) and normalized:
+        return normalized[-1], normalized[-1]
+    return None
+
+
+def measure_widths(
+    backbone: nn.Module, modules: Mapping[str, nn.Module]
+) -> dict[str, tuple[int, int]]:
+    """(input, output) width of each of `modules`, from one forward of a pseudo input.
+
+    The pseudo input is ``backbone.dummy_inputs`` where the user set it (a dict, tuple or tensor),
+    or that of the transformers model that holds the modules, or is made from its
+    ``main_input_name``; for any other network it is ``tensor([[0, 0, 0]])``, then
+    ``tensor([0, 0, 0])``. The backbone's train mode, random state and buffers stay as found.
+
+    Raises:
+        InsertionError: if the forward fails, or never reaches one of the modules.
+    """
+    widths: dict[str, tuple[int, int]] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            sizes = [first_hidden(args, kwargs).shape[-1]]
+            map_hidden(output, lambda hidden: sizes.append(hidden.shape[-1]) or hidden)
+            widths.setdefault(name, (sizes[0], sizes[1]))
+
+        return hook
+
+    runner = _runner(backbone, modules)
+    handles = [m.register_forward_hook(record(n), with_kwargs=True) for n, m in modules.items()]
+    try:
+        with _untouched(backbone):
+            _run(runner)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missed = [name for name in modules if name not in widths]
+    if missed:
+        raise InsertionError(
+            f"A forward of the pseudo input through {type(runner).__name__} never calls "
+            f"{missed[0]!r}, so its width cannot be measured. Name a module that is called, or set "
+            "`backbone.dummy_inputs` to an input that reaches it."
+        )
+    return widths
+
+
+def _runner(backbone: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The outermost module that holds all `modules` and knows a pseudo input, else `backbone`."""
+    for name, module in own_modules(backbone):
+        inside = all(not name or n == name or n.startswith(name + ".") for n in modules)
+        if inside and _pseudo_input(module) is not None:
+            return module
+    return backbone
+
+
+def _pseudo_input(module: nn.Module) -> Any:
+    """The pseudo input that `module` names or whose form it declares, else None."""
+    own = module.__dict__.get("dummy_inputs")  # set by the user
+    if own is not None:
+        return own
+    main, config = getattr(module, "main_input_name", None), getattr(module, "config", None)
+    if main is None or config is None:
+        return getattr(module, "dummy_inputs", None)
+    if main == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        return {main: torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
+    if main in ("input_values", "input_features"):
+        mel_bins = getattr(config, "num_mel_bins", None)
+        frames = 2 * getattr(config, "max_source_positions", 1500)
+        return {main: torch.zeros(1, mel_bins, frames) if mel_bins else torch.zeros(1, 16000)}
+    inputs = dict(getattr(module, "dummy_inputs", None) or {main: torch.tensor([[0, 0, 0]])})
+    if getattr(config, "is_encoder_decoder", False):
+        inputs.setdefault("decoder_input_ids", inputs[main])
+    vocabulary = getattr(config, "vocab_size", None)
+    if isinstance(vocabulary, int):
+        inputs = {
+            key: value.clamp(max=vocabulary - 1) if key.endswith("input_ids") else value
+            for key, value in inputs.items()
+        }
+    return inputs
+
+
+def _run(model: nn.Module) -> None:
+    """One forward of a pseudo input; the last attempt's error is raised with advice."""
+    known = _pseudo_input(model)
+    attempts = [known] if known is not None else [torch.tensor([[0, 0, 0]]), torch.tensor([0, 0, 0])]
+    place = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def fit(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(place.device, place.dtype if value.is_floating_point() else None)
+
+    for attempt in attempts:
+        try:
+            if isinstance(attempt, Mapping):
+                model(**{key: fit(value) for key, value in attempt.items()})
+            elif isinstance(attempt, (tuple, list)):
+                model(*(fit(value) for value in attempt))
+            else:
+                model(fit(attempt))
+            return
+        except Exception as error:  # any error of the user's model: told below with its cause
+            failure = error
+    raise InsertionError(
+        "A pseudo input must pass through the model to tell the width of the modified modules, but "
+        f"{type(model).__name__} failed on the automatic one ({type(failure).__name__}: {failure})."
+        " Before creating the delta, set `backbone_model.dummy_inputs` to anything that makes "
+        "`backbone_model(**dummy_inputs)` succeed; only its form and shape matter."
+    ) from failure
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; train modes, buffers and random state are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
