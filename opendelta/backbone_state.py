@@ -131,7 +131,7 @@ def own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     A parameter that a delta put in the place of the backbone's (BitFit's bias) is the delta's.
     """
     state = BackboneState.of(backbone)
-    foreign = {id(p) for delta in state.deltas for p in delta.parameters()} if state else set()
+    foreign = {id(p) for i in state.insertions for p in i.parameters()} if state else set()
     for name, p in backbone.named_parameters(remove_duplicate=False):
         if id(p) not in foreign:
             yield name, p

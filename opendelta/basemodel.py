@@ -5,26 +5,24 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from opendelta.addressing.patterns import as_patterns
 from opendelta.arguments import checked
 from opendelta.backbone_state import BackboneState, SubmoduleTrim
 from opendelta.backends import check_backend
-from opendelta.construction import Construction
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import ConfigError, InsertionError, UnmatchedPatternWarning
-from opendelta.freezing import EVERY_DELTA, freeze, reached
-from opendelta.insertion import Insertion, ModuleInsertion
+from opendelta.freezing import EVERY_DELTA, freeze
+from opendelta.insertion import Insertion, uncompiled
 from opendelta.saving.checkpoint import SaveLoadMixin, check_backbone
 
 INTERACTIVE_PORT = 8888
 
 
-class DeltaBase(SaveLoadMixin, Construction):
+class DeltaBase(SaveLoadMixin):
     """Base class of all deltas: small trainable modules on a backbone that is otherwise frozen.
 
     A delta is an `nn.Module` whose parameters are those it added (or took over), under the names
@@ -84,7 +82,7 @@ class DeltaBase(SaveLoadMixin, Construction):
             )
         check_backend(backend)
         nn.Module.__init__(self)
-        self.__dict__["backbone_model"] = backbone_model  # not a submodule of the delta
+        self.__dict__["backbone_model"] = uncompiled(backbone_model)  # not a submodule of the delta
         self.backend = backend
         self.insertions = []
         self.left_trainable: list[str] | None = None
@@ -105,7 +103,7 @@ class DeltaBase(SaveLoadMixin, Construction):
             from opendelta.web import select_modules
 
             port = INTERACTIVE_PORT if interactive_modify is True else interactive_modify
-            patterns = select_modules(backbone_model, port)
+            patterns = select_modules(self.backbone_model, port)
             self.__dict__.setdefault("arguments", {})["modified_modules"] = patterns
         self.uses_defaults = not patterns
         self.modified_modules = patterns or list(self.default_modified_modules)
@@ -141,12 +139,14 @@ class DeltaBase(SaveLoadMixin, Construction):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._label()  # attributes of parameters do not survive a copy
+        self._label(self.insertions)  # attributes of parameters do not survive a copy
 
     # --- from configs -----------------------------------------------------------------------
 
     @classmethod
-    def config_from(cls, config: BaseDeltaConfig | dict[str, Any], **kwargs: Any) -> BaseDeltaConfig:
+    def config_from(
+        cls, config: BaseDeltaConfig | dict[str, Any], **kwargs: Any
+    ) -> BaseDeltaConfig:
         """A config of this class from an object or dict, with fields overridden by `kwargs`.
 
         Raises:
@@ -324,42 +324,6 @@ class DeltaBase(SaveLoadMixin, Construction):
             insertion.remove()
         state.forget(self, self.backbone_model)
 
-    # --- its tensors ------------------------------------------------------------------------
-
-    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in a saved file, tensor) of all this delta holds, shared ones once."""
-        seen: set[int] = set()
-        for name, tensor in self.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield name, tensor
-
-    def constants(self) -> Iterator[Tensor]:
-        """This delta's buffers, and its parameters that never train."""
-        yield from self.buffers()
-        if self._constant_names:
-            yield from (p for n, p in self.named_parameters() if n in self._constant_names)
-
-    def declared_backbone_parameters(self) -> list[str]:
-        """Names of the backbone's own parameters that are saved together with this delta."""
-        if self.left_trainable is not None:
-            return self.left_trainable
-        patterns = [p for p in self.unfrozen_modules if p != EVERY_DELTA]
-        return reached(self.backbone_model, patterns, self.names_of) if patterns else []
-
-    def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A file's tensors under today's names; methods whose 0.3.2 files differ redefine it."""
-        return tensors
-
-    def require_own(self, backbone: nn.Module | None) -> None:
-        """Refuse another backbone than this delta's.
-
-        Raises:
-            InsertionError: if `backbone` is one.
-        """
-        if backbone is not None and backbone is not self.backbone_model:
-            raise InsertionError("backbone_model is not the backbone that this delta is on.")
-
     # --- looking ----------------------------------------------------------------------------
 
     def log(
@@ -388,7 +352,3 @@ class DeltaBase(SaveLoadMixin, Construction):
             visualization=visualization,
             cuda_memory=cuda_memory,
         )
-
-    def _label(self) -> None:
-        for p in self.parameters():
-            p._is_delta = True  # type: ignore[attr-defined]  # bigmodelvis colours by it

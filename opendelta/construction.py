@@ -1,10 +1,10 @@
-"""Putting a delta on a backbone: address modules, plan insertions, carry out all of them or none."""
+"""Putting a delta on a backbone: address modules, plan insertions, carry out all or none."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import nn
 
@@ -28,6 +28,7 @@ from opendelta.insertion import (
 from opendelta.sizes import measure_widths, read_widths
 
 if TYPE_CHECKING:
+    from opendelta.basemodel import DeltaBase
     from opendelta.delta_configs import BaseDeltaConfig
 
 
@@ -59,7 +60,9 @@ def reads_without_calling(backbone: nn.Module, name: str) -> bool:
     That is the output projection of `nn.MultiheadAttention`.
     """
     parent_name, _, child = name.rpartition(".")
-    return child == "out_proj" and hasattr(backbone.get_submodule(parent_name), "in_proj_weight")
+    if child != "out_proj":
+        return False
+    return hasattr(backbone.get_submodule(parent_name), "in_proj_weight")
 
 
 class Construction(nn.Module):
@@ -105,9 +108,7 @@ class Construction(nn.Module):
             from opendelta.addressing.common_structure import CommonStructureMap
 
             structure = CommonStructureMap(self.backbone_model)
-            self._common_names = {
-                module: names for module in structure.matched_pairs if (names := structure.names(module))
-            }
+            self._common_names = {name: structure.names(name) for name in structure.matched_pairs}
         yield from self._common_names.get(name, ())
         module, _, leaf = name.rpartition(".")
         for common in self._common_names.get(module, ()):
@@ -130,12 +131,14 @@ class Construction(nn.Module):
         Raises:
             AddressingError: if there is none.
         """
-        parent_name, _, child_name = key.rpartition(".")
-        try:
-            parent = root_module.get_submodule(parent_name)
-            return parent, child_name, root_module.get_submodule(key)
-        except AttributeError as error:
-            raise AddressingError(f"{type(root_module).__name__} has no module {key!r}.") from error
+        *path, child_name = key.split(".")
+        parent: nn.Module | None = root_module
+        for part in path:
+            parent = None if parent is None else parent._modules.get(part)
+        child = None if parent is None else parent._modules.get(child_name)
+        if parent is None or child is None:
+            raise AddressingError(f"{type(root_module).__name__} has no module {key!r}.")
+        return parent, child_name, child
 
     def find_targets(self, patterns: Sequence[str]) -> list[list[str]]:
         """Names of the modules that each pattern addresses, exclusions taken out."""
@@ -197,7 +200,7 @@ class Construction(nn.Module):
                 )
         finally:
             self._planned, self._planned_on = None, {}
-        self._apply(planned)
+        self._carry_out(planned)
         self._module_names, self._target_names, self._measured = {}, [], {}
         self.__dict__.setdefault("arguments", {})
         self.config = self.config_class(**self.arguments)
@@ -391,7 +394,8 @@ class Construction(nn.Module):
                 f"{type(child_module).__name__} (for delta {delta_name!r})."
             )
         self._follow_host(child_module, new_module)
-        self._insert(Replacement(parent_module, self.name_of(parent_module), child_name, new_module))
+        parent_name = self.name_of(parent_module)
+        self._insert(Replacement(parent_module, parent_name, child_name, new_module))
 
     def _mine_on(self, host: nn.Module) -> list[ModuleInsertion]:
         """This delta's modules on `host`, planned ones included."""
@@ -406,9 +410,9 @@ class Construction(nn.Module):
             if isinstance(insertion, ModuleInsertion):
                 self._planned_on.setdefault(id(insertion.host), []).append(insertion)
         else:
-            self._apply([insertion])
+            self._carry_out([insertion])
 
-    def _apply(self, planned: Sequence[Insertion]) -> None:
+    def _carry_out(self, planned: Sequence[Insertion]) -> None:
         """Carry out all of a plan, or none of it."""
         done: list[Insertion] = []
         try:
@@ -420,39 +424,48 @@ class Construction(nn.Module):
                 insertion.remove()
             raise
         self.insertions += planned
+        held = {id(module) for module in self.modules()}
         for insertion in planned:
-            self._adopt(insertion)
-        self._label()
+            if isinstance(insertion, ParameterInsertion):
+                self._node(insertion.host_name)._parameters[insertion.name] = insertion.parameter
+            elif isinstance(insertion, (ModuleInsertion, Replacement)):
+                if id(insertion.module) not in held:  # else it is held under its first host
+                    held.add(id(insertion.module))
+                    self._hold(insertion)
+        self._label(planned)
         state = BackboneState.create(self.backbone_model)
         if not any(delta is self for delta in state.deltas):
-            state.deltas.append(self)
+            state.deltas.append(cast("DeltaBase", self))
         for insertion in planned:
             if isinstance(insertion, ParameterInsertion):
                 state.slots[insertion.full_name] = insertion.slot
 
-    def _adopt(self, insertion: Insertion) -> None:
-        """Hold what an insertion added under its place in the backbone: ``encoder.layer.0...``."""
+    def _node(self, host_name: str) -> nn.Module:
+        """The module of this delta that stands for one of the backbone: ``encoder.layer.0...``."""
         node: nn.Module = self
-        for part in insertion.host_name.split(".") if insertion.host_name else ():
-            if part not in node._modules:
-                node._modules[part] = nn.Module()
-            child = node._modules[part]
-            assert child is not None
+        for part in host_name.split(".") if host_name else ():
+            child = node._modules.get(part)
+            if child is None:
+                child = node._modules[part] = nn.Module()
             node = child
-        if isinstance(insertion, ParameterInsertion):
-            node._parameters[insertion.name] = insertion.parameter
-        if not isinstance(insertion, (ModuleInsertion, Replacement)):
-            return
+        return node
+
+    def _hold(self, insertion: ModuleInsertion | Replacement) -> None:
+        """Register an inserted module in this delta under its place in the backbone."""
         name = insertion.lone_name if isinstance(insertion, ModuleInsertion) else insertion.name
-        if any(insertion.module is known for known in self.modules()):
-            return  # the second host of a module that is held under its first
-        node._modules[name] = insertion.module
+        self._node(insertion.host_name)._modules[name] = insertion.module
         prefix = insertion.host_name + "." if insertion.host_name else ""
         self._constant_names |= {
             f"{prefix}{name}.{p_name}"
             for p_name, p in insertion.module.named_parameters()
             if not p.requires_grad
         }
+
+    @staticmethod
+    def _label(insertions: Sequence[Insertion]) -> None:
+        for insertion in insertions:
+            for p in insertion.parameters():
+                p._is_delta = True  # type: ignore[attr-defined]  # bigmodelvis colours by it
 
     def _free_name(self, host: nn.Module, base: str) -> str:
         """`base`, or `base_1`, ... if deltas of that name are on `host` already."""
@@ -479,7 +492,9 @@ class Construction(nn.Module):
         if place is None:
             place = first_parameter(self.backbone_model)
         p = next(delta_module.parameters(), None)
-        if place is not None and p is not None and (p.device, p.dtype) != (place.device, place.dtype):
+        if place is None or p is None:
+            return
+        if (p.device, p.dtype) != (place.device, place.dtype):
             delta_module.to(device=place.device, dtype=place.dtype)
         if delta_module.training != host.training:
             delta_module.train(host.training)

@@ -59,6 +59,9 @@ class BaseDeltaConfig:
     delta_type: ClassVar[str] = ""
     method_fields: ClassVar[dict[str, Any]] = {}
 
+    backbone_hash_excludes: list[str] | None
+    weights_sha256: str | None
+
     def __init__(
         self,
         modified_modules: list[str] | None = None,

@@ -38,6 +38,8 @@ class Selection:
         self._known: dict[str, bool] = {"": False}
 
     def __contains__(self, name: str) -> bool:
+        if not self._patterns:
+            return False
         known = self._known.get(name)
         if known is None:
             parent = name.rpartition(".")[0]
@@ -85,11 +87,16 @@ def freeze(
         kept_deltas = list(state.deltas)
     patterns = [p for p in exclude if isinstance(p, str) and p != EVERY_DELTA]
     selection = Selection(patterns, names_of)
-    delta_of = {id(p): delta for delta in state.deltas for p in delta.parameters()}
+    delta_of = {
+        id(p): delta
+        for delta in state.deltas
+        for insertion in delta.insertions
+        for p in insertion.parameters()
+    }
     constant = state.delta_tensors()
     swapped = {id(i.parameter) for i in state.insertions if isinstance(i, ParameterInsertion)}
 
-    own_names = {name for name, _ in own_modules(backbone)}
+    own_names = {name for name, _ in own_modules(backbone)} if patterns else set()
     named: dict[int, list[str]] = {}
     parameters = {}
     for name, p in backbone.named_parameters(remove_duplicate=False):

@@ -14,7 +14,7 @@ An *insertion* is one change of the backbone that can be attached, detached and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -207,26 +207,34 @@ def inserted_parameters(module: nn.Module) -> tuple[str, ...]:
 def own_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`named_modules()` of the backbone alone: nothing that sits inside a delta."""
     seen: set[int] = set()
-
-    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    stack = [("", root)]
+    while stack:
+        name, module = stack.pop()
         if id(module) in seen:
-            return
+            continue
         seen.add(id(module))
         yield name, module
-        deltas = inserted_names(module)
-        prefix = name + "." if name else ""
-        for child_name, child in module._modules.items():
-            if child is not None and child_name not in deltas:
-                yield from walk(prefix + child_name, child)
-
-    return walk("", root)
+        if module._modules:
+            deltas = inserted_names(module)
+            prefix = name + "." if name else ""
+            stack += [
+                (prefix + child_name, child)
+                for child_name, child in reversed(module._modules.items())
+                if child is not None and child_name not in deltas
+            ]
 
 
 def forget_compiled_code() -> None:
     """Make compiled models trace again: graphs are not guarded on the arrival of a new hook."""
-    dynamo = sys.modules.get("torch._dynamo")
+    dynamo = sys.modules.get("torch._dynamo")  # a process that never compiled has no graphs
     if dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"]:
         dynamo.reset()
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` returned; any other module itself."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
 
 
 # --- insertions -----------------------------------------------------------------------------------
@@ -244,6 +252,8 @@ class Insertion(Protocol):
     def attach(self) -> None: ...
     def detach(self) -> None: ...
     def remove(self) -> None: ...
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+    def buffers(self) -> Iterable[Tensor]: ...
 
 
 def first_parameter(module: nn.Module) -> Tensor | None:
@@ -319,6 +329,12 @@ class ModuleInsertion:
         if dispatcher is not None:
             dispatcher.discard(self.name)
 
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.module.parameters()
+
+    def buffers(self) -> Iterable[Tensor]:
+        return self.module.buffers()
+
     def _place(self) -> tuple[torch.device, torch.dtype] | None:
         p = first_parameter(self.host)
         return None if p is None else (p.device, p.dtype)
@@ -359,6 +375,12 @@ class Replacement:
             forget_compiled_code()
 
     remove = detach
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.module.parameters()
+
+    def buffers(self) -> Iterable[Tensor]:
+        return self.module.buffers()
 
 
 class ParameterSlot:
@@ -445,3 +467,9 @@ class ParameterInsertion:
         if not self.slot.layers and self.slot.handle is not None:
             self.slot.handle.remove()
             self.slot.handle = None
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return (self.parameter,)
+
+    def buffers(self) -> Iterable[Tensor]:
+        return ()

@@ -54,9 +54,14 @@ def measure_widths(
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            sizes = [first_hidden(args, kwargs).shape[-1]]
-            map_hidden(output, lambda hidden: sizes.append(hidden.shape[-1]) or hidden)
-            widths.setdefault(name, (sizes[0], sizes[1]))
+            seen: list[Tensor] = [first_hidden(args, kwargs)]
+
+            def note(hidden: Tensor) -> Tensor:
+                seen.append(hidden)
+                return hidden
+
+            map_hidden(output, note)
+            widths.setdefault(name, (seen[0].shape[-1], seen[1].shape[-1]))
 
         return hook
 

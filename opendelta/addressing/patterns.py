@@ -33,10 +33,11 @@ def as_patterns(value: Any, argument: str) -> list[str]:
     patterns = [value] if isinstance(value, str) else value
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
         raise AddressingError(
-            f"{argument}={value!r}: expected a list of strings such as ['attn.q', '[r][0-5]\\.fc2']."
+            f"{argument}={value!r}: expected a list of strings, such as ['attn.q'] or "
+            "['[r][0-5]\\.fc2']."
         )
     if any(not pattern.strip() for pattern in patterns):
-        raise AddressingError(f"{argument}={value!r} holds an empty pattern, which would match all.")
+        raise AddressingError(f"{argument}={value!r} holds an empty pattern.")
     return list(patterns)
 
 

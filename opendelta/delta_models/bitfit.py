@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from opendelta.auto_delta import register
+from opendelta.backbone_state import BackboneState
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
-from opendelta.backbone_state import BackboneState
 from opendelta.exceptions import InsertionError
 from opendelta.insertion import ParameterInsertion, ParameterSlot, own_modules
 from opendelta.sizes import read_widths

@@ -44,6 +44,7 @@ class PHMLinear(nn.Module):
     ) -> None:
         super().__init__()
         n, rank = options.hypercomplex_division, options.phm_rank
+        self.b: nn.Parameter | None
         self.by_steps = bool(options.kronecker_prod)
         rule = {"phm_rule": (n, n, n)}
         if options.factorized_phm_rule:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from opendelta.addressing.patterns import as_patterns, matches_any
 from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
 from opendelta.construction import reads_without_calling
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
-from opendelta.addressing.patterns import as_patterns, matches_any
 from opendelta.insertion import AfterDispatcher, onto
 from opendelta.sizes import read_widths
 

@@ -7,6 +7,7 @@ a second one, which may be the same.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +97,12 @@ class DropHeld:
     def remove(self) -> None:
         if self.handle is not None:
             self.handle.remove()
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return ()
+
+    def buffers(self) -> Iterable[Tensor]:
+        return ()
 
 
 class ParallelAdapterConfig(BaseDeltaConfig):

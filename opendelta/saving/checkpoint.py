@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.backbone_state import bare, own_parameters
+from opendelta.construction import Construction
 from opendelta.delta_configs import BaseDeltaConfig, read_config
-from opendelta.exceptions import BackboneMismatchWarning, CheckpointError, ConfigError, DeltaWarning
+from opendelta.exceptions import (
+    BackboneMismatchWarning,
+    CheckpointError,
+    ConfigError,
+    DeltaWarning,
+    InsertionError,
+)
+from opendelta.freezing import EVERY_DELTA, reached
 from opendelta.saving.files import (
     CONFIG_FILE,
     SAFETENSORS_FILE,
@@ -32,11 +40,14 @@ if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase
 
 
-class SaveLoadMixin:
-    """What `DeltaBase` offers for files."""
+class SaveLoadMixin(Construction):
+    """The part of `DeltaBase` that deals with its tensors and files."""
+
+    left_trainable: list[str] | None
+    unfrozen_modules: list[str]
 
     def save_finetuned(
-        self: DeltaBase,  # type: ignore[misc]
+        self,
         finetuned_delta_path: str | os.PathLike[str] | None = "./delta_checkpoints/",
         save_config: bool = True,
         state_dict: dict[str, Tensor] | None = None,
@@ -100,7 +111,7 @@ class SaveLoadMixin:
             self.config.weights_sha256 = digest
             self.config.save_finetuned(folder)
 
-    def checkpoint_tensors(self: DeltaBase) -> dict[str, Tensor]:  # type: ignore[misc]
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
         """What `save_finetuned` writes: name -> tensor, this delta's first."""
         tensors: dict[str, Tensor] = dict(self.own_tensors())
         wanted = set(self.declared_backbone_parameters())
@@ -109,7 +120,7 @@ class SaveLoadMixin:
                 tensors.setdefault(name, p)
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
-    def describe_backbone(self: DeltaBase) -> None:  # type: ignore[misc]
+    def describe_backbone(self) -> None:
         """Write into the config on which backbone this delta stands."""
         backbone = self.backbone_model
         with bare(backbone):
@@ -124,7 +135,7 @@ class SaveLoadMixin:
         )
 
     def save_checkpoint(
-        self: DeltaBase,  # type: ignore[misc]
+        self,
         path: str | os.PathLike[str],
         save_func: Callable[..., Any] | None = None,
         backbone_model: nn.Module | None = None,
@@ -144,7 +155,7 @@ class SaveLoadMixin:
         write_tensors(file, self.checkpoint_tensors(), save_func)
 
     def load_checkpoint(
-        self: DeltaBase,  # type: ignore[misc]
+        self,
         path: str | os.PathLike[str],
         load_func: Callable[..., Any] | None = None,
         backbone_model: nn.Module | None = None,
@@ -161,6 +172,45 @@ class SaveLoadMixin:
         """
         self.require_own(backbone_model)
         load_tensors(self, read_tensors(weights_in(path), load_func))
+
+    # --- its tensors ------------------------------------------------------------------------
+
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in a saved file, tensor) of all this delta holds, shared ones once."""
+        seen: set[int] = set()
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor
+
+    def constants(self) -> Iterator[Tensor]:
+        """This delta's buffers, and its parameters that never train."""
+        for insertion in self.insertions:
+            yield from insertion.buffers()
+        if self._constant_names:
+            yield from (p for n, p in self.named_parameters() if n in self._constant_names)
+
+    def declared_backbone_parameters(self) -> list[str]:
+        """Names of the backbone's own parameters that are saved together with this delta."""
+        if self.left_trainable is not None:
+            return self.left_trainable
+        patterns = [p for p in self.unfrozen_modules if p != EVERY_DELTA]
+        return reached(self.backbone_model, patterns, self.names_of) if patterns else []
+
+    def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors under today's names; methods whose 0.3.2 files differ redefine it."""
+        return tensors
+
+    def require_own(self, backbone: nn.Module | None) -> None:
+        """Refuse another backbone than this delta's.
+
+        Raises:
+            InsertionError: if `backbone` is one.
+        """
+        if backbone is not None and backbone is not self.backbone_model:
+            raise InsertionError("backbone_model is not the backbone that this delta is on.")
+
+    # --- loading ----------------------------------------------------------------------------
 
     @classmethod
     def from_finetuned(
@@ -280,7 +330,7 @@ def check_backbone(config: BaseDeltaConfig, backbone: nn.Module) -> None:
         )
 
 
-def load_tensors(delta: DeltaBase, tensors: dict[str, Tensor]) -> None:
+def load_tensors(delta: SaveLoadMixin, tensors: dict[str, Tensor]) -> None:
     """Copy a checkpoint into a delta and its backbone, all of it or nothing.
 
     Raises:

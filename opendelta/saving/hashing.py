@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.backbone_state import bare
+from opendelta.insertion import uncompiled
 
 # Bytes copied at once from a device or a non-contiguous tensor, so that no whole model is copied.
 _PIECE = 1 << 24
@@ -33,7 +34,7 @@ def gen_parameter_hash(generator: Iterable[Tensor], md5: Any = None) -> Any:
         step = max(1, _PIECE // max(1, flat.element_size()))
         for start in range(0, flat.numel(), step):
             piece = flat[start : start + step].cpu().view(torch.uint8)
-            md5.update(memoryview(piece.numpy()))
+            md5.update(piece.numpy().data)
     return md5
 
 
@@ -52,6 +53,7 @@ def gen_model_hash(
     Returns:
         32 hex digits.
     """
+    model = uncompiled(model)
     with bare(model):
         structure = re.sub(r"[ \t\n]", "", _structure(model))
         md5 = hashlib.md5(structure.encode(), usedforsecurity=False)

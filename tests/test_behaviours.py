@@ -1,0 +1,320 @@
+"""What every method does on every backbone, through the public API."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import backbones
+import pytest
+import torch
+from cases import BACKBONES, METHODS, PAIRS, built, loss, put, randomise
+from torch import nn
+
+import opendelta
+from opendelta import AutoDeltaModel
+
+everywhere = pytest.mark.parametrize(("method", "backbone"), PAIRS)
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", ["LoraModel", "BitFitModel"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_output_is_unchanged_at_initialisation(method: str, backbone: str) -> None:
+    bare = backbones.run(backbones.build(backbone), backbone)
+    model, _ = built(method, backbone)
+    assert torch.equal(backbones.run(model, backbone), bare)
+
+
+@everywhere
+def test_randomised_delta_changes_the_output(method: str, backbone: str) -> None:
+    bare = backbones.run(backbones.build(backbone), backbone)
+    model, delta = built(method, backbone)
+    randomise(delta)
+    assert (backbones.run(model, backbone) - bare).abs().max() > 1e-3
+
+
+@everywhere
+def test_one_step_moves_the_delta_and_nothing_else(method: str, backbone: str) -> None:
+    model, delta = built(method, backbone)
+    delta.freeze_module()
+    randomise(delta)
+    before = snapshot(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    loss(model, backbone).backward()
+    optimizer.step()
+    trained = {id(p) for p in delta.parameters()}
+    for name, p in model.named_parameters():
+        moved = not torch.equal(p, before[name])
+        if id(p) not in trained:
+            assert not moved, f"{name} is frozen"
+        elif not is_key_bias(name):
+            assert moved, f"{name} belongs to the delta"
+
+
+def is_key_bias(name: str) -> bool:
+    """The gradient of an attention's key bias is zero: softmax ignores what all keys share."""
+    return name.endswith((".key.bias", ".k_proj.bias", ".k.bias", ".key_proj.bias"))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_lora_b_moves_first_then_a(backbone: str) -> None:
+    model, delta = built("LoraModel", backbone)
+    delta.freeze_module()
+    optimizer = torch.optim.SGD(delta.parameters(), lr=1.0)
+    moved = []
+    for _ in range(2):
+        before = snapshot(delta)
+        optimizer.zero_grad()
+        loss(model, backbone).backward()
+        optimizer.step()
+        moved.append({n for n, p in delta.named_parameters() if not torch.equal(p, before[n])})
+    names = {name for name, _ in delta.named_parameters()}
+    assert moved[0] == {name for name in names if name.endswith("lora_B")}
+    assert moved[1] == names
+
+
+@everywhere
+def test_freezing_twice_leaves_the_same_trainable_set(method: str, backbone: str) -> None:
+    model, delta = built(method, backbone)
+    sets = []
+    for train in (True, False, True):
+        model.train(train)
+        delta.freeze_module()
+        sets.append({n for n, p in model.named_parameters() if p.requires_grad})
+        assert model.training is train
+    assert sets[0] == sets[1] == sets[2] == {n for n, _ in named_as_on(model, delta)}
+
+
+def named_as_on(model: nn.Module, delta: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    own = {id(p) for p in delta.parameters()}
+    return [(name, p) for name, p in model.named_parameters() if id(p) in own]
+
+
+@everywhere
+def test_the_backbone_stays_the_users_own_object(method: str, backbone: str) -> None:
+    model = backbones.build(backbone)
+    seen = (type(model), inspect.signature(model.forward), model.forward.__doc__, set(dir(model)))
+    forwards = {name: type(m).forward for name, m in model.named_modules()}
+    values = {key: value for key, value in vars(model).items() if not key.endswith("_hooks")}
+    put(method, backbone, model)
+    now = (type(model), inspect.signature(model.forward), model.forward.__doc__, set(dir(model)))
+    assert seen == now
+    for name, m in model.named_modules():
+        assert "forward" not in vars(m)
+        assert forwards.get(name, type(m).forward) is type(m).forward
+    assert {k for k in vars(model) if not k.endswith("_hooks")} == set(values)
+    assert all(vars(model)[key] is value for key, value in values.items())
+
+
+@everywhere
+def test_save_and_load_into_a_fresh_backbone(method: str, backbone: str, tmp_path: Path) -> None:
+    model, delta = built(method, backbone)
+    delta.freeze_module()
+    randomise(delta)
+    delta.save_finetuned(tmp_path)
+    fresh = backbones.build(backbone)
+    loaded = AutoDeltaModel.from_finetuned(tmp_path, backbone_model=fresh)
+    assert type(loaded) is type(delta)
+    assert torch.equal(backbones.run(fresh, backbone), backbones.run(model, backbone))
+
+
+def check_independent_copy(model: nn.Module, twin: nn.Module, backbone: str) -> None:
+    """`twin` computes what `model` does, with a delta of its own."""
+    with_delta = backbones.run(model, backbone)
+    assert torch.equal(backbones.run(twin, backbone), with_delta)
+    (theirs,), (ours,) = opendelta.deltas(twin), opendelta.deltas(model)
+    assert type(theirs) is type(ours) and theirs is not ours
+    assert theirs.backbone_model is twin
+    assert not {id(p) for p in theirs.parameters()} & {id(p) for p in ours.parameters()}
+    own = {id(p) for p in twin.parameters()}
+    assert all(id(p) in own for p in theirs.parameters())
+    assert all(getattr(p, "_is_delta", False) for p in theirs.parameters())
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.5)
+    assert torch.equal(backbones.run(model, backbone), with_delta)
+    assert not torch.equal(backbones.run(twin, backbone), with_delta)
+    theirs.detach()
+    assert torch.equal(backbones.run(model, backbone), with_delta)
+    bare = backbones.run(backbones.build(backbone), backbone)
+    assert torch.equal(backbones.run(twin, backbone), bare)
+
+
+@everywhere
+def test_deepcopy(method: str, backbone: str) -> None:
+    model, delta = built(method, backbone)
+    delta.freeze_module()
+    randomise(delta)
+    twin = copy.deepcopy(model)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in twin.named_parameters() if p.requires_grad} == trainable
+    assert set(twin.state_dict()) == set(model.state_dict())
+    check_independent_copy(model, twin, backbone)
+
+
+@everywhere
+def test_pickle(method: str, backbone: str, tmp_path: Path) -> None:
+    model, delta = built(method, backbone)
+    delta.freeze_module()
+    randomise(delta)
+    torch.save(model, tmp_path / "model.pt")
+    check_independent_copy(model, torch.load(tmp_path / "model.pt", weights_only=False), backbone)
+
+
+_IN_A_NEW_PROCESS = """
+import sys
+sys.path[:0] = sys.argv[1].split("|")
+import torch, backbones, opendelta
+from cases import METHODS, BACKBONES, put, randomise
+torch.set_num_threads(1)
+results = {}
+for file in sys.argv[2:]:
+    method, backbone = file.rsplit("/", 1)[-1].removesuffix(".pt").split("@")
+    model = torch.load(file, weights_only=False)
+    first = backbones.run(model, backbone)
+    second = put(method, backbone, model)
+    randomise(second)
+    both = backbones.run(model, backbone)
+    second.detach()
+    one = backbones.run(model, backbone)
+    results[file] = (first, both, one, [d.delta_type for d in opendelta.deltas(model)])
+torch.save(results, sys.argv[2] + ".out")
+"""
+
+
+def test_pickle_in_a_new_process_that_adds_another_delta(tmp_path: Path) -> None:
+    files, expected = [], {}
+    for method in METHODS:
+        for backbone in ("bert", "t5", "gpt2"):
+            model, delta = built(method, backbone)
+            randomise(delta)
+            files.append(str(tmp_path / f"{method}@{backbone}.pt"))
+            torch.save(model, files[-1])
+            one = backbones.run(model, backbone)
+            randomise(put(method, backbone, model))
+            expected[files[-1]] = (one, backbones.run(model, backbone))
+    here = Path(__file__).parent
+    script = [sys.executable, "-c", _IN_A_NEW_PROCESS, f"{here}|{here / 'golden'}", *files]
+    subprocess.run(script, check=True, cwd=here.parent)
+    for file, (first, both, one, kinds) in torch.load(files[0] + ".out").items():
+        assert torch.equal(first, expected[file][0]), file
+        assert torch.equal(one, expected[file][0]), file
+        assert torch.equal(both, expected[file][1]), file
+        assert not torch.equal(first, both), file
+        assert len(kinds) == 2
+
+
+@everywhere
+@pytest.mark.parametrize("frozen", [False, True])
+def test_detach_gives_the_bare_backbone_and_attach_the_delta(
+    method: str, backbone: str, frozen: bool
+) -> None:
+    plain = backbones.build(backbone)
+    model, delta = built(method, backbone)
+    randomise(delta)
+    if frozen:
+        delta.freeze_module()
+    with_delta, keys = backbones.run(model, backbone), list(model.state_dict())
+    grads = {n: p.requires_grad for n, p in model.named_parameters()}
+    delta.detach()
+    assert torch.equal(backbones.run(model, backbone), backbones.run(plain, backbone))
+    state, expected = model.state_dict(), plain.state_dict()
+    assert set(state) == set(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    for name, p in model.named_parameters():
+        if not name.endswith("bias"):  # BitFit's biases are other tensors while it is attached
+            assert p.requires_grad == grads[name]
+    delta.attach()
+    assert torch.equal(backbones.run(model, backbone), with_delta)
+    assert set(model.state_dict()) == set(keys)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == grads
+
+
+@everywhere
+def test_remove_leaves_no_trace(method: str, backbone: str) -> None:
+    plain, model = backbones.build(backbone), backbones.build(backbone)
+    hooks = {n: hook_counts(m) for n, m in model.named_modules()}
+    delta = put(method, backbone, model)
+    delta.freeze_module()
+    randomise(delta)
+    delta.remove()
+    assert {n: hook_counts(m) for n, m in model.named_modules()} == hooks
+    assert torch.equal(backbones.run(model, backbone), backbones.run(plain, backbone))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(p.requires_grad for p in model.parameters() if p.is_floating_point())
+    assert opendelta.deltas(model) == []
+    assert str(model) == str(plain)
+
+
+def hook_counts(module: nn.Module) -> dict[str, int]:
+    return {name: len(value) for name, value in vars(module).items() if name.endswith("_hooks")}
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(method: str, backbone: str, dtype: torch.dtype) -> None:
+    exact, delta = built(method, backbone)
+    randomise(delta, 0.05)
+    reference = backbones.run(exact, backbone)
+    model = backbones.build(backbone).to(dtype)
+    delta = put(method, backbone, model)
+    assert {p.dtype for p in delta.parameters()} == {dtype}
+    randomise(delta, 0.05)
+    delta.freeze_module()
+    rounded = backbones.inputs(backbone)
+    given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rounded.items()}
+    result = model(**given)
+    result = result if isinstance(result, torch.Tensor) else result[0]
+    assert result.dtype == dtype
+    error = (result.float() - reference).abs().max() / reference.abs().max()
+    assert error < (0.1 if dtype == torch.bfloat16 else 0.02)
+    result.float().pow(2).mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in delta.parameters())
+
+
+CHECKPOINTED = [b for b in BACKBONES if b != "mlp"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backbone", CHECKPOINTED)
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_gradient_checkpointing(method: str, backbone: str, reentrant: bool) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model, delta = built(method, backbone)
+        randomise(delta)
+        delta.freeze_module()
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        loss(model, backbone).backward()
+        grads.append({n: p.grad for n, p in delta.named_parameters()})
+    assert all(g is not None for g in grads[0].values())
+    for name, expected in grads[0].items():
+        actual = grads[1][name]
+        assert actual is not None, name
+        assert (actual - expected).abs().max() < 1e-6 + 1e-5 * expected.abs().max(), name
+
+
+LANGUAGE_MODELS = ("gpt2", "opt", "llama", "t5")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backbone", LANGUAGE_MODELS)
+def test_generation_agrees_with_and_without_cache(method: str, backbone: str) -> None:
+    model, delta = built(method, backbone)
+    ids = backbones.inputs(backbone)["input_ids"]
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    plain = model.generate(ids, use_cache=True, **options)
+    randomise(delta)
+    cached = model.generate(ids, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+    assert plain.shape[0] == cached.shape[0]

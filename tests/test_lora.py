@@ -1,0 +1,254 @@
+"""LoRA's maths on every kind of layer, against hand-computed weights, and what it keeps."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from opendelta import LoraModel
+from opendelta.delta_models.lora import LoraLayer, fused_applies
+from opendelta.exceptions import AddressingError, InsertionError
+
+
+class Host(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(x)
+        return out
+
+
+def randomised(layer: nn.Module, **kwargs: Any) -> tuple[Host, LoraModel]:
+    model = Host(layer)
+    delta = LoraModel(model, modified_modules=["layer"], **kwargs)
+    with torch.no_grad():
+        for p in delta.parameters():
+            p.copy_(torch.randn(p.shape))
+    return model, delta
+
+
+def factors(delta: LoraModel) -> tuple[torch.Tensor, torch.Tensor, float]:
+    layer = delta.layer.lora
+    return layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling
+
+
+@pytest.mark.parametrize("shape", [(7, 6), (2, 7, 6), (6,), (2, 3, 4, 6), (0, 6), (1, 1, 6)])
+def test_linear_equals_the_merged_weight(shape: tuple[int, ...]) -> None:
+    model, delta = randomised(nn.Linear(6, 5), lora_r=3, lora_alpha=12)
+    a, b, scaling = factors(delta)
+    assert scaling == 4
+    x = torch.randn(shape)
+    merged = nn.functional.linear(x, model.layer.weight + scaling * b @ a, model.layer.bias)
+    torch.testing.assert_close(model(x), merged)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), merged)
+
+
+def test_transformers_conv1d_equals_the_merged_weight() -> None:
+    model, delta = randomised(transformers.pytorch_utils.Conv1D(5, 6), lora_r=2)
+    a, b, scaling = factors(delta)
+    x = torch.randn(2, 3, 6)
+    merged = x @ (model.layer.weight + scaling * (b @ a).t()) + model.layer.bias
+    torch.testing.assert_close(model(x), merged)
+
+
+CONVOLUTIONS = [
+    (dimensions, groups, padding, mode, stride)
+    for dimensions in (1, 2)
+    for groups, padding, mode, stride in [
+        (1, 0, "zeros", 1),
+        (1, 1, "circular", 1),
+        (2, "same", "zeros", 1),
+        (4, 1, "reflect", 2),
+    ]
+]
+
+
+@pytest.mark.parametrize(("dimensions", "groups", "padding", "mode", "stride"), CONVOLUTIONS)
+def test_convolution_equals_the_merged_weight(
+    dimensions: int, groups: int, padding: int | str, mode: str, stride: int
+) -> None:
+    convolution = (nn.Conv1d, nn.Conv2d)[dimensions - 1]
+    layer = convolution(4, 8, 3, stride, padding, groups=groups, padding_mode=mode)
+    model, delta = randomised(layer, lora_r=2, lora_alpha=6)
+    a, b, scaling = factors(delta)
+    merged = convolution(4, 8, 3, stride, padding, groups=groups, padding_mode=mode)
+    with torch.no_grad():
+        update = (b.flatten(1) @ a.flatten(1)).view(layer.weight.shape)
+        merged.weight.copy_(layer.weight + scaling * update)
+        merged.bias.copy_(layer.bias)
+    x = torch.randn(2, 4, *(9,) * dimensions)
+    torch.testing.assert_close(model(x), merged(x), rtol=1e-5, atol=1e-5)
+
+
+def test_embedding_equals_the_merged_table() -> None:
+    model, delta = randomised(nn.Embedding(11, 5, padding_idx=0), lora_r=2)
+    a, b, scaling = factors(delta)
+    ids = torch.tensor([[1, 5, 0], [10, 5, 2]])
+    merged = nn.functional.embedding(ids, model.layer.weight + scaling * (b @ a).t())
+    torch.testing.assert_close(model(ids), merged)
+    model(ids).sum().backward()
+    assert not delta.layer.lora.lora_A.grad[:, 0].any()
+
+
+def test_a_container_stands_for_all_its_linears() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)))
+    delta = LoraModel(model, modified_modules=["0", "0.2"], lora_r=1)
+    assert {n for n, _ in delta.named_parameters()} == {
+        f"0.{i}.lora.lora_{x}" for i, x in itertools.product((0, 2), "AB")
+    }
+
+
+def test_patterns_of_ranks_and_alphas() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    delta = LoraModel(
+        model,
+        lora_r=2,
+        modified_modules=["0", "1", "2"],
+        rank_pattern={"[r][01]": 3},
+        alpha_pattern={"1": 9},
+    )
+    layers = [getattr(delta, str(i)).lora for i in range(3)]
+    assert [layer.r for layer in layers] == [3, 3, 2]
+    assert [layer.scaling for layer in layers] == [16 / 3, 3, 8]
+    assert delta.config.to_dict()["rank_pattern"] == {"[r][01]": 3}
+    with pytest.raises(AddressingError, match="rank_pattern: '7'"):
+        LoraModel(nn.Sequential(nn.Linear(4, 4)), modified_modules=["0"], rank_pattern={"7": 3})
+
+
+def test_an_attention_that_reads_its_projection_is_refused_and_skipped() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    with pytest.raises(InsertionError, match="never called"):
+        LoraModel(model, modified_modules=["0.out_proj"])
+    with pytest.raises(InsertionError, match="holds no linear"):
+        LoraModel(model, modified_modules=["0"])
+
+
+# --- the fused node against plain operations ---------------------------------------------------
+
+
+def layer_of(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> LoraLayer:
+    layer = LoraLayer(5, 4, 2, 3, dropout).to(dtype)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_first_and_second_derivatives(dropout: float) -> None:
+    layer = layer_of(dropout=dropout)
+    output = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert fused_applies(output, x, layer.lora_A)
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)  # the same mask each time
+        a, b = inputs[2:]
+        result: torch.Tensor = functional_call(layer, {"lora_A": a, "lora_B": b}, inputs[:2])
+        return result
+
+    inputs = (output, x, layer.lora_A, layer.lora_B)
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["plain", "transposed", "broadcast", "no grad in", "one", "none"])
+def test_fused_equals_plain(factors: torch.dtype, kind: str) -> None:
+    layer = layer_of(factors)
+    x = {
+        "plain": torch.randn(2, 3, 5),
+        "transposed": torch.randn(2, 5, 3).transpose(1, 2),
+        "broadcast": torch.randn(1, 1, 5).expand(2, 3, 5),
+        "no grad in": torch.randn(2, 3, 5),
+        "one": torch.randn(1, 5),
+        "none": torch.randn(0, 5),
+    }[kind].detach()
+    output = torch.randn(*x.shape[:-1], 4)
+    results = []
+    for fused in (True, False):
+        xi = x.clone().requires_grad_(kind != "no grad in") if kind != "broadcast" else x
+        base = output.clone().requires_grad_()
+        layer.zero_grad()
+        if fused:
+            assert fused_applies(base, xi, layer.lora_A)
+            y = layer(base, xi)
+        else:
+            term = xi.to(factors) @ layer.lora_A.t() @ layer.lora_B.t() * layer.scaling
+            y = base + term.float()
+        y.pow(2).sum().backward()
+        results.append((y, base.grad, xi.grad, layer.lora_A.grad, layer.lora_B.grad))
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_dropout_redraws_the_mask_of_the_forward() -> None:
+    layer = layer_of(torch.float32, dropout=0.5)
+    x = torch.randn(64, 5, requires_grad=True)
+    layer(torch.zeros(64, 4), x).sum().backward()
+    # Where the mask dropped an input, its gradient is zero; elsewhere it is doubled.
+    kept = x.grad != 0
+    expected = 2 * (layer.lora_B.sum(0) @ layer.lora_A) * layer.scaling
+    torch.testing.assert_close(x.grad, kept * expected.expand_as(x))
+    assert 0.3 < kept.float().mean() < 0.7
+    torch.testing.assert_close(
+        layer.lora_A.grad, layer.scaling * torch.outer(layer.lora_B.sum(0), (2 * kept * x).sum(0))
+    )
+
+
+def test_functional_transforms_use_plain_operations() -> None:
+    layer = layer_of(torch.float32)
+    xs, base = torch.randn(6, 5), torch.randn(6, 4)
+    values = dict(layer.named_parameters())
+
+    def squared(values: dict[str, torch.Tensor], o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = functional_call(layer, values, (o, x))
+        return result.pow(2).sum()
+
+    per_row = vmap(grad(squared), in_dims=(None, 0, 0))(values, base, xs)
+    squared(values, base, xs).backward()
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(per_row[name].sum(0), p.grad)
+
+
+def test_autocast_agrees() -> None:
+    model, _ = randomised(nn.Linear(6, 5), lora_r=3)
+    x = torch.randn(4, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(x)
+    assert (low.float() - model(x)).abs().max() < 0.05 * model(x).abs().max()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("host_dtype", [torch.float32, torch.bfloat16])
+def test_backward_keeps_no_more_than_input_and_low_rank_activation(
+    dropout: float, host_dtype: torch.dtype
+) -> None:
+    model = Host(nn.Linear(64, 64)).to(host_dtype)
+    delta = LoraModel(model, modified_modules=["layer"], lora_r=4, lora_dropout=dropout)
+    delta.to(torch.float32)
+    delta.freeze_module()
+    x = torch.randn(32, 64, dtype=host_dtype)
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    assert kept.pop(x.data_ptr()) == x.nbytes
+    assert sum(kept.values()) == 32 * 4 * 4  # z in float32
