@@ -14,7 +14,7 @@ def text(name: str) -> str:
 
 setup(
     name="opendelta",
-    version=re.findall(r'^__version__ = "(.+)"$', text("opendelta/__init__.py"), re.MULTILINE)[0],
+    version=re.findall(r'^__version__ = "(.+)"$', text("opendelta/version.py"), re.MULTILINE)[0],
     description="Plug-and-play delta tuning (parameter-efficient fine-tuning) for PyTorch models",
     long_description=text("README.md"),
     long_description_content_type="text/markdown",
@@ -22,7 +22,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["opendelta", "opendelta.*"]),
     package_data={"opendelta": ["py.typed"], "opendelta.web": ["**/*.html", "**/*.css", "**/*.js"]},
-    install_requires=text("requirements.txt").split(),
+    install_requires=text("requirements.txt").splitlines(),
     extras_require={
         "test": [
             "pytest>=8",

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from opendelta.insertion import Insertion, ParameterSlot, forget_compiled_code, own_modules
+from opendelta.insertion import (
+    Insertion,
+    ParameterSlot,
+    dotted,
+    forget_compiled_code,
+    own_modules,
+)
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase
@@ -120,9 +126,11 @@ class BackboneState:
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers with all their names, ties repeated."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+    """What a full state dict holds, ties repeated: parameters and persistent buffers."""
+    for name, part in module.named_modules(remove_duplicate=False):
+        for own_name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None and own_name not in part._non_persistent_buffers_set:
+                yield dotted(name, own_name), tensor
 
 
 def own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -131,7 +139,7 @@ def own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     A parameter that a delta put in the place of the backbone's (BitFit's bias) is the delta's.
     """
     state = BackboneState.of(backbone)
-    foreign = {id(p) for i in state.insertions for p in i.parameters()} if state else set()
+    foreign = {id(p) for i in state.insertions for _, p in i.named_parameters()} if state else set()
     for name, p in backbone.named_parameters(remove_duplicate=False):
         if id(p) not in foreign:
             yield name, p

@@ -87,7 +87,6 @@ class DeltaBase(SaveLoadMixin):
         self.insertions = []
         self.left_trainable: list[str] | None = None
         self.from_file = False
-        self._constant_names = set()
         self._planned, self._planned_on = None, {}
         self._excluded = set()
         self._module_names, self._target_names, self._measured = {}, [], {}
@@ -183,7 +182,8 @@ class DeltaBase(SaveLoadMixin):
         made = model_class.config_from(config, **kwargs)
         if check_hash:
             check_backbone(made, backbone_model)
-        fields = {name: getattr(made, name) for name in model_class.constructor_fields()}
+        names = model_class.constructor_fields()
+        fields = {name: getattr(made, name) for name in names if hasattr(made, name)}
         if "interactive_modify" in kwargs:
             fields["interactive_modify"] = kwargs["interactive_modify"]
         with warnings.catch_warnings():

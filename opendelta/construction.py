@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from torch import nn
 
 from opendelta import insertion as actions
+from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.addressing.patterns import as_patterns, lineage, matches
 from opendelta.addressing.targets import excluded_modules, find_targets
 from opendelta.backbone_state import BackboneState
@@ -65,6 +66,29 @@ def reads_without_calling(backbone: nn.Module, name: str) -> bool:
     return hasattr(backbone.get_submodule(parent_name), "in_proj_weight")
 
 
+def common_names(backbone: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Module name -> its common names, and those of units that are no module of their own.
+
+    OPT's ``fc1`` and ``fc2`` are ``ff.w1`` and ``ff.w2``, and no module is ``ff``: both answer to
+    that name too.
+    """
+    structure = CommonStructureMap(backbone)
+    names = {name: structure.names(name) for name in structure.matched_pairs}
+    taken = {common for commons in names.values() for common in commons} | {
+        name for name, _ in own_modules(backbone)
+    }
+    return {
+        name: tuple(
+            dict.fromkeys(
+                n
+                for common in commons
+                for n in (common, *itertools.takewhile(lambda a: a not in taken, lineage(common)[1:]))
+            )
+        )
+        for name, commons in names.items()
+    }
+
+
 class Construction(nn.Module):
     """The part of `DeltaBase` that modifies the backbone.
 
@@ -88,7 +112,6 @@ class Construction(nn.Module):
     _module_names: dict[int, str]
     _target_names: list[str]
     _measured: dict[str, tuple[int, int]]
-    _constant_names: set[str]
     _common_names: dict[str, tuple[str, ...]] | None
 
     # --- addressing -------------------------------------------------------------------------
@@ -105,10 +128,7 @@ class Construction(nn.Module):
     def common_names_of(self, name: str) -> Iterator[str]:
         """The common names of a module or parameter of the backbone."""
         if self._common_names is None:
-            from opendelta.addressing.common_structure import CommonStructureMap
-
-            structure = CommonStructureMap(self.backbone_model)
-            self._common_names = {name: structure.names(name) for name in structure.matched_pairs}
+            self._common_names = common_names(self.backbone_model)
         yield from self._common_names.get(name, ())
         module, _, leaf = name.rpartition(".")
         for common in self._common_names.get(module, ()):
@@ -160,12 +180,10 @@ class Construction(nn.Module):
         """Whether `exclude_modules` addresses the module called `name` or one around it."""
         return bool(self._excluded) and any(a in self._excluded for a in lineage(name))
 
-    def inside(self, key: str) -> Iterator[tuple[str, nn.Module]]:
-        """(name, module) of the module called `key` and all inside it, exclusions left out."""
+    def named_inside(self, key: str) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) of the module called `key` and of the backbone's own inside it."""
         for relative, module in own_modules(self.backbone_model.get_submodule(key)):
-            name = f"{key}.{relative}" if relative else key
-            if not self.is_excluded(name):
-                yield name, module
+            yield f"{key}.{relative}" if relative else key, module
 
     def _default_site(self, role: str, names: Iterable[str]) -> str:
         end = self.default_ends.get(role)
@@ -423,15 +441,16 @@ class Construction(nn.Module):
             for insertion in reversed(done):
                 insertion.remove()
             raise
-        self.insertions += planned
-        held = {id(module) for module in self.modules()}
+        held = {id(i.module) for i in self.insertions if isinstance(i, ModuleInsertion)}
         for insertion in planned:
             if isinstance(insertion, ParameterInsertion):
                 self._node(insertion.host_name)._parameters[insertion.name] = insertion.parameter
-            elif isinstance(insertion, (ModuleInsertion, Replacement)):
-                if id(insertion.module) not in held:  # else it is held under its first host
-                    held.add(id(insertion.module))
-                    self._hold(insertion)
+            elif isinstance(insertion, Replacement):
+                self._node(insertion.host_name)._modules[insertion.name] = insertion.module
+            elif isinstance(insertion, ModuleInsertion) and id(insertion.module) not in held:
+                held.add(id(insertion.module))  # a second host of one module does not hold it
+                self._node(insertion.host_name)._modules[insertion.lone_name] = insertion.module
+        self.insertions += planned
         self._label(planned)
         state = BackboneState.create(self.backbone_model)
         if not any(delta is self for delta in state.deltas):
@@ -450,21 +469,10 @@ class Construction(nn.Module):
             node = child
         return node
 
-    def _hold(self, insertion: ModuleInsertion | Replacement) -> None:
-        """Register an inserted module in this delta under its place in the backbone."""
-        name = insertion.lone_name if isinstance(insertion, ModuleInsertion) else insertion.name
-        self._node(insertion.host_name)._modules[name] = insertion.module
-        prefix = insertion.host_name + "." if insertion.host_name else ""
-        self._constant_names |= {
-            f"{prefix}{name}.{p_name}"
-            for p_name, p in insertion.module.named_parameters()
-            if not p.requires_grad
-        }
-
     @staticmethod
     def _label(insertions: Sequence[Insertion]) -> None:
         for insertion in insertions:
-            for p in insertion.parameters():
+            for _, p in insertion.named_parameters():
                 p._is_delta = True  # type: ignore[attr-defined]  # bigmodelvis colours by it
 
     def _free_name(self, host: nn.Module, base: str) -> str:

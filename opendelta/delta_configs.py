@@ -58,6 +58,7 @@ class BaseDeltaConfig:
 
     delta_type: ClassVar[str] = ""
     method_fields: ClassVar[dict[str, Any]] = {}
+    derived: ClassVar[bool] = False
 
     backbone_hash_excludes: list[str] | None
     weights_sha256: str | None
@@ -75,13 +76,14 @@ class BaseDeltaConfig:
     ) -> None:
         self.modified_modules = modified_modules
         self.exclude_modules = exclude_modules
-        self.unfrozen_modules = copy.copy(unfrozen_modules)
+        self.unfrozen_modules = ["deltas"] if unfrozen_modules is None else copy.copy(unfrozen_modules)
         self.common_structure = common_structure
         self.backbone_class = backbone_class
         self.backbone_checkpoint_name = backbone_checkpoint_name
         self.backbone_hash = backbone_hash
         for name, default in self.method_fields.items():
-            setattr(self, name, copy.copy(kwargs.pop(name, default)))
+            if self.derived or name in kwargs:  # a config written by hand sets its own fields
+                setattr(self, name, copy.copy(kwargs.pop(name, default)))
         for name in _FACTS:
             setattr(self, name, kwargs.pop(name, None))
         kwargs.pop("delta_type", None)
@@ -122,6 +124,7 @@ class BaseDeltaConfig:
                 raise UnknownArgumentError(f"{cls.__name__} was given {twice!r} twice.")
             BaseDeltaConfig.__init__(self, **named, **kwargs)
 
+        cls.derived = True
         cls.__init__ = __init__  # type: ignore[method-assign]
         cls.__signature__ = signature  # type: ignore[attr-defined]
 
@@ -150,9 +153,7 @@ class BaseDeltaConfig:
         _check_version(config_dict)
         values = {**config_dict, **kwargs}
         for key in ("modified_modules", "exclude_modules", "unfrozen_modules"):
-            values[key] = _without_marks(values[key]) if key in values else None
-        if values["unfrozen_modules"] is None:
-            del values["unfrozen_modules"]
+            values[key] = _without_marks(values.get(key))
         for key, default in cls.method_fields.items():
             if values.get(key) is None and default is not None:  # 0.3.2 wrote "scaled": null
                 values.pop(key, None)
@@ -161,7 +162,8 @@ class BaseDeltaConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields, `delta_type` and the facts that are known, as a dict fit for JSON."""
         values = {"delta_type": self.delta_type}
-        values |= {name: copy.deepcopy(getattr(self, name)) for name in self.field_names()}
+        names = [name for name in self.field_names() if hasattr(self, name)]
+        values |= {name: copy.deepcopy(getattr(self, name)) for name in names}
         return values | {n: getattr(self, n) for n in _FACTS if getattr(self, n) is not None}
 
     def get_config_dict(self) -> dict[str, Any]:

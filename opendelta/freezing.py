@@ -91,7 +91,7 @@ def freeze(
         id(p): delta
         for delta in state.deltas
         for insertion in delta.insertions
-        for p in insertion.parameters()
+        for _, p in insertion.named_parameters()
     }
     constant = state.delta_tensors()
     swapped = {id(i.parameter) for i in state.insertions if isinstance(i, ParameterInsertion)}
@@ -104,6 +104,12 @@ def freeze(
         parameters[id(p)] = p
         if id(p) not in delta_of:
             state.was_trainable.setdefault(name, p.requires_grad)
+    for insertion in state.insertions:
+        if not insertion.attached:  # frozen and unfrozen with the rest, for when it comes back
+            for name, p in insertion.named_parameters():
+                if id(p) not in parameters:
+                    named.setdefault(id(p), []).append(name)
+                    parameters[id(p)] = p
 
     under = part + "." if part else ""
     declared = []

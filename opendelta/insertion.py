@@ -252,8 +252,15 @@ class Insertion(Protocol):
     def attach(self) -> None: ...
     def detach(self) -> None: ...
     def remove(self) -> None: ...
-    def parameters(self) -> Iterable[nn.Parameter]: ...
-    def buffers(self) -> Iterable[Tensor]: ...
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """(name on the backbone while attached, parameter) of what was inserted."""
+
+    def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """(name in a saved file, tensor) of what was inserted."""
+
+    def constants(self) -> Iterable[Tensor]:
+        """Buffers, and parameters that never train."""
 
 
 def first_parameter(module: nn.Module) -> Tensor | None:
@@ -268,6 +275,25 @@ def first_parameter(module: nn.Module) -> Tensor | None:
             if found is not None:
                 return found
     return None
+
+
+def dotted(*parts: str) -> str:
+    """The dotted name of `parts`, empty ones left out."""
+    return ".".join(part for part in parts if part)
+
+
+def _untrained(module: nn.Module) -> set[str]:
+    return {name for name, p in module.named_parameters() if not p.requires_grad}
+
+
+def _constants(module: nn.Module, names: set[str]) -> Iterator[Tensor]:
+    yield from module.buffers()
+    if names:
+        yield from (p for name, p in module.named_parameters() if name in names)
+
+
+def _saved(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    return iter(module.state_dict(prefix=prefix + ".", keep_vars=True).items())
 
 
 class ModuleInsertion:
@@ -293,6 +319,7 @@ class ModuleInsertion:
         self.module, self.name = module, name
         self.lone_name = name  # its name in files, where the delta is alone
         self.side, self.action = side, action
+        self.constant_names = _untrained(module)
         self._left_at: tuple[torch.device, torch.dtype] | None = None
 
     @property
@@ -329,11 +356,14 @@ class ModuleInsertion:
         if dispatcher is not None:
             dispatcher.discard(self.name)
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self.module.parameters()
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters(prefix=dotted(self.host_name, self.name))
 
-    def buffers(self) -> Iterable[Tensor]:
-        return self.module.buffers()
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return _saved(self.module, dotted(self.host_name, self.lone_name))
+
+    def constants(self) -> Iterator[Tensor]:
+        return _constants(self.module, self.constant_names)
 
     def _place(self) -> tuple[torch.device, torch.dtype] | None:
         p = first_parameter(self.host)
@@ -358,6 +388,7 @@ class Replacement:
         self.host, self.host_name, self.name = host, host_name, child_name
         self.original = host._modules[child_name]
         self.module = module
+        self.constant_names = _untrained(module)
 
     @property
     def attached(self) -> bool:
@@ -376,11 +407,14 @@ class Replacement:
 
     remove = detach
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self.module.parameters()
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters(prefix=dotted(self.host_name, self.name))
 
-    def buffers(self) -> Iterable[Tensor]:
-        return self.module.buffers()
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return _saved(self.module, dotted(self.host_name, self.name))
+
+    def constants(self) -> Iterator[Tensor]:
+        return _constants(self.module, self.constant_names)
 
 
 class ParameterSlot:
@@ -433,7 +467,7 @@ class ParameterInsertion:
     ) -> None:
         self.slot, self.host_name, self.parameter, self.ignored = slot, host_name, parameter, ignored
         self.host, self.name = slot.places[0], slot.name
-        self.full_name = f"{host_name}.{slot.name}" if host_name else slot.name
+        self.full_name = dotted(host_name, slot.name)
         self._attached = False
 
     @property
@@ -468,8 +502,10 @@ class ParameterInsertion:
             self.slot.handle.remove()
             self.slot.handle = None
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return (self.parameter,)
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return ((self.full_name, self.parameter),)
 
-    def buffers(self) -> Iterable[Tensor]:
+    named_tensors = named_parameters
+
+    def constants(self) -> Iterable[Tensor]:
         return ()

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
+import opendelta
 from opendelta.exceptions import DeltaWarning
 from opendelta.insertion import AfterDispatcher, ModuleInsertion, after
 from opendelta.inspection import (
@@ -102,7 +103,85 @@ def test_twelve_layers_are_one_line() -> None:
     assert (3, "0-11(BertLayer)") in ours(backbones.build("bert12"))
 
 
+def colored(model: nn.Module, **options: Any) -> list[tuple[str, str]]:
+    """Each text of the picture with the colour that a terminal shows it in, in order."""
+    tree = Visualization(model).structure_graph(printTree=False, **options)
+    console = Console(file=io.StringIO(), width=200, color_system="truecolor", force_terminal=True)
+    return [
+        (segment.text.strip(), segment.style.color.name)
+        for segment in console.render(tree)
+        if segment.style is not None and segment.style.color is not None
+    ]
+
+
 # --- pictures of models with deltas ---------------------------------------------------------------
+
+PLACES = {  # backbone: a module, its input and output width; those of t5 and llama have no bias
+    "bert_cls": ("self.query", 64, 64),
+    "roberta": ("intermediate.dense", 64, 128),
+    "deberta": ("self.value_proj", 64, 64),
+    "gpt2": ("c_attn", 64, 192),
+    "opt": ("fc2", 128, 64),
+    "t5": ("SelfAttention.q", 64, 64),
+    "bart": ("fc1", 64, 128),
+    "llama": ("v_proj", 64, 32),
+    "vit": ("mlp.fc2", 128, 64),
+}
+
+
+def with_delta(
+    lines: list[Line], name: str, added: list[Line], bias: str = ""
+) -> tuple[list[Line], list[str]]:
+    """`lines` with a delta on each module whose dotted name ends in `name`.
+
+    Args:
+        added: the lines of the delta, with their depths below the module.
+        bias: what the line of the module itself ends in.
+
+    Returns:
+        The new lines, and what of them is purple.
+    """
+    result: list[Line] = []
+    purple: list[str] = []
+    path: list[str] = []
+    for depth, text in lines:
+        path[depth:] = [text.split()[0]]
+        if not ".".join(path).endswith("." + name):
+            result.append((depth, text))
+            continue
+        result.append((depth, text.removesuffix(f" {bias}") + f" {bias}".rstrip()))
+        result += [(depth + more, line) for more, line in added]
+        purple += re.findall(r"\w+:\[[\d, ]+\]", " ".join([bias, *(line for _, line in added)]))
+    assert purple, f"{name} is not in the picture"
+    return result, purple
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("method", ["LoraModel", "AdapterModel", "BitFitModel"])
+def test_deltas_in_the_picture(name: str, method: str) -> None:
+    module, width_in, width_out = PLACES[name]
+    added, bias = {
+        "LoraModel": (
+            [(1, f"lora (LoraLayer) lora_A:[8, {width_in}] lora_B:[{width_out}, 8]")],
+            "",
+        ),
+        "AdapterModel": (
+            [
+                (1, "adapter (AdapterLayer)"),
+                (2, "modulelist (Bottleneck)"),
+                (3, f"down_proj (Linear) weight:[24, {width_out}] bias:[24]"),
+                (3, f"up_proj (Linear) weight:[{width_out}, 24] bias:[{width_out}]"),
+            ],
+            "",
+        ),
+        "BitFitModel": ([], f"bias:[{width_out}]"),
+    }[method]
+    bare = theirs(backbones.build(name))
+    model = backbones.build(name)
+    getattr(opendelta, method)(model, modified_modules=[module])
+    lines, purple = with_delta(bare, module, added, bias)
+    assert ours(model) == lines
+    assert [text for text, color in colored(model) if color == "rgb(175,0,255)"] == purple
 
 
 class Small(nn.Module):
@@ -158,22 +237,11 @@ def test_different_classes_and_names_stay_apart() -> None:
     assert [text.split()[0] for _, text in ours(model)] == ["root", "a", "b", "7", "8-9(Linear)"]
 
 
-def colors(model: nn.Module, **options: Any) -> dict[str, str]:
-    """Each text of the picture with the colour that a terminal shows it in."""
-    tree = Visualization(model).structure_graph(printTree=False, **options)
-    console = Console(file=io.StringIO(), width=200, color_system="truecolor", force_terminal=True)
-    return {
-        segment.text.strip(): segment.style.color.name
-        for segment in console.render(tree)
-        if segment.style is not None and segment.style.color is not None
-    }
-
-
 def test_colours() -> None:
     model = nn.ModuleDict({"body": stack(2), "head": nn.Linear(4, 2), "last": nn.Linear(4, 3)})
     model["head"].weight.requires_grad_(False)
     put(model, "last")
-    assert colors(model) == {
+    assert dict(colored(model)) == {
         "root": "white",
         "body": "white",
         "(Sequential)": "green",
@@ -369,7 +437,7 @@ def test_common_structure_of_a_mapping() -> None:
 
 
 def test_names_without_a_common_one_are_grey() -> None:
-    shown = colors(backbones.build("bert"), common_structure=True, mapping=BERT)
+    shown = dict(colored(backbones.build("bert"), common_structure=True, mapping=BERT))
     assert shown["pooler.dense"] == shown["embeddings.position_embeddings"] == "grey50"
     assert shown["q"] == "white"
 

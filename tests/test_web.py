@@ -24,8 +24,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from web_selection import Backbone, Selection, selecting
 
+from opendelta import BitFitModel, LoraModel
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError
-from opendelta.insertion import AfterDispatcher, ModuleInsertion, after, own_modules
+from opendelta.insertion import own_modules
 from opendelta.web import interactive, select_modules, selector
 from opendelta.web.app import selection_app
 from opendelta.web.tree import Node, folded_tree
@@ -74,7 +75,7 @@ def test_submission_returns_and_prints_the_modules_in_module_order(start: Start)
     assert (str(backbone), set(backbone.state_dict())) == before
 
 
-def test_interactive_is_the_same_under_its_public_name(start: Start) -> None:
+def test_interactive_is_the_same_under_its_public_name() -> None:
     assert interactive is select_modules
 
 
@@ -96,6 +97,42 @@ def test_cancelling_raises_and_leaves_the_backbone_alone(start: Start) -> None:
     assert (str(backbone), set(backbone.state_dict())) == before
 
 
+def construct(
+    capsys: pytest.CaptureFixture[str], pool: ThreadPoolExecutor, backbone: nn.Module
+) -> tuple[Selection, Future[Any]]:
+    listener, port = taken_port()
+    listener.close()
+    future: Future[Any] = pool.submit(LoraModel, backbone, interactive_modify=port)
+    return Selection(capsys, future), future
+
+
+def test_a_delta_goes_on_what_was_selected(capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = Backbone()
+    with ThreadPoolExecutor() as pool:
+        selection, future = construct(capsys, pool, backbone)
+        chosen = ["layer.1.attention.q", "layer.3.ff"]
+        assert selection.post("submit", {"names": chosen})[0] == 200
+        delta = future.result(timeout=20)
+    added = set(backbone.state_dict()) - set(Backbone().state_dict())
+    assert {name.partition(".lora")[0] for name in added} == set(chosen)
+    assert delta.modified_modules == chosen
+
+
+def test_a_cancelled_construction_leaves_the_backbone_as_it_was(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    backbone = Backbone()
+    with ThreadPoolExecutor() as pool:
+        selection, future = construct(capsys, pool, backbone)
+        selection.post("cancel", {})
+        with pytest.raises(AddressingError, match="cancelled"):
+            future.result(timeout=20)
+    assert set(backbone.state_dict()) == set(Backbone().state_dict())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.modules())
+    assert not backbone._state_dict_hooks
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
 # --- who is let in --------------------------------------------------------------------------------
 
 REQUESTS = [
@@ -111,7 +148,15 @@ REQUESTS = [
     ("POST", "/submit"),
     ("POST", "/cancel"),
 ]
-FORGED = ["", "token=", "token=wrong", "token=%C3%A9", "token=%FF", "TOKEN={right}", "token={right}x"]
+FORGED = [
+    "",
+    "token=",
+    "token=wrong",
+    "token=%C3%A9",
+    "token=%FF",
+    "TOKEN={right}",
+    "token={right}x",
+]
 
 
 @pytest.mark.parametrize("forged", FORGED)
@@ -187,7 +232,7 @@ def test_ipv6_host(start: Start) -> None:
 
 
 def test_nothing_is_logged_that_holds_the_token(
-    start: Start, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG):
         selection = start(Backbone())
@@ -195,7 +240,9 @@ def test_nothing_is_logged_that_holds_the_token(
         selection.request("GET", "/nowhere")
         selection.post("submit", {"names": ["head"]})
         selection.result()
-    assert selection.query.removeprefix("token=") not in caplog.text
+    token = selection.query.removeprefix("token=")
+    assert selection.printed.count(token) == 1
+    assert token not in caplog.text and selection.errors == ""
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -217,11 +264,9 @@ def test_malformed_submissions_are_refused(body: str) -> None:
     outcome: Future[list[str]] = Future()
     flask = client(Backbone(), outcome)
     for action in ("submit", "count"):
-        answer = flask.post(
-            f"/{action}?token=secret", data=body, content_type="application/json"
-        )
+        answer = flask.post(f"/{action}?token=secret", data=body, content_type="application/json")
         assert answer.status_code == 400, action
-        assert answer.json["error"]
+        assert json.loads(answer.text)["error"]
     assert flask.post("/submit?token=secret", data='{"names": ["head"]}').status_code == 415
     assert flask.get("/submit?token=secret").status_code == 405
     assert not outcome.done()
@@ -297,6 +342,19 @@ def test_free_port_is_used_without_ado(start: Start) -> None:
     selection = start(Backbone(), port=port)
     assert selection.port == port
     assert "taken" not in selection.printed
+
+
+def test_the_same_port_serves_the_next_selection_at_once(start: Start) -> None:
+    listener, port = taken_port()
+    listener.close()
+    for _ in range(2):
+        selection = start(Backbone(), port=port)
+        assert selection.port == port
+        # the server ends this connection, after which the system keeps its end for a while
+        with socket.create_connection(("127.0.0.1", port)):
+            time.sleep(0.1)
+            selection.post("submit", {"names": ["head"]})
+            selection.result()
 
 
 def test_no_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,8 +540,8 @@ def test_only_siblings_of_the_same_structure_fold() -> None:
     nodes = tree(Backbone(inner=(16, 32, 16, 16)))
     assert outline(nodes)["layer"] == {"0,2-3": BLOCK, "1": BLOCK}
     backbone = Backbone()
-    del backbone.layer[2].attention.v
-    backbone.layer[3].ff.bias = None
+    del backbone.get_submodule("layer.2.attention").v
+    backbone.get_submodule("layer.3.ff").register_parameter("bias", None)
     assert list(outline(tree(backbone))["layer"]) == ["0-1", "2", "3"]
     named = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "01": nn.Linear(2, 2)})
     assert list(outline(tree(named))) == ["a", "b", "01"]
@@ -497,18 +555,22 @@ def test_first_block_of_t5_stays_apart() -> None:
     assert list(attention) == ["q", "k", "v", "o", "relative_attention_bias"]
 
 
-def test_deltas_are_neither_shown_nor_counted_and_do_not_hinder_folding() -> None:
+def test_deltas_are_neither_shown_nor_counted_and_do_not_hinder_folding(start: Start) -> None:
     backbone, bare = Backbone(), Backbone()
-    q = backbone.layer[1].attention.q
-    delta = nn.Linear(8, 8)
-    ModuleInsertion(q, "layer.1.attention.q", delta, "adapter", AfterDispatcher, after).insert()
-    assert "layer.1.attention.q.adapter" in dict(backbone.named_modules())
-    assert tree(backbone) == tree(bare)
-    for names in (["layer.1"], ["layer.1.attention.q"]):
-        answers = [post(client(model), "count", {"names": names}) for model in (backbone, bare)]
+    for model in (backbone, bare):
+        for i in range(4):
+            model.get_submodule(f"layer.{i}.ff").register_parameter("bias", None)
+    LoraModel(backbone, modified_modules=["layer.1.attention.q"])
+    BitFitModel(backbone, modified_modules=["layer.2.ff", "layer.3.attention.q"])
+    with_deltas = set(backbone.state_dict())
+    modified, plain = start(backbone), start(bare)
+    pages = [Page(selection.request("GET", "/")[1]).data for selection in (modified, plain)]
+    assert len(pages[0]) > 100 and pages[0] == pages[1]
+    for names in (["layer.1"], ["layer.2.ff"], ["layer.1.attention.q", "head"]):
+        answers = [selection.post("count", {"names": names}) for selection in (modified, plain)]
         assert answers[0] == answers[1]
-    status, _ = post(client(backbone), "submit", {"names": ["layer.1.attention.q.adapter"]})
-    assert status == 400
+    assert modified.post("submit", {"names": ["layer.1.attention.q.lora"]})[0] == 400
+    assert set(backbone.state_dict()) == with_deltas != set(bare.state_dict())
 
 
 def test_lazy_parameters_are_shown_and_count_nothing() -> None:

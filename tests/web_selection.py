@@ -45,10 +45,11 @@ class Backbone(nn.Module):
 class Selection:
     """A running `select_modules`: its link, what it printed, its result, and requests to it."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str], result: Future[list[str]]) -> None:
+    def __init__(self, capsys: pytest.CaptureFixture[str], result: Future[Any]) -> None:
         self._capsys = capsys
         self.future = result
         self._printed = ""
+        self.errors = ""  # what went to standard error so far
         deadline = time.monotonic() + 20
         while "/?token=" not in self.printed:
             if result.done():
@@ -57,14 +58,16 @@ class Selection:
             time.sleep(0.01)
         self.link = next(line for line in self._printed.splitlines() if "/?token=" in line)
         parts = urlsplit(self.link)
-        self.port, self.query = parts.port, parts.query
+        self.port, self.query = parts.port or 0, parts.query
 
     @property
     def printed(self) -> str:
-        self._printed += self._capsys.readouterr().out
+        out, err = self._capsys.readouterr()
+        self._printed += out
+        self.errors += err
         return self._printed
 
-    def result(self) -> list[str]:
+    def result(self) -> Any:
         return self.future.result(timeout=20)
 
     def request(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import lru_cache
 
 from torch import nn
 
@@ -39,10 +40,11 @@ def inside(name: str, place: str) -> bool:
     return not place or name == place or name.startswith(place + ".")
 
 
-def words(name: str) -> list[str]:
-    """The lower-case words of one part of a name: ``EncDecAttention`` -> enc, dec, attention."""
-    spaced = re.sub(r"([a-z])([A-Z])|([A-Z])([A-Z][a-z])", r"\1\3_\2\4", name)
-    return [word.lower() for word in re.findall(r"[A-Za-z]+|\d+", spaced)]
+@lru_cache(maxsize=65536)
+def words(part: str) -> tuple[str, ...]:
+    """The lower-case words of one part of a name: ``EncDecAttention1`` -> enc, dec, attention, 1."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", part)
+    return tuple(re.findall(r"[a-z]+|\d+", spaced.lower()))
 
 
 class Graph:
@@ -52,35 +54,38 @@ class Graph:
         modules: every module under its first name, in order of `named_modules`.
         children: for each of them the names (without path) of those that it holds directly.
         linears: (input, output) widths of the modules that multiply by a matrix: linear layers of
-            any kind, plain and pointwise convolutions.
+            any kind, and convolutions that mix channels.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.modules = dict(own_modules(root))
         self.children: dict[str, list[str]] = defaultdict(list)
-        for name in self.modules:
+        self.linears: dict[str, tuple[int, int]] = {}
+        self._linears_below: dict[str, list[str]] = defaultdict(list)
+        for name, module in self.modules.items():
             if name:
                 self.children[parent_of(name)].append(leaf_of(name))
-        self.linears = {
-            name: widths
-            for name, module in self.modules.items()
-            if (widths := _linear_widths(module)) is not None
-        }
-        self._linears_below: dict[str, list[str]] = defaultdict(list)
-        for name in self.linears:
-            for place in ancestors(name):
-                self._linears_below[place].append(name)
+            widths = _linear_widths(module)
+            if widths is not None:
+                self.linears[name] = widths
+                for place in ancestors(name):
+                    self._linears_below[place].append(name)
 
     def linears_below(self, name: str) -> list[str]:
-        """The linear layers inside the module called `name`."""
+        """The linear layers inside the module called `name`, not counting itself."""
         return self._linears_below.get(name, [])
+
+    def is_element(self, name: str) -> bool:
+        """Whether the module called `name` is an element of a list of modules."""
+        return leaf_of(name).isdigit() and all(
+            child.isdigit() for child in self.children[parent_of(name)]
+        )
 
 
 def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
-    if hasattr(module, "num_embeddings") or hasattr(module, "normalized_shape"):
+    holds_numbers = module._parameters or module._buffers or "in_features" in vars(module)
+    if not holds_numbers or getattr(module, "groups", 1) != 1:  # depthwise: mixes positions only
         return None
-    if getattr(module, "groups", 1) != 1:  # depthwise: mixes positions, not channels
+    if hasattr(module, "normalized_shape") or hasattr(module, "num_embeddings"):
         return None
-    if not any(True for _ in module.parameters()) and not any(True for _ in module.buffers()):
-        return None  # remembers widths for another reason
     return read_widths(module)

@@ -12,7 +12,12 @@ from opendelta.backbone_state import BackboneState
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import InsertionError
-from opendelta.insertion import ParameterInsertion, ParameterSlot, own_modules
+from opendelta.insertion import (
+    ParameterInsertion,
+    ParameterSlot,
+    inserted_names,
+    own_modules,
+)
 from opendelta.sizes import read_widths
 
 
@@ -64,16 +69,20 @@ class BitFitModel(DeltaBase):
 
     def update_module(self, module: nn.Module, key: str) -> None:
         """Train the biases of the module called `key` and of all inside it."""
-        parts = list(self.inside(key))
+        parts = list(self.named_inside(key))
         for name, part in parts:
-            if id(part) not in self._done:
+            if id(part) not in self._done and not self.is_excluded(name):
                 self.add_bias_to_modules_have_bias_or_known_type(part, name)
-        if not self.uses_defaults and not any(id(part) in self._done for _, part in parts):
+        if not self.uses_defaults and not any(self._takes_part(part) for _, part in parts):
             target = module.get_submodule(key)
             raise InsertionError(
                 f"{key!r} ({type(target).__name__}) has no bias and takes none: BitFit trains the "
                 "biases of linears, convolutions and norms, and of modules that hold such."
             )
+
+    def _takes_part(self, module: nn.Module) -> bool:
+        has_bias = module._parameters.get("bias") is not None
+        return has_bias or self._bias_size(module) is not None
 
     def add_bias_to_modules_have_bias_or_known_type(
         self, c: nn.Module, name: str | None = None
@@ -114,7 +123,8 @@ class BitFitModel(DeltaBase):
     @staticmethod
     def _bias_size(module: nn.Module) -> int | None:
         """Width of the bias that a module without one can be given, or None."""
-        if module._modules or hasattr(module, "num_embeddings"):
+        own_children = set(module._modules) - set(inserted_names(module))
+        if own_children or hasattr(module, "num_embeddings"):
             return None
         widths = read_widths(module)
         if widths is not None:

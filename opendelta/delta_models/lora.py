@@ -16,7 +16,7 @@ from opendelta.basemodel import DeltaBase
 from opendelta.construction import reads_without_calling
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
-from opendelta.insertion import AfterDispatcher, onto
+from opendelta.insertion import AfterDispatcher, onto, own_modules
 from opendelta.sizes import read_widths
 
 
@@ -271,20 +271,19 @@ class LoraModel(DeltaBase):
     def update_module(self, module: nn.Module, key: str) -> None:
         """Put a low-rank term beside the module called `key`, or beside all linears inside it."""
         _, _, target = self.find_module(module, key)
-        if any(child is not None for child in target._modules.values()) and not _is_map(target):
-            parts = [
-                (name, part)
-                for name, part in self.inside(key)
+        parts = {key: target}
+        if read_widths(target) is None and len(list(own_modules(target))) > 1:
+            parts = {
+                name: part
+                for name, part in self.named_inside(key)
                 if _is_linear(part) and not reads_without_calling(self.backbone_model, name)
-            ]
-        else:
-            parts = [(key, target)]
+            }
         if not parts:
             raise InsertionError(
                 f"{key!r} ({type(target).__name__}) holds no linear that LoRA could be put on."
             )
-        for name, part in parts:
-            if name not in self._done:
+        for name, part in parts.items():
+            if name not in self._done and not self.is_excluded(name):
                 self._done.add(name)
                 layer = self.new_layer(name, part)
                 self.insert_action(part, layer, "lora", AfterDispatcher, onto)
@@ -321,6 +320,3 @@ def _is_linear(module: nn.Module) -> bool:
         hasattr(module, "in_features") or hasattr(module, "nf")
     )
 
-
-def _is_map(module: nn.Module) -> bool:
-    return read_widths(module) is not None

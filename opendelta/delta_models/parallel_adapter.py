@@ -98,10 +98,12 @@ class DropHeld:
         if self.handle is not None:
             self.handle.remove()
 
-    def parameters(self) -> Iterable[nn.Parameter]:
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         return ()
 
-    def buffers(self) -> Iterable[Tensor]:
+    named_tensors = named_parameters
+
+    def constants(self) -> Iterable[Tensor]:
         return ()
 
 

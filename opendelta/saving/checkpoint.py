@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 class SaveLoadMixin(Construction):
     """The part of `DeltaBase` that deals with its tensors and files."""
 
+    delta_type: ClassVar[str]
     left_trainable: list[str] | None
     unfrozen_modules: list[str]
 
@@ -178,7 +180,8 @@ class SaveLoadMixin(Construction):
     def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a saved file, tensor) of all this delta holds, shared ones once."""
         seen: set[int] = set()
-        for name, tensor in self.state_dict(keep_vars=True).items():
+        inserted = (pair for insertion in self.insertions for pair in insertion.named_tensors())
+        for name, tensor in itertools.chain(inserted, self.state_dict(keep_vars=True).items()):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield name, tensor
@@ -186,9 +189,7 @@ class SaveLoadMixin(Construction):
     def constants(self) -> Iterator[Tensor]:
         """This delta's buffers, and its parameters that never train."""
         for insertion in self.insertions:
-            yield from insertion.buffers()
-        if self._constant_names:
-            yield from (p for n, p in self.named_parameters() if n in self._constant_names)
+            yield from insertion.constants()
 
     def declared_backbone_parameters(self) -> list[str]:
         """Names of the backbone's own parameters that are saved together with this delta."""
@@ -292,6 +293,8 @@ class SaveLoadMixin(Construction):
         """The delta class that a config is for, which must be this class or one below it."""
         from opendelta.auto_delta import model_class_for
 
+        if isinstance(config, dict) and "delta_type" not in config and cls.delta_type:
+            return cast("type[DeltaBase]", cls)
         found = model_class_for(config)
         if not issubclass(found, cls):
             raise ConfigError(

@@ -42,7 +42,8 @@ def selection_app(
     """Build the application for one selection.
 
     Args:
-        modules: the backbone's own modules by full name, in order, the root first.
+        modules: the bare backbone's modules by full name, in order, the root first; they are read
+            here and not again.
         outcome: receives the selected names, or an `AddressingError` if the user cancels.
         token: what ``?token=`` must say; every other request gets status 403.
         accepts_host: whether a ``Host`` header is one of this server's; if not, status 403 too.
@@ -50,6 +51,7 @@ def selection_app(
         count: as for `select_modules`.
     """
     app = Flask(__package__, static_folder=None)
+    tree, backbone = folded_tree(modules), type(modules[""]).__name__
     counter = count or held_parameters(modules)
     one_at_a_time = threading.Lock()  # a user's counter need not be thread-safe
 
@@ -83,8 +85,8 @@ def selection_app(
         g.nonce = secrets.token_urlsafe(16)
         return render_template(
             "select.html",
-            tree=folded_tree(modules),
-            backbone=type(modules[""]).__name__,
+            tree=tree,
+            backbone=backbone,
             method=method,
             counted="added by the delta" if count else "held by the selected modules",
             nonce=g.nonce,
@@ -99,7 +101,7 @@ def selection_app(
         wanted = set(names)
         ordered = [name for name in modules if name and name in wanted]
         if len(ordered) < len(wanted):
-            unknown = sorted(wanted.difference(ordered))[0]
+            unknown = min(wanted.difference(ordered))
             abort(400, f"The backbone has no module called {unknown!r}.")
         return ordered
 

@@ -18,6 +18,7 @@ from flask import Flask
 from torch import nn
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+from opendelta.backbone_state import bare
 from opendelta.exceptions import AddressingError, ConfigError
 from opendelta.insertion import own_modules
 from opendelta.web.app import Count, selection_app
@@ -39,7 +40,7 @@ def select_modules(
     Prints a link and waits until the page is submitted, cancelled, or interrupted with Ctrl-C; by
     the time this function returns or raises, the server and its threads are gone. The link holds a
     token that is good for this one selection: without it, or under a foreign ``Host``, nothing is
-    served. The backbone is read, never changed. Works in notebooks too, where the kernel waits.
+    served. The backbone stays as it is. Works in notebooks too, where the kernel waits.
 
     On submission the selection is printed as::
 
@@ -65,22 +66,23 @@ def select_modules(
         ConfigError: if `port` or `host` cannot be used.
         KeyboardInterrupt: on Ctrl-C, after the server has stopped.
     """
-    modules = dict(own_modules(backbone))
-    if len(modules) == 1:
-        raise AddressingError(
-            f"{type(backbone).__name__} has no submodules, so there is nothing to select: a delta "
-            "sits on a module inside the backbone. Pass the model that contains this module."
-        )
     outcome: Future[list[str]] = Future()
     token = secrets.token_urlsafe(32)
-    app = selection_app(
-        modules,
-        outcome,
-        token=token,
-        accepts_host=lambda header: _is_ours(header, host),
-        method=method,
-        count=count,
-    )
+    with bare(backbone):
+        modules = dict(own_modules(backbone))
+        if len(modules) == 1:
+            raise AddressingError(
+                f"{type(backbone).__name__} has no submodules, so there is nothing to select: a "
+                "delta sits on a module inside the backbone. Pass the model that contains it."
+            )
+        app = selection_app(
+            modules,
+            outcome,
+            token=token,
+            accepts_host=lambda header: _is_ours(header, host),
+            method=method,
+            count=count,
+        )
     server = _Server(app, host, port)
     try:
         if port not in (0, server.port):

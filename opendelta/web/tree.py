@@ -8,7 +8,6 @@ from typing import TypedDict
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from opendelta.insertion import inserted_parameters
 from opendelta.inspection.folding import is_number, number_ranges
 
 
@@ -28,12 +27,6 @@ def _split(name: str) -> tuple[str, str]:
     return parent, own
 
 
-def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    deltas = inserted_parameters(module)
-    parameters = module.named_parameters(recurse=False)
-    return {name: parameter for name, parameter in parameters if name not in deltas}
-
-
 def _describe(name: str, parameter: nn.Parameter) -> str:
     return f"{name} {'[lazy]' if is_lazy(parameter) else list(parameter.shape)}"
 
@@ -45,14 +38,14 @@ def folded_tree(modules: dict[str, nn.Module]) -> list[Node]:
     first block, which holds the position bias, stays apart from its folded siblings ``1-11``.
 
     Args:
-        modules: the backbone's own modules by full name, parents before their children.
+        modules: the bare backbone's modules by full name, parents before their children.
     """
     children: dict[str, list[str]] = {}
     for name in modules:
         if name:
             children.setdefault(_split(name)[0], []).append(name)
     rows = {
-        name: [_describe(*item) for item in _own_parameters(module).items()]
+        name: [_describe(*item) for item in module.named_parameters(recurse=False)]
         for name, module in modules.items()
     }
 
@@ -88,14 +81,14 @@ def held_parameters(modules: dict[str, nn.Module]) -> Callable[[list[str]], tupl
     """A counter of the parameters that modules hold, tied ones once.
 
     Args:
-        modules: the backbone's own modules by full name, parents before their children.
+        modules: the bare backbone's modules by full name, parents before their children.
 
     Returns:
         A function of full module names: the number of parameters in these modules and below them,
         and its share of the whole backbone, between 0 and 1.
     """
     sizes = {
-        name: {id(p): p.numel() for p in _own_parameters(module).values() if not is_lazy(p)}
+        name: {id(p): p.numel() for p in module.parameters(recurse=False) if not is_lazy(p)}
         for name, module in modules.items()
     }
     total = sum({key: size for own in sizes.values() for key, size in own.items()}.values())

@@ -1,0 +1,726 @@
+"""Configs, the registry and the auto classes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import backbones
+import pytest
+import torch
+from cases import randomise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from placed import METHODS, TARGETS, place, unchanged
+from torch import nn
+
+import opendelta
+from opendelta import (
+    AdapterConfig,
+    AdapterModel,
+    AutoDeltaConfig,
+    AutoDeltaModel,
+    BackboneMismatchWarning,
+    BaseDeltaConfig,
+    CompacterConfig,
+    DeltaBase,
+    LoraConfig,
+    LoraModel,
+    LowRankAdapterConfig,
+    LowRankAdapterModel,
+    OpenDeltaError,
+    ParallelAdapterConfig,
+    gen_model_hash,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINTS = sorted((GOLDEN / "checkpoints").iterdir())
+TYPES = {
+    "LoraModel": "lora",
+    "AdapterModel": "adapter",
+    "LowRankAdapterModel": "low_rank_adapter",
+    "CompacterModel": "compacter",
+    "ParallelAdapterModel": "parallel_adapter",
+    "BitFitModel": "bitfit",
+}
+each_method = pytest.mark.parametrize("method", METHODS)
+
+BASE_FIELDS: dict[str, Any] = {  # specification 1.20.1
+    "modified_modules": None,
+    "exclude_modules": None,
+    "unfrozen_modules": ["deltas"],
+    "common_structure": False,
+    "backbone_class": None,
+    "backbone_checkpoint_name": None,
+    "backbone_hash": None,
+}
+METHOD_FIELDS: dict[str, dict[str, Any]] = {  # specification 1.21
+    "LoraModel": {
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "rank_pattern": None,
+        "alpha_pattern": None,
+    },
+    "AdapterModel": {"bottleneck_dim": 24, "non_linearity": "gelu_new"},
+    "LowRankAdapterModel": {
+        "reduction_factor": 32,
+        "non_linearity": "gelu_new",
+        "low_rank_w_init": "glorot-uniform",
+        "low_rank_rank": 1,
+    },
+    "CompacterModel": {
+        "reduction_factor": 16,
+        "non_linearity": "gelu_new",
+        "phm_c_init": "normal",
+        "hypercomplex_division": 4,
+        "learn_phm": True,
+        "hypercomplex_nonlinearity": "glorot-uniform",
+        "shared_phm_rule": False,
+        "factorized_phm": True,
+        "shared_W_phm": False,
+        "factorized_phm_rule": False,
+        "phm_rank": 1,
+        "phm_init_range": 1e-4,
+        "kronecker_prod": None,
+        "use_bias_up_sampler": True,
+        "use_bias_down_sampler": True,
+    },
+    "ParallelAdapterModel": {"bottleneck_dim": 24, "non_linearity": "gelu_new", "scaled": 1.0},
+    "BitFitModel": {},
+}
+
+
+def model_class(method: str) -> type[DeltaBase]:
+    found: type[DeltaBase] = getattr(opendelta, method)
+    return found
+
+
+# --- fields and defaults --------------------------------------------------------------------------
+
+
+def test_the_base_config_has_the_documented_signature() -> None:
+    parameters = inspect.signature(BaseDeltaConfig).parameters
+    fields = {n: p.default for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    assert list(fields.items()) == list(BASE_FIELDS.items())
+    assert {name: getattr(BaseDeltaConfig(), name) for name in BASE_FIELDS} == BASE_FIELDS
+
+
+@each_method
+def test_every_method_has_a_config_of_its_own(method: str) -> None:
+    cls = model_class(method)
+    assert cls.config_class is getattr(opendelta, method.replace("Model", "Config"))
+    assert issubclass(cls.config_class, BaseDeltaConfig)
+    assert cls.delta_type == cls.config_class.delta_type == TYPES[method]
+    assert len({model_class(m).config_class for m in METHODS}) == len(METHODS)
+
+
+@each_method
+def test_defaults_of_config_and_constructor_are_equal(method: str) -> None:
+    config = model_class(method).config_class()
+    parameters = inspect.signature(model_class(method)).parameters
+    own = {name: getattr(config, name) for name in METHOD_FIELDS[method]}
+    assert own == METHOD_FIELDS[method] == {n: parameters[n].default for n in METHOD_FIELDS[method]}
+    assert {name: getattr(config, name) for name in BASE_FIELDS} == BASE_FIELDS
+
+
+@each_method
+def test_the_configs_signature_shows_its_fields(method: str) -> None:
+    parameters = inspect.signature(model_class(method).config_class).parameters
+    assert {n: p.default for n, p in parameters.items() if n in METHOD_FIELDS[method]} == METHOD_FIELDS[method]
+    assert set(BASE_FIELDS) <= set(parameters)
+
+
+def test_a_configs_lists_are_its_own() -> None:
+    first, second = BaseDeltaConfig(), BaseDeltaConfig()
+    first.unfrozen_modules.append("classifier")
+    assert second.unfrozen_modules == ["deltas"]
+    lora = LoraConfig(rank_pattern={"query": 2})
+    lora.to_dict()["rank_pattern"]["key"] = 3
+    assert lora.rank_pattern == {"query": 2}
+
+
+def test_a_config_takes_its_methods_fields_by_position_and_name() -> None:
+    assert LoraConfig(4, 8).to_dict() == LoraConfig(lora_r=4, lora_alpha=8).to_dict()
+    assert LoraConfig(4, lora_dropout=0.5).lora_dropout == 0.5
+    with pytest.raises(TypeError):
+        LoraConfig(4, lora_r=5)
+
+
+# --- dicts and JSON -------------------------------------------------------------------------------
+
+
+def values_for(default: Any) -> st.SearchStrategy[Any]:
+    """Values of the type of a default."""
+    if isinstance(default, bool):
+        return st.booleans()
+    if isinstance(default, int):
+        return st.integers(1, 64)
+    if isinstance(default, float):
+        return st.floats(0, 0.9)
+    if isinstance(default, str):
+        return st.sampled_from(["relu", "gelu_new", "normal"])
+    return st.none()
+
+
+patterns = st.lists(st.sampled_from(["attn.q", r"[r][0-5]\.attention", "bias"]), min_size=1, max_size=3)
+
+
+@st.composite
+def fields_of(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    method = draw(st.sampled_from(METHODS))
+    fields = {name: values_for(default) for name, default in METHOD_FIELDS[method].items()}
+    fields |= {
+        "modified_modules": patterns,
+        "exclude_modules": st.none() | patterns,
+        "unfrozen_modules": patterns,
+        "common_structure": st.booleans(),
+        "backbone_class": st.none() | st.just("BertModel"),
+        "backbone_hash": st.none() | st.just("0" * 32),
+    }
+    chosen = draw(st.sets(st.sampled_from(sorted(fields))))
+    return method, {name: draw(fields[name]) for name in sorted(chosen)}
+
+
+@settings(max_examples=60)
+@given(fields_of())
+def test_property_round_trips(chosen: tuple[str, dict[str, Any]]) -> None:
+    method, fields = chosen
+    cls = model_class(method).config_class
+    config = cls(**fields)
+    for name, value in fields.items():
+        assert getattr(config, name) == value
+    assert config.get_config_dict() == config.to_dict()
+    assert config.to_dict()["delta_type"] == TYPES[method]
+    through_json = json.loads(config.to_json_string())
+    assert through_json == config.to_dict()
+    for loader in (cls, AutoDeltaConfig):
+        again = loader.from_dict(through_json)
+        assert type(again) is cls
+        assert again == config
+        assert again.to_dict() == config.to_dict()
+
+
+def test_configs_differ_by_method_and_field() -> None:
+    assert LoraConfig() == LoraConfig()
+    assert LoraConfig() != LoraConfig(lora_r=9)
+    assert AdapterConfig() != ParallelAdapterConfig()
+    assert LoraConfig() != {"delta_type": "lora"}
+
+
+@each_method
+def test_files_round_trip(method: str, tmp_path: Path) -> None:
+    config = model_class(method).config_class(modified_modules=[r"[r]\d+\.x"], exclude_modules=["y"])
+    config.save_finetuned(tmp_path / "new" / "folder")
+    file = tmp_path / "new" / "folder" / "config.json"
+    assert [path.name for path in file.parent.iterdir()] == ["config.json"]
+    text = file.read_text()
+    assert json.loads(text)["delta_type"] == TYPES[method]
+    assert r"[r]\\d+\\.x" in text
+    for loader in (model_class(method).config_class, AutoDeltaConfig):
+        for path in (file.parent, str(file.parent), file, str(file)):
+            loaded = loader.from_finetuned(path)
+            assert type(loaded) is type(config)
+            assert loaded == config
+
+
+def test_a_file_of_any_name_is_read(tmp_path: Path) -> None:
+    (tmp_path / "configuration.json").write_text(LoraConfig(lora_r=3).to_json_string())
+    assert AutoDeltaConfig.from_finetuned(tmp_path / "configuration.json").lora_r == 3
+
+
+def test_keyword_arguments_beat_the_dict(tmp_path: Path) -> None:
+    values = {"delta_type": "lora", "lora_r": 4, "modified_modules": ["q"]}
+    for loader in (LoraConfig, AutoDeltaConfig):
+        config = loader.from_dict(values, lora_r=5, modified_modules=["v"])
+        assert (config.lora_r, config.modified_modules) == (5, ["v"])
+    assert values == {"delta_type": "lora", "lora_r": 4, "modified_modules": ["q"]}
+    LoraConfig(lora_r=4).save_finetuned(tmp_path)
+    assert LoraConfig.from_finetuned(tmp_path, lora_r=6).lora_r == 6
+    assert AutoDeltaConfig.from_finetuned(tmp_path, lora_r=7).lora_r == 7
+
+
+def test_the_examples_of_the_specification() -> None:
+    assert AutoDeltaConfig.from_dict({"delta_type": "lora"}).lora_r == 8
+    assert AutoDeltaConfig.from_dict({"delta_type": "lora", "lora_r": 5}).lora_r == 5
+    model = backbones.build("t5")
+    config = AutoDeltaConfig.from_dict(
+        {
+            "delta_type": "lora",
+            "modified_modules": ["SelfAttention.q", "SelfAttention.v", "SelfAttention.o"],
+            "lora_r": 4,
+        }
+    )
+    delta = AutoDeltaModel.from_config(config, backbone_model=model)
+    assert type(delta) is LoraModel
+    assert {tuple(p.shape) for n, p in delta.named_parameters() if n.endswith("lora_A")} == {(4, 64)}
+    assert len(list(delta.parameters())) == 2 * 4 * 3
+
+
+def test_both_spellings_of_low_rank_adapter() -> None:
+    """The specification's text says lowrankadapter, 0.3.2's files low_rank_adapter."""
+    for spelling in ("lowrankadapter", "low_rank_adapter"):
+        config = AutoDeltaConfig.from_dict({"delta_type": spelling, "low_rank_rank": 2})
+        assert type(config) is LowRankAdapterConfig
+        assert config == LowRankAdapterConfig.from_dict({"delta_type": spelling, "low_rank_rank": 2})
+        delta = AutoDeltaModel.from_config(
+            {"delta_type": spelling, "modified_modules": ["wo"]}, backbones.build("t5")
+        )
+        assert type(delta) is LowRankAdapterModel
+
+
+def test_a_file_with_the_other_spelling_loads(tmp_path: Path) -> None:
+    delta = place("LowRankAdapterModel", "mlp")
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert text.count("low_rank_adapter") == 1
+    (tmp_path / "config.json").write_text(text.replace("low_rank_adapter", "lowrankadapter"))
+    assert type(LowRankAdapterConfig.from_finetuned(tmp_path)) is LowRankAdapterConfig
+    for loader in (LowRankAdapterModel, AutoDeltaModel):
+        loaded = loader.from_finetuned(tmp_path, backbones.build("mlp"))
+        assert type(loaded) is LowRankAdapterModel
+
+
+# --- what 0.3.2 wrote -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda path: path.name)
+def test_configs_of_0_3_2_load(folder: Path) -> None:
+    written = json.loads((folder / "config.json").read_text())
+    if written["delta_type"] not in TYPES.values():
+        with pytest.raises(OpenDeltaError, match=written["delta_type"]):
+            AutoDeltaConfig.from_finetuned(folder)
+        return
+    config = AutoDeltaConfig.from_finetuned(folder)
+    assert config.delta_type == written["delta_type"]
+    assert config.modified_modules == [p.replace("@", "") for p in written["modified_modules"]]
+    assert bool(config.common_structure) is bool(written["common_structure"])
+    assert config.exclude_modules == written["exclude_modules"]
+    assert config.unfrozen_modules == written.get("unfrozen_modules", ["deltas"])
+    assert config.backbone_hash == written["backbone_hash"]
+    for name in set(METHOD_FIELDS[type(config).__name__.replace("Config", "Model")]) & set(written):
+        assert getattr(config, name) == written[name]
+
+
+def test_every_key_of_0_3_2s_files_is_known() -> None:
+    stray = {"sequential": True, "bottleneck_dim": None, "registraction_name": "deltas"}
+    assert CompacterConfig.from_dict(stray) == CompacterConfig()
+    written_by = {"opendelta_version": "0.3.2", "transformers_version": "4.38.2"}
+    assert CompacterConfig.from_dict(written_by).learn_phm is True
+    assert ParallelAdapterConfig.from_dict({"scaled": None}).scaled == 1.0
+    assert AdapterConfig.from_dict({"sequential": True}).to_dict() == AdapterConfig().to_dict()
+
+
+def test_marks_of_common_names_are_read_and_regexes_left_alone() -> None:
+    config = LoraConfig.from_dict(
+        {"modified_modules": ["attn@.q@", "[r]a@b"], "exclude_modules": "ff@", "unfrozen_modules": ["lm_head@"]}
+    )
+    assert config.modified_modules == ["attn.q", "[r]a@b"]
+    assert config.exclude_modules in ("ff", ["ff"])
+    assert config.unfrozen_modules == ["lm_head"]
+
+
+def test_registraction_name_is_accepted() -> None:
+    assert LoraConfig.from_dict({"registraction_name": "deltas"}) == LoraConfig()
+    assert LoraConfig(registraction_name="deltas") == LoraConfig()
+    assert BaseDeltaConfig(registraction_name="deltas") == BaseDeltaConfig()
+
+
+# --- arguments of loading, and unknown ones -------------------------------------------------------
+
+LOADING = {"backbone_model": nn.Linear(1, 1), "cache_dir": "somewhere", "revision": "main",
+           "force_download": True, "local_files_only": True, "check_hash": False}  # fmt: skip
+
+
+@each_method
+@pytest.mark.parametrize("argument", LOADING)
+def test_arguments_of_loading_are_accepted_and_are_no_configuration(
+    method: str, argument: str, tmp_path: Path
+) -> None:
+    cls = model_class(method).config_class
+    plain = cls()
+    plain.save_finetuned(tmp_path)
+    given_argument = {argument: LOADING[argument]}
+    loaded = [
+        cls.from_dict({"delta_type": TYPES[method]}, **given_argument),
+        AutoDeltaConfig.from_dict({"delta_type": TYPES[method]}, **given_argument),
+        cls.from_finetuned(tmp_path, **given_argument),
+        AutoDeltaConfig.from_finetuned(tmp_path, **given_argument),
+    ]
+    for config in loaded:
+        assert argument not in config.to_dict()
+        assert not hasattr(config, argument)
+        assert {n: getattr(config, n) for n in METHOD_FIELDS[method]} == METHOD_FIELDS[method]
+
+
+@each_method
+def test_anything_else_is_rejected_with_the_nearest_name(method: str, tmp_path: Path) -> None:
+    cls = model_class(method).config_class
+    cls().save_finetuned(tmp_path)
+    calls = [
+        lambda **wrong: cls(**wrong),
+        lambda **wrong: cls.from_dict(wrong),
+        lambda **wrong: cls.from_dict({}, **wrong),
+        lambda **wrong: AutoDeltaConfig.from_dict({"delta_type": TYPES[method], **wrong}),
+        lambda **wrong: cls.from_finetuned(tmp_path, **wrong),
+        lambda **wrong: AutoDeltaConfig.from_finetuned(tmp_path, **wrong),
+    ]
+    for call in calls:
+        with pytest.raises(OpenDeltaError, match="'modifed_modules'.*'modified_modules'"):
+            call(modifed_modules=["q"])
+
+
+def test_a_field_of_another_method_is_unknown() -> None:
+    with pytest.raises(TypeError, match="'lora_r'"):
+        AdapterConfig(lora_r=3)
+    with pytest.raises(ValueError, match="'bottleneck_dm'.*'bottleneck_dim'"):
+        AdapterConfig(bottleneck_dm=3)
+
+
+def test_without_a_method_it_is_an_error() -> None:
+    for call in (
+        lambda: AutoDeltaConfig.from_dict({"lora_r": 3}),
+        lambda: AutoDeltaModel.from_config({"lora_r": 3}, nn.Linear(2, 2)),
+        lambda: AutoDeltaModel.from_config(BaseDeltaConfig(), nn.Linear(2, 2)),
+    ):
+        with pytest.raises(OpenDeltaError, match="delta_type.*lora"):
+            call()
+
+
+def test_the_auto_classes_are_not_instantiated() -> None:
+    for cls in (AutoDeltaConfig, AutoDeltaModel):
+        for arguments in ((), ({"delta_type": "lora"},)):
+            with pytest.raises(OSError, match=cls.__name__):
+                cls(*arguments)
+
+
+# --- from_config ----------------------------------------------------------------------------------
+
+
+@each_method
+@pytest.mark.parametrize("loader", ["own", "auto"])
+@pytest.mark.parametrize("form", ["object", "dict", "plain dict"])
+def test_from_config_makes_the_same_delta_as_the_constructor(
+    method: str, loader: str, form: str
+) -> None:
+    made = place(method, "bert_cls", exclude_modules=["layer.0"], unfrozen_modules=["classifier", "deltas"])
+    source: Any = {
+        "object": made.config,
+        "dict": made.config.to_dict(),
+        "plain dict": {
+            "delta_type": TYPES[method],
+            "modified_modules": TARGETS[method]["bert_cls"],
+            "exclude_modules": ["layer.0"],
+            "unfrozen_modules": ["classifier", "deltas"],
+        },
+    }[form]
+    before = json.dumps(source if isinstance(source, dict) else source.to_dict())
+    model = backbones.build("bert_cls")
+    cls: Any = model_class(method) if loader == "own" else AutoDeltaModel
+    delta = cls.from_config(source, model)
+    assert type(delta) is type(made)
+    assert delta.backbone_model is model
+    assert shapes(delta) == shapes(made)
+    made.freeze_module()
+    delta.freeze_module()
+    assert set(model.state_dict()) == set(made.backbone_model.state_dict())
+    assert json.dumps(source if isinstance(source, dict) else source.to_dict()) == before
+
+
+def shapes(delta: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in delta.named_parameters()}
+
+
+@pytest.mark.parametrize("cls", [LoraModel, AutoDeltaModel])
+def test_keyword_arguments_change_a_value_for_this_once(cls: Any) -> None:
+    config = LoraConfig(modified_modules=["query"], lora_r=4)
+    for source in (config, config.to_dict()):
+        delta = cls.from_config(source, backbones.build("bert"), lora_r=2, modified_modules=["value"])
+        assert {n.split(".")[-3] for n, _ in delta.named_parameters()} == {"value"}
+        assert {p.shape[0] for n, p in delta.named_parameters() if n.endswith("lora_A")} == {2}
+        assert (delta.config.lora_r, delta.config.modified_modules) == (2, ["value"])
+    assert (config.lora_r, config.modified_modules) == (4, ["query"])
+
+
+def test_a_dict_without_type_serves_the_class_that_is_asked() -> None:
+    """`LoraModel.from_config` needs no `delta_type`."""
+    delta = LoraModel.from_config({"modified_modules": ["query"], "lora_r": 3}, backbones.build("bert"))
+    assert type(delta) is LoraModel and delta.lora_r == 3
+
+
+@pytest.mark.parametrize("form", [lambda c: c, lambda c: c.to_dict()])
+def test_the_hash_is_compared(form: Any) -> None:
+    model = backbones.build("bert")
+    config = LoraConfig(modified_modules=["query"], backbone_hash=gen_model_hash(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoraModel.from_config(form(config), model)
+    for cls in (LoraModel, AutoDeltaModel):
+        altered = backbones.build("bert")
+        with torch.no_grad():
+            altered.pooler.dense.bias[0] += 1
+        with pytest.warns(BackboneMismatchWarning) as seen:
+            cls.from_config(form(config), altered)
+        assert gen_model_hash(altered) in str(seen[0].message)
+        assert str(config.backbone_hash) in str(seen[0].message)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            cls.from_config(form(config), altered, check_hash=False)
+
+
+def test_from_config_loads_no_weights(tmp_path: Path) -> None:
+    saved = place("LoraModel", "bert_cls")
+    randomise(saved)
+    saved.freeze_module()
+    saved.save_finetuned(tmp_path)
+    config = AutoDeltaConfig.from_finetuned(tmp_path)
+    model = backbones.build("bert_cls")
+    delta = AutoDeltaModel.from_config(config, model)
+    assert all(not p.any() for n, p in delta.named_parameters() if n.endswith("lora_B"))
+    assert torch.equal(backbones.run(model, "bert_cls"), backbones.run(backbones.build("bert_cls"), "bert_cls"))
+
+
+@pytest.mark.parametrize(
+    "config", [AdapterConfig(modified_modules=["query"]), {"delta_type": "adapter"}]
+)
+def test_the_config_of_another_method_is_refused(config: Any) -> None:
+    model = backbones.build("bert")
+    with unchanged(model), pytest.raises(OpenDeltaError, match="AdapterModel.*LoraModel"):
+        LoraModel.from_config(config, model)
+
+
+def test_the_base_class_makes_any_method() -> None:
+    delta = DeltaBase.from_config({"delta_type": "adapter", "modified_modules": ["mlp"]}, backbones.build("llama"))
+    assert type(delta) is AdapterModel
+
+
+@each_method
+def test_a_delta_knows_its_config(method: str) -> None:
+    delta = place(method, "bert_cls", exclude_modules=["layer.0"])
+    config = delta.config
+    assert type(config) is type(delta).config_class
+    assert config.modified_modules == TARGETS[method]["bert_cls"]
+    assert config.exclude_modules == ["layer.0"]
+    assert {n: getattr(config, n) for n in METHOD_FIELDS[method]} == METHOD_FIELDS[method]
+
+
+# --- a method of one's own ------------------------------------------------------------------------
+
+
+class Scale(nn.Module):
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * self.factor
+
+
+class ScaleConfig(BaseDeltaConfig):
+    """Today's style: the fields are read off the model's constructor."""
+
+
+@opendelta.register
+class ScaleModel(DeltaBase):
+    delta_type = "test_scale"
+    config_class = ScaleConfig
+    default_modified_modules = ["first"]
+
+    start: float
+
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        start: float = 1.0,
+        modified_modules: list[str] | None = None,
+        exclude_modules: list[str] | None = None,
+        unfrozen_modules: list[str] | None = None,
+        common_structure: bool | None = None,
+        interactive_modify: bool | int | None = False,
+        backend: str | None = "hf",
+    ) -> None:
+        self._construct(locals())
+
+    def update_module(self, module: nn.Module, key: str) -> None:
+        _, _, target = self.find_module(module, key)
+        _, width = self.widths(target)
+        self.insert_sequential_module(target, Scale(width, self.start), delta_name="scale")
+
+
+class OldScaleConfig(BaseDeltaConfig):
+    """As configs were written for 0.3.2."""
+
+    def __init__(self, start: float = 1.0, other: str = "x", **kwargs: Any) -> None:
+        from opendelta.utils.signature import get_arg_names_inside_func
+
+        super().__init__(**kwargs)
+        for name in get_arg_names_inside_func(self.__init__):
+            if not hasattr(self, name):
+                setattr(self, name, locals()[name])
+
+
+class OldScaleModel(DeltaBase):
+    """As methods were written for 0.3.2, layers kept in a list of the delta included."""
+
+    config_class = OldScaleConfig
+    delta_type = "test_old_scale"
+    default_modified_modules = ["attn"]
+
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        start: float = 1.0,
+        other: str = "x",
+        modified_modules: list[str] | None = None,
+        exclude_modules: list[str] | None = None,
+        unfrozen_modules: list[str] | None = None,
+        common_structure: bool | None = None,
+        interactive_modify: bool | int | None = False,
+        backend: str | None = "hf",
+    ) -> None:
+        from opendelta.utils.signature import get_arg_names_inside_func
+
+        DeltaBase.__init__(
+            self,
+            backbone_model,
+            modified_modules=modified_modules,
+            exclude_modules=exclude_modules,
+            unfrozen_modules=unfrozen_modules,
+            common_structure=common_structure,
+            interactive_modify=interactive_modify,
+            backend=backend,
+        )
+        for name in get_arg_names_inside_func(self.__init__):
+            if not hasattr(self, name):
+                setattr(self, name, locals()[name])
+        self.delta_modules = nn.ModuleList()
+        self.add_all_delta_to_backbone(self.backbone_model, self.modified_modules)
+
+    def update_module(self, module: nn.Module, key: str) -> None:
+        _, _, ref = self.find_module(module, key)
+        layer = self.new_module_like(ref)
+        self.insert_sequential_module(ref, delta_module=layer, delta_name="scale")
+
+    def new_module_like(self, module: nn.Module) -> nn.Module:
+        layer = Scale(module.out_features, self.start)  # type: ignore[arg-type]
+        self.delta_modules.append(layer)
+        return layer
+
+
+opendelta.register(OldScaleModel)
+OWN = [(ScaleModel, ScaleConfig, "test_scale"), (OldScaleModel, OldScaleConfig, "test_old_scale")]
+own_methods = pytest.mark.parametrize(("cls", "config_class", "kind"), OWN, ids=["today", "0.3.2"])
+
+
+@own_methods
+def test_a_method_of_ones_own_acts(cls: Any, config_class: Any, kind: str) -> None:
+    model = backbones.build("mlp")
+    bare = backbones.run(model, "mlp")
+    delta = cls(model, start=2.0, modified_modules=["last.1"])
+    assert torch.allclose(backbones.run(model, "mlp"), 2 * bare)
+    delta.detach()
+    assert torch.equal(backbones.run(model, "mlp"), bare)
+    delta.attach()
+    delta.freeze_module()
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {"last.1.scale.factor"}
+    assert set(model.state_dict()) == {"last.1.scale.factor"}
+    assert opendelta.deltas(model) == [delta]
+
+
+@own_methods
+def test_a_method_of_ones_own_has_a_config(cls: Any, config_class: Any, kind: str) -> None:
+    assert config_class().start == 1.0
+    config = config_class(start=3.0, modified_modules=["first"])
+    assert (config.start, config.modified_modules) == (3.0, ["first"])
+    assert config.unfrozen_modules == ["deltas"]
+    assert config.to_dict()["delta_type"] == kind
+    assert config.to_dict()["start"] == 3.0
+    again = AutoDeltaConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert type(again) is config_class
+    assert again == config and again.start == 3.0
+    with pytest.raises(OpenDeltaError, match="'strat'.*'start'"):
+        AutoDeltaConfig.from_dict({"delta_type": kind, "strat": 3.0})
+
+
+@own_methods
+def test_a_method_of_ones_own_joins_the_registry(cls: Any, config_class: Any, kind: str) -> None:
+    model = backbones.build("mlp")
+    delta = AutoDeltaModel.from_config(
+        {"delta_type": kind, "start": 3.0, "modified_modules": ["last.1"]}, model
+    )
+    assert type(delta) is cls
+    assert torch.equal(model.last[1].scale.factor, torch.full((3,), 3.0))
+    assert delta.config.start == 3.0
+
+
+@own_methods
+def test_a_method_of_ones_own_is_saved_and_loaded(
+    cls: Any, config_class: Any, kind: str, tmp_path: Path
+) -> None:
+    """Under the names that its parameters have in the backbone."""
+    from safetensors.torch import load_file
+
+    model = backbones.build("mlp")
+    delta = cls(model, start=2.0, modified_modules=["first", "last.1"])
+    randomise(delta)
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert set(load_file(tmp_path / "model.safetensors")) == names
+    fresh = backbones.build("mlp")
+    loaded = AutoDeltaModel.from_finetuned(tmp_path, backbone_model=fresh)
+    assert type(loaded) is cls
+    assert loaded.config.start == 2.0
+    assert torch.equal(backbones.run(fresh, "mlp"), backbones.run(model, "mlp"))
+
+
+def test_aliases_of_a_method() -> None:
+    @opendelta.register("test_first_alias", "test_second_alias")
+    class Aliased(ScaleModel):
+        delta_type = "test_aliased"
+        config_class = type("AliasedConfig", (BaseDeltaConfig,), {})
+
+    for name in ("test_aliased", "test_first_alias", "test_second_alias"):
+        delta = AutoDeltaModel.from_config(
+            {"delta_type": name, "modified_modules": ["first"]}, backbones.build("mlp")
+        )
+        assert type(delta) is Aliased
+
+
+def test_a_name_that_is_taken_or_missing_is_refused() -> None:
+    with pytest.raises(OpenDeltaError, match="'lora'.*LoraModel"):
+
+        @opendelta.register
+        class Thief(ScaleModel):
+            delta_type = "lora"
+            config_class = type("ThiefConfig", (BaseDeltaConfig,), {})
+
+    assert type(AutoDeltaConfig.from_dict({"delta_type": "lora"})) is LoraConfig
+    with pytest.raises(OpenDeltaError, match="delta_type"):
+
+        @opendelta.register
+        class Nameless(DeltaBase):
+            pass
+
+
+def test_defining_a_class_again_takes_its_place() -> None:
+    """As when a notebook's cell runs twice."""
+
+    def define() -> type[DeltaBase]:
+        @opendelta.register
+        class Again(ScaleModel):
+            delta_type = "test_again"
+            config_class = type("AgainConfig", (BaseDeltaConfig,), {})
+
+        return Again
+
+    define()
+    second = define()
+    made = AutoDeltaModel.from_config(
+        {"delta_type": "test_again", "modified_modules": ["first"]}, backbones.build("mlp")
+    )
+    assert type(made) is second

@@ -1,0 +1,721 @@
+"""Files of deltas: what is in them, who reads them, and what is kept from harm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import backbones
+import pytest
+import torch
+import weights
+from cases import randomise
+from placed import METHODS, PLACED, place, trainable, unchanged
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import opendelta
+from opendelta import (
+    AdapterConfig,
+    AdapterModel,
+    AutoDeltaConfig,
+    AutoDeltaModel,
+    DeltaBase,
+    DeltaWarning,
+    LoraConfig,
+    LoraModel,
+    OpenDeltaError,
+    ParallelAdapterModel,
+)
+
+each_method = pytest.mark.parametrize("method", METHODS)
+placed = pytest.mark.parametrize(("method", "backbone"), PLACED)
+CLASSIFIER = {"classifier.weight", "classifier.bias"}
+
+
+def trained(method: str, backbone: str, exclude: Any = None, **kwargs: Any) -> DeltaBase:
+    """A delta with weights of its own, after `freeze_module`; so has what it left trainable."""
+    delta = place(method, backbone, **kwargs)
+    randomise(delta)
+    delta.freeze_module(exclude=exclude)
+    own = {id(p) for p in delta.parameters()}
+    with torch.no_grad():
+        for name, p in delta.backbone_model.named_parameters():
+            if p.requires_grad and id(p) not in own:
+                p.copy_(weights.uniform("trained:" + name, p.shape, 0.25))
+    return delta
+
+
+def output(delta: DeltaBase, backbone: str) -> torch.Tensor:
+    return backbones.run(delta.backbone_model.eval(), backbone)
+
+
+def names(delta: DeltaBase) -> set[str]:
+    return {name for name, _ in delta.named_parameters()}
+
+
+def loaded(path: Path, backbone: str, **kwargs: Any) -> DeltaBase:
+    """The delta in a folder on a fresh backbone; any warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return AutoDeltaModel.from_finetuned(path, backbone_model=backbones.build(backbone), **kwargs)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- two files ------------------------------------------------------------------------------------
+
+
+@placed
+def test_safetensors_by_default(method: str, backbone: str, tmp_path: Path) -> None:
+    delta = trained(method, backbone)
+    delta.save_finetuned(tmp_path / "a" / "b")
+    folder = tmp_path / "a" / "b"
+    assert set(content(folder)) == {"config.json", "model.safetensors"}
+    tensors = load_file(folder / "model.safetensors")
+    assert set(tensors) == names(delta)
+    assert all(torch.equal(tensors[name], p) for name, p in delta.named_parameters())
+    again = loaded(folder, backbone)
+    assert torch.equal(output(again, backbone), output(delta, backbone))
+
+
+@placed
+def test_torch_save_writes_what_0_3_2_did(method: str, backbone: str, tmp_path: Path) -> None:
+    delta = trained(method, backbone)
+    delta.save_finetuned(tmp_path, save_function=torch.save)
+    assert set(content(tmp_path)) == {"config.json", "pytorch_model.bin"}
+    tensors = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    assert set(tensors) == names(delta)
+    again = loaded(tmp_path, backbone)
+    assert torch.equal(output(again, backbone), output(delta, backbone))
+
+
+def test_the_last_save_is_what_loads_whatever_its_format(tmp_path: Path) -> None:
+    for save_function in (None, torch.save, None):
+        delta = trained("LoraModel", "mlp")
+        with torch.no_grad():
+            for p in delta.parameters():
+                p.add_(torch.rand(()))
+        delta.save_finetuned(tmp_path, save_function=save_function)
+        assert torch.equal(output(loaded(tmp_path, "mlp"), "mlp"), output(delta, "mlp"))
+
+
+def test_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    delta = trained("LoraModel", "mlp")
+    for path in ((), (None,)):
+        delta.save_finetuned(*path)
+        assert set(content(tmp_path / "delta_checkpoints")) == {"config.json", "model.safetensors"}
+        (tmp_path / "delta_checkpoints" / "model.safetensors").unlink()
+    delta.save_finetuned("relative/text")
+    assert (tmp_path / "relative" / "text" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("argument", [{"save_config": False}, {"state_dict_only": True}])
+def test_weights_without_config(argument: dict[str, bool], tmp_path: Path) -> None:
+    delta = trained("LoraModel", "mlp")
+    delta.save_finetuned(tmp_path, **argument)
+    assert set(content(tmp_path)) == {"model.safetensors"}
+    again = LoraModel.from_finetuned(tmp_path, backbones.build("mlp"), delta_config=delta.config)
+    assert torch.equal(output(again, "mlp"), output(delta, "mlp"))
+
+
+def test_a_state_dict_of_ones_own_is_saved_as_given(tmp_path: Path) -> None:
+    delta = trained("LoraModel", "mlp")
+    doubled = {name: 2 * p.detach() for name, p in delta.named_parameters()}
+    delta.save_finetuned(tmp_path, state_dict=doubled)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == doubled.keys()
+    assert all(torch.equal(saved[name], doubled[name]) for name in doubled)
+    again = loaded(tmp_path, "mlp")
+    assert all(torch.equal(p, doubled[name]) for name, p in again.named_parameters())
+
+
+def test_a_save_function_of_ones_own_gets_tensors_and_path(tmp_path: Path) -> None:
+    delta = trained("LoraModel", "mlp")
+    seen: list[set[str]] = []
+
+    def save(tensors: dict[str, torch.Tensor], path: str) -> None:
+        seen.append(set(tensors))
+        assert not any(t.requires_grad for t in tensors.values())
+        torch.save(tensors, path)
+
+    delta.save_finetuned(tmp_path, save_function=save)
+    assert seen == [names(delta)]
+    assert torch.equal(output(loaded(tmp_path, "mlp"), "mlp"), output(delta, "mlp"))
+
+
+def test_the_config_records_the_weights_sha256(tmp_path: Path) -> None:
+    for save_function, file in ((None, "model.safetensors"), (torch.save, "pytorch_model.bin")):
+        trained("LoraModel", "mlp").save_finetuned(tmp_path, save_function=save_function)
+        config = json.loads((tmp_path / "config.json").read_text())
+        expected = hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
+        assert config["weights_sha256"] == expected
+
+
+def test_the_config_says_what_the_delta_is_and_where_it_was(tmp_path: Path) -> None:
+    delta = trained("LoraModel", "bert_cls", exclude=["deltas", "classifier"], lora_r=3)
+    delta.backbone_model.config._name_or_path = "some/bert"
+    delta.save_finetuned(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["delta_type"] == "lora"
+    assert config["lora_r"] == 3
+    assert config["modified_modules"] == ["query", "value"]
+    assert config["backbone_class"] == "BertForSequenceClassification"
+    assert config["backbone_checkpoint_name"] == "some/bert"
+    assert set(config["backbone_hash_excludes"]) == CLASSIFIER
+    assert config["opendelta_version"] == opendelta.__version__
+    assert AutoDeltaConfig.from_finetuned(tmp_path) == delta.config
+
+
+def test_saving_changes_nothing_about_the_backbone(tmp_path: Path) -> None:
+    for method in METHODS:
+        delta = trained(method, "bert_cls", exclude=["deltas", "classifier"])
+        with unchanged(delta.backbone_model):
+            delta.save_finetuned(tmp_path / method)
+            delta.save_checkpoint(tmp_path / method / "other.bin")
+
+
+def test_a_small_file(tmp_path: Path) -> None:
+    """Of the size of the delta, not of the backbone."""
+    delta = trained("LoraModel", "bert_cls", lora_r=1)
+    delta.save_finetuned(tmp_path)
+    size = sum(p.numel() * p.element_size() for p in delta.parameters())
+    whole = sum(p.numel() * p.element_size() for p in delta.backbone_model.parameters())
+    assert size < (tmp_path / "model.safetensors").stat().st_size < size + 5000 < whole
+
+
+# --- what is in the file --------------------------------------------------------------------------
+
+
+@each_method
+def test_a_frozen_delta_is_saved_all_the_same(method: str, tmp_path: Path) -> None:
+    delta = trained(method, "bert_cls", exclude=["classifier"])
+    assert trainable(delta.backbone_model) == CLASSIFIER
+    delta.save_finetuned(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == names(delta) | CLASSIFIER
+    assert torch.equal(output(loaded(tmp_path, "bert_cls"), "bert_cls"), output(delta, "bert_cls"))
+
+
+@each_method
+def test_a_detached_delta_is_saved_all_the_same(method: str, tmp_path: Path) -> None:
+    delta = trained(method, "bert_cls", exclude=["deltas", "classifier"])
+    expected = output(delta, "bert_cls")
+    delta.detach()
+    delta.save_finetuned(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == names(delta) | CLASSIFIER
+    assert torch.equal(output(loaded(tmp_path, "bert_cls"), "bert_cls"), expected)
+
+
+@each_method
+@pytest.mark.parametrize("how", ["exclude", "unfrozen_modules"])
+def test_what_was_left_trainable_is_saved_and_loaded(method: str, how: str, tmp_path: Path) -> None:
+    patterns = ["deltas", "classifier", "1.output"]
+    arguments: dict[str, Any] = {how: patterns}
+    delta = trained(method, "bert_cls", **arguments)
+    delta.save_finetuned(tmp_path)
+    own = trainable(delta.backbone_model) - names(delta)
+    assert own > CLASSIFIER and any("layer.1.output.dense.weight" in name for name in own)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert set(saved) == names(delta) | own
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert own <= set(config["backbone_hash_excludes"]) <= set(saved)
+    again = loaded(tmp_path, "bert_cls")
+    assert torch.equal(output(again, "bert_cls"), output(delta, "bert_cls"))
+    for name in own:
+        assert torch.equal(again.backbone_model.get_parameter(name), saved[name])
+
+
+def test_the_last_freeze_decides(tmp_path: Path) -> None:
+    delta = trained("LoraModel", "bert_cls", exclude=["deltas", "pooler"])
+    delta.freeze_module(exclude=["deltas", "classifier"])
+    delta.save_finetuned(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == names(delta) | CLASSIFIER
+
+
+def test_parts_frozen_one_by_one_are_all_saved(tmp_path: Path) -> None:
+    delta = trained("LoraModel", "bert_cls")
+    model = delta.backbone_model
+    delta.freeze_module(model.bert, exclude=["deltas", "pooler.dense.bias"])
+    delta.freeze_module(model.classifier, exclude=["classifier"])
+    delta.save_finetuned(tmp_path)
+    expected = names(delta) | CLASSIFIER | {"bert.pooler.dense.bias"}
+    assert trainable(model) == expected
+    assert set(load_file(tmp_path / "model.safetensors")) == expected
+
+
+def test_what_trains_by_other_means_is_not_saved(tmp_path: Path) -> None:
+    """The list is the last freeze's; requires_grad may be changed for a moment."""
+    delta = trained("LoraModel", "bert_cls", exclude=["deltas", "classifier"])
+    delta.backbone_model.requires_grad_(True)
+    delta.save_finetuned(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == names(delta) | CLASSIFIER
+
+
+@each_method
+def test_without_a_freeze_only_the_delta_and_unfrozen_modules_with_a_warning(
+    method: str, tmp_path: Path
+) -> None:
+    for unfrozen, own in ((None, set()), (["deltas", "classifier"], CLASSIFIER)):
+        delta = place(method, "bert_cls", unfrozen_modules=unfrozen)
+        assert len(trainable(delta.backbone_model)) > len(names(delta) | own)
+        with pytest.warns(DeltaWarning, match="freeze_module"):
+            delta.save_finetuned(tmp_path / str(len(own)))
+        assert set(load_file(tmp_path / str(len(own)) / "model.safetensors")) == names(delta) | own
+
+
+def test_after_a_freeze_nothing_warns(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained("LoraModel", "bert_cls").save_finetuned(tmp_path)
+
+
+@each_method
+def test_a_loaded_delta_is_saved_again_as_it_was(method: str, tmp_path: Path) -> None:
+    """Without any freeze in between."""
+    delta = trained(method, "bert_cls", exclude=["deltas", "classifier"])
+    delta.save_finetuned(tmp_path / "first")
+    again = loaded(tmp_path / "first", "bert_cls")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.save_finetuned(tmp_path / "second")
+    assert content(tmp_path / "first") == content(tmp_path / "second")
+
+
+def test_constants_are_saved(tmp_path: Path) -> None:
+    """A PHM rule that never trains is random: without it nobody could reproduce the delta."""
+    delta = trained("CompacterModel", "bert_cls", learn_phm=False)
+    delta.save_finetuned(tmp_path)
+    rules = {name for name in load_file(tmp_path / "model.safetensors") if name.endswith("phm_rule")}
+    assert len(rules) == 2 * 4
+    assert torch.equal(output(loaded(tmp_path, "bert_cls"), "bert_cls"), output(delta, "bert_cls"))
+
+
+def test_low_precision_is_kept(tmp_path: Path) -> None:
+    model = backbones.build("bert_cls").to(torch.bfloat16)
+    delta = LoraModel(model, modified_modules=["query"])
+    randomise(delta)
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    fresh = backbones.build("bert_cls").to(torch.bfloat16)
+    again = AutoDeltaModel.from_finetuned(tmp_path, backbone_model=fresh)
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert torch.equal(output(again, "bert_cls"), output(delta, "bert_cls"))
+
+
+# --- one name per tied storage --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["wte", "lm_head"])
+def test_a_tie_is_saved_once_and_loaded_at_both_ends(end: str, tmp_path: Path) -> None:
+    delta = trained("LoraModel", "gpt2", exclude=["deltas", end])
+    delta.save_finetuned(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert set(saved) == names(delta) | {"transformer.wte.weight"}
+    again = loaded(tmp_path, "gpt2")
+    model: Any = again.backbone_model
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert torch.equal(model.lm_head.weight, saved["transformer.wte.weight"])
+    assert torch.equal(output(again, "gpt2"), output(delta, "gpt2"))
+
+
+def test_a_tie_that_was_undone_elsewhere_is_filled_at_its_own_end(tmp_path: Path) -> None:
+    """The trained end is loaded; a backbone whose other end is its own keeps that."""
+    delta = trained("LoraModel", "gpt2", exclude=["deltas", "wte"])
+    delta.save_finetuned(tmp_path)
+    untied: Any = backbones.build("gpt2")
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    before = untied.lm_head.weight.detach().clone()
+    AutoDeltaModel.from_finetuned(tmp_path, backbone_model=untied, check_hash=False)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(untied.transformer.wte.weight, saved["transformer.wte.weight"])
+    assert torch.equal(untied.lm_head.weight, before)
+
+
+@pytest.mark.parametrize("shared", [{"shared_phm_rule": True}, {"shared_W_phm": True}, {"shared_phm_rule": True, "shared_W_phm": True}])
+def test_parameters_that_a_delta_shares_are_saved_once(shared: dict[str, bool], tmp_path: Path) -> None:
+    delta = trained("CompacterModel", "bert_cls", **shared)
+    delta.save_finetuned(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    apart = place("CompacterModel", "bert_cls")
+    assert set(saved) == names(delta) < names(apart)
+    again = loaded(tmp_path, "bert_cls")
+    assert torch.equal(output(again, "bert_cls"), output(delta, "bert_cls"))
+    assert len(list(again.parameters())) == len(saved)
+
+
+def test_parallel_adapter_is_saved_under_its_first_module(tmp_path: Path) -> None:
+    delta = trained("ParallelAdapterModel", "mlp")
+    delta.save_finetuned(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {name.split(".parallel_adapter.")[0] for name in saved} == {"first"}
+    both = {**saved, **{name.replace("first.", "last.1."): t.clone() for name, t in saved.items()}}
+    again = ParallelAdapterModel.from_finetuned(  # 0.3.2's files have it under both
+        None, backbones.build("mlp"), delta_config=delta.config, state_dict=both
+    )
+    assert torch.equal(output(again, "mlp"), output(delta, "mlp"))
+
+
+# --- a delta beside others ------------------------------------------------------------------------
+
+
+@each_method
+def test_a_delta_saved_beside_others_loads_alone(method: str, tmp_path: Path) -> None:
+    """The file has a lone delta's names (`adapter`), whatever it is called beside others."""
+    alone = trained(method, "bert_cls")
+    model = backbones.build("bert_cls")
+    others = [place(method, "bert_cls", model) for _ in range(2)]
+    delta = place(method, "bert_cls", model)
+    for other in others:
+        randomise(other, scale=0.1)
+    with torch.no_grad():
+        for p, q in zip(delta.parameters(), alone.parameters(), strict=True):
+            p.copy_(q)
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == names(alone)
+    again = loaded(tmp_path, "bert_cls")
+    assert torch.equal(output(again, "bert_cls"), output(alone, "bert_cls"))
+    for other in others:
+        other.detach()
+    assert torch.equal(output(delta, "bert_cls"), output(alone, "bert_cls"))
+
+
+@each_method
+def test_a_lone_delta_loads_beside_others(method: str, tmp_path: Path) -> None:
+    alone = trained(method, "bert_cls")
+    alone.save_finetuned(tmp_path)
+    model = backbones.build("bert_cls")
+    first = place(method, "bert_cls", model)
+    randomise(first, scale=0.1)
+    second = AutoDeltaModel.from_finetuned(tmp_path, backbone_model=model)
+    assert type(second) is type(alone)
+    for p, q in zip(second.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(p, q)
+    first.detach()
+    assert torch.equal(output(second, "bert_cls"), output(alone, "bert_cls"))
+
+
+def test_two_deltas_are_saved_and_loaded_together(tmp_path: Path) -> None:
+    model = backbones.build("bert_cls")
+    made = [place("LoraModel", "bert_cls", model), place("AdapterModel", "bert_cls", model)]
+    for delta in made:
+        randomise(delta)
+        delta.freeze_module(exclude=["deltas", "classifier"])
+    for count, delta in enumerate(made):
+        delta.save_finetuned(tmp_path / str(count))
+    fresh = backbones.build("bert_cls")
+    for count in range(2):
+        AutoDeltaModel.from_finetuned(tmp_path / str(count), backbone_model=fresh)
+    assert torch.equal(backbones.run(fresh, "bert_cls"), backbones.run(model, "bert_cls"))
+
+
+def test_beside_others_load_checkpoint_fills_the_right_one(tmp_path: Path) -> None:
+    alone = trained("AdapterModel", "bert_cls")
+    alone.save_checkpoint(tmp_path / "a.safetensors")
+    model = backbones.build("bert_cls")
+    first, second = (place("AdapterModel", "bert_cls", model) for _ in range(2))
+    before = [p.clone() for p in first.parameters()]
+    second.load_checkpoint(tmp_path / "a.safetensors")
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), before, strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(second.parameters(), alone.parameters(), strict=True)
+    )
+
+
+# --- weights alone --------------------------------------------------------------------------------
+
+
+@each_method
+@pytest.mark.parametrize("file", ["x.safetensors", "x.bin", "x.pt", "folder", "folder/new/x.bin"])
+def test_checkpoints_round_trip(method: str, file: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    delta = trained(method, "bert_cls", exclude=["deltas", "classifier"])
+    delta.save_checkpoint(tmp_path / file)
+    target = place(method, "bert_cls")
+    target.freeze_module(exclude=["deltas", "classifier"])
+    assert not torch.equal(output(target, "bert_cls"), output(delta, "bert_cls"))
+    target.load_checkpoint(str(tmp_path / file))
+    assert torch.equal(output(target, "bert_cls"), output(delta, "bert_cls"))
+
+
+def test_the_suffix_decides_the_format(tmp_path: Path) -> None:
+    delta = trained("LoraModel", "mlp")
+    for file, read in (
+        ("x.safetensors", load_file),
+        ("x.bin", lambda path: torch.load(path, weights_only=True)),
+        ("x.pt", lambda path: torch.load(path, weights_only=True)),
+    ):
+        delta.save_checkpoint(tmp_path / file)
+        assert set(read(tmp_path / file)) == names(delta)
+    delta.save_checkpoint(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == names(delta)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    delta = trained("LoraModel", "mlp")
+    delta.save_checkpoint(tmp_path / "new")
+    target = place("LoraModel", "mlp")
+    target.load_checkpoint(tmp_path / "new")
+    assert torch.equal(output(target, "mlp"), output(delta, "mlp"))
+
+
+def test_checkpoint_functions_of_ones_own(tmp_path: Path) -> None:
+    delta = trained("LoraModel", "mlp")
+    calls = []
+
+    def save(tensors: Any, path: str) -> None:
+        calls.append(set(tensors))
+        save_file(tensors, path)
+
+    def load(path: str) -> Any:
+        calls.append(path)
+        return load_file(path)
+
+    delta.save_checkpoint(tmp_path / "odd.name", save, delta.backbone_model)
+    target = place("LoraModel", "mlp")
+    target.load_checkpoint(tmp_path / "odd.name", load, target.backbone_model)
+    assert calls == [names(delta), str(tmp_path / "odd.name")]
+    assert torch.equal(output(target, "mlp"), output(delta, "mlp"))
+
+
+def test_load_checkpoint_reads_what_save_finetuned_wrote(tmp_path: Path) -> None:
+    for save_function in (None, torch.save):
+        delta = trained("LoraModel", "bert_cls", exclude=["deltas", "classifier"])
+        delta.save_finetuned(tmp_path / str(save_function is None), save_function=save_function)
+        target = place("LoraModel", "bert_cls")
+        target.load_checkpoint(tmp_path / str(save_function is None))
+        assert torch.equal(output(target, "bert_cls"), output(delta, "bert_cls"))
+
+
+def test_load_checkpoint_leaves_the_train_mode(tmp_path: Path) -> None:
+    trained("LoraModel", "mlp").save_checkpoint(tmp_path)
+    target = place("LoraModel", "mlp")
+    target.backbone_model.train()
+    target.load_checkpoint(tmp_path)
+    assert target.backbone_model.training
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+@each_method
+@pytest.mark.parametrize("loader", ["own", "auto", "base"])
+def test_who_may_load(method: str, loader: str, tmp_path: Path) -> None:
+    delta = trained(method, "bert_cls")
+    delta.save_finetuned(tmp_path)
+    cls: Any = {"own": type(delta), "auto": AutoDeltaModel, "base": DeltaBase}[loader]
+    model = backbones.build("bert_cls").train()
+    again = cls.from_finetuned(str(tmp_path), model)
+    assert type(again) is type(delta)
+    assert again.backbone_model is model
+    assert opendelta.deltas(model) == [again]
+    assert not any(module.training for module in model.modules())
+
+
+def test_from_finetuned_by_position(tmp_path: Path) -> None:
+    """path, backbone, config, cache_dir, state_dict, as the specification orders them."""
+    delta = trained("LoraModel", "mlp")
+    tensors = {name: p.detach() for name, p in delta.named_parameters()}
+    for cls in (LoraModel, AutoDeltaModel):
+        again = cls.from_finetuned(None, backbones.build("mlp"), delta.config, None, tensors)
+        assert torch.equal(output(again, "mlp"), output(delta, "mlp"))
+
+
+@pytest.mark.parametrize("form", [lambda c: c, lambda c: c.to_dict()], ids=["object", "dict"])
+@each_method
+def test_without_a_path(method: str, form: Callable[[Any], Any], tmp_path: Path) -> None:
+    delta = trained(method, "bert_cls", exclude=["deltas", "classifier"])
+    delta.save_finetuned(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for cls in (type(delta), AutoDeltaModel):
+        again = cls.from_finetuned(
+            None, backbones.build("bert_cls"), delta_config=form(delta.config), state_dict=tensors
+        )
+        assert torch.equal(output(again, "bert_cls"), output(delta, "bert_cls"))
+
+
+@pytest.mark.parametrize("missing", ["delta_config", "state_dict"])
+def test_without_a_path_both_are_needed(missing: str) -> None:
+    delta = trained("LoraModel", "mlp")
+    both: dict[str, Any] = {"delta_config": delta.config, "state_dict": delta.state_dict()}
+    del both[missing]
+    model = backbones.build("mlp")
+    with unchanged(model), pytest.raises(OpenDeltaError, match="delta_config.*state_dict"):
+        AutoDeltaModel.from_finetuned(None, model, **both)
+
+
+def test_a_config_or_tensors_in_place_of_the_folders(tmp_path: Path) -> None:
+    delta = trained("LoraModel", "mlp", lora_alpha=16)
+    delta.save_finetuned(tmp_path)
+    config = LoraConfig.from_dict(delta.config.to_dict(), lora_alpha=32)
+    other = AutoDeltaModel.from_finetuned(tmp_path, backbones.build("mlp"), delta_config=config)
+    assert other.lora_alpha == 32
+    assert not torch.allclose(output(other, "mlp"), output(delta, "mlp"))
+    zeros = {name: torch.zeros_like(p) for name, p in delta.named_parameters()}
+    other = AutoDeltaModel.from_finetuned(tmp_path, backbones.build("mlp"), state_dict=zeros)
+    assert not any(p.any() for p in other.parameters())
+
+
+def test_keyword_arguments_override_the_files_config(tmp_path: Path) -> None:
+    delta = trained("LoraModel", "mlp")
+    delta.save_finetuned(tmp_path)
+    for cls in (LoraModel, AutoDeltaModel):
+        again = cls.from_finetuned(tmp_path, backbones.build("mlp"), lora_dropout=0.5)
+        assert again.lora_dropout == 0.5 and again.config.lora_dropout == 0.5
+        with pytest.raises(OpenDeltaError, match="'lora_droput'.*'lora_dropout'"):
+            cls.from_finetuned(tmp_path, backbones.build("mlp"), lora_droput=0.5)
+
+
+def test_arguments_of_downloads_are_accepted(tmp_path: Path) -> None:
+    delta = trained("LoraModel", "mlp")
+    delta.save_finetuned(tmp_path)
+    again = loaded(
+        tmp_path, "mlp", cache_dir=tmp_path, force_download=True, local_files_only=True, check_hash=True
+    )
+    assert torch.equal(output(again, "mlp"), output(delta, "mlp"))
+
+
+def test_the_loaded_delta_trains_on(tmp_path: Path) -> None:
+    """Its parameters are real leaves with fresh gradients, on which one step acts."""
+    trained("LoraModel", "mlp").save_finetuned(tmp_path)
+    again = loaded(tmp_path, "mlp")
+    assert all(p.is_leaf and p.requires_grad and p.grad is None for p in again.parameters())
+    again.freeze_module()
+    before = output(again, "mlp")
+    again.backbone_model(**backbones.inputs("mlp")).sum().backward()
+    with torch.no_grad():
+        for p in again.parameters():
+            p.sub_(p.grad)
+    assert not torch.equal(output(again, "mlp"), before)
+
+
+# --- other models' folders ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [{}, {"save_config": False}, {"save_function": torch.save}])
+def test_a_backbones_folder_is_not_overwritten(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """`save_pretrained` writes files of the same two names."""
+    model = backbones.build("bert_cls")
+    model.save_pretrained(tmp_path)
+    delta = trained("LoraModel", "bert_cls")
+    before = content(tmp_path)
+    assert {"config.json", "model.safetensors"} <= set(before)
+    with unchanged(delta.backbone_model), pytest.raises(OpenDeltaError, match="overwrite=True"):
+        delta.save_finetuned(tmp_path, **arguments)
+    assert content(tmp_path) == before
+    delta.save_finetuned(tmp_path, overwrite=True, **{**arguments, "save_config": True})
+    assert torch.equal(output(loaded(tmp_path, "bert_cls"), "bert_cls"), output(delta, "bert_cls"))
+
+
+def test_a_deltas_own_folder_is_overwritten(tmp_path: Path) -> None:
+    trained("AdapterModel", "mlp").save_finetuned(tmp_path)
+    delta = trained("LoraModel", "mlp")
+    delta.save_finetuned(tmp_path)
+    assert torch.equal(output(loaded(tmp_path, "mlp"), "mlp"), output(delta, "mlp"))
+
+
+@pytest.mark.parametrize("text", ["not json", "[1, 2]", "{}"])
+def test_any_other_config_is_not_overwritten_either(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(OpenDeltaError, match="overwrite=True"):
+        trained("LoraModel", "mlp").save_finetuned(tmp_path)
+    assert content(tmp_path) == {"config.json": text.encode()}
+
+
+def test_loading_from_a_backbones_folder_says_what_it_found(tmp_path: Path) -> None:
+    backbones.build("bert_cls").save_pretrained(tmp_path)
+    model = backbones.build("bert_cls")
+    for cls in (LoraModel, AutoDeltaModel):
+        with unchanged(model), pytest.raises(OpenDeltaError, match="'bert' backbone"):
+            cls.from_finetuned(tmp_path, model)
+    for loader in (LoraConfig, AutoDeltaConfig):
+        with pytest.raises(OpenDeltaError, match="'bert' backbone"):
+            loader.from_finetuned(tmp_path)
+
+
+# --- atomic writes --------------------------------------------------------------------------------
+
+
+class Interrupt(BaseException):
+    """Not an Exception, as a keyboard interrupt is not."""
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), Interrupt()], ids=["error", "interrupt"])
+def test_a_failed_write_leaves_the_old_files(error: BaseException, tmp_path: Path) -> None:
+    delta = trained("LoraModel", "mlp")
+    delta.save_finetuned(tmp_path, save_function=torch.save)
+    delta.save_checkpoint(tmp_path / "x.bin")
+    before = content(tmp_path)
+    with torch.no_grad():
+        for p in delta.parameters():
+            p.zero_()
+
+    def fail(tensors: Any, path: str) -> None:
+        Path(path).write_bytes(b"half a file")
+        assert content(tmp_path).items() >= before.items()
+        raise error
+
+    for call in (
+        lambda: delta.save_finetuned(tmp_path, save_function=fail),
+        lambda: delta.save_checkpoint(tmp_path / "x.bin", fail),
+    ):
+        with pytest.raises(type(error)):
+            call()
+        assert content(tmp_path) == before
+
+
+def test_a_reader_during_the_write_sees_the_old_delta(tmp_path: Path) -> None:
+    old = trained("LoraModel", "mlp")
+    old.save_finetuned(tmp_path, save_function=torch.save)
+    expected = output(old, "mlp")
+    seen = []
+
+    def slow(tensors: Any, path: str) -> None:
+        torch.save(tensors, path)
+        seen.append(torch.equal(output(loaded(tmp_path, "mlp"), "mlp"), expected))
+
+    new = trained("LoraModel", "mlp")
+    with torch.no_grad():
+        for p in new.parameters():
+            p.add_(1)
+    new.save_finetuned(tmp_path, save_function=slow)
+    assert seen == [True]
+    assert torch.equal(output(loaded(tmp_path, "mlp"), "mlp"), output(new, "mlp"))
+
+
+def test_a_failed_config_write_leaves_the_old_config(tmp_path: Path) -> None:
+    config = AdapterConfig(bottleneck_dim=5)
+    config.save_finetuned(tmp_path)
+    before = content(tmp_path)
+    config.modified_modules = [object()]  # type: ignore[list-item]
+    with pytest.raises(TypeError):
+        config.save_finetuned(tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    """Those of any new file, so that others may read what one shares."""
+    (tmp_path / "ordinary").write_text("x")
+    expected = (tmp_path / "ordinary").stat().st_mode
+    trained("LoraModel", "mlp").save_finetuned(tmp_path / "delta")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "delta" / name).stat().st_mode == expected
+
+
+def test_an_adapter_of_another_width_on_the_same_names(tmp_path: Path) -> None:
+    """The config decides the shapes that the file must have."""
+    model = backbones.build("mlp")
+    wide = AdapterModel(model, modified_modules=["first"], bottleneck_dim=7)
+    wide.freeze_module()
+    wide.save_finetuned(tmp_path)
+    again = loaded(tmp_path, "mlp")
+    assert {p.shape for n, p in again.named_parameters() if n.endswith("down_proj.bias")} == {(7,)}
