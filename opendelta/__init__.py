@@ -1,15 +1,16 @@
 """OpenDelta: a plug-and-play library for delta tuning (parameter-efficient fine-tuning).
 
-    from opendelta import LoraModel
+from opendelta import LoraModel
 
-    delta = LoraModel(backbone)                        # modifies the backbone in place
-    delta.freeze_module(exclude=["deltas", "classifier"])
-    ...                                                # train the backbone as before
-    delta.save_finetuned("my_delta")
+delta = LoraModel(backbone)                        # modifies the backbone in place
+delta.freeze_module(exclude=["deltas", "classifier"])
+...                                                # train the backbone as before
+delta.save_finetuned("my_delta")
 """
 
 from __future__ import annotations
 
+from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel, register
 from opendelta.backbone_state import deltas
 from opendelta.basemodel import DeltaBase
@@ -21,9 +22,17 @@ from opendelta.delta_models.lora import LoraConfig, LoraModel
 from opendelta.delta_models.low_rank_adapter import LowRankAdapterConfig, LowRankAdapterModel
 from opendelta.delta_models.parallel_adapter import ParallelAdapterConfig, ParallelAdapterModel
 from opendelta.exceptions import BackboneMismatchWarning, DeltaWarning, OpenDeltaError
-from opendelta.inspection import inspect_module_statistics
+from opendelta.inspection import (
+    Visualization,
+    inspect_module_statistics,
+    inspect_optimizer_statistics,
+    num_delta_parameters,
+    num_total_parameters,
+    num_trainable_parameters,
+)
 from opendelta.saving.hashing import gen_model_hash, gen_parameter_hash
 from opendelta.version import __version__
+from opendelta.web import interactive
 
 __all__ = [
     "AdapterConfig",
@@ -34,6 +43,7 @@ __all__ = [
     "BaseDeltaConfig",
     "BitFitConfig",
     "BitFitModel",
+    "CommonStructureMap",
     "CompacterConfig",
     "CompacterModel",
     "DeltaBase",
@@ -45,10 +55,16 @@ __all__ = [
     "OpenDeltaError",
     "ParallelAdapterConfig",
     "ParallelAdapterModel",
+    "Visualization",
     "__version__",
     "deltas",
     "gen_model_hash",
     "gen_parameter_hash",
     "inspect_module_statistics",
+    "inspect_optimizer_statistics",
+    "interactive",
+    "num_delta_parameters",
+    "num_total_parameters",
+    "num_trainable_parameters",
     "register",
 ]

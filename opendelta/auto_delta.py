@@ -171,4 +171,3 @@ class AutoDeltaModel(_ClassMethodsOnly):
             *model_args,
             **kwargs,
         )
-

@@ -154,9 +154,7 @@ def active_names(module: nn.Module, constants: set[int]) -> set[str]:
     return names | {name for name, b in module.named_buffers() if id(b) in constants}
 
 
-def trim(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, constants: set[int]
-) -> None:
+def trim(module: nn.Module, state_dict: dict[str, Any], prefix: str, constants: set[int]) -> None:
     """Reduce in place what `module` put into `state_dict` to its active part."""
     keep = active_names(module, constants)
     for name, _ in named_tensors(module):

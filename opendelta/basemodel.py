@@ -102,7 +102,8 @@ class DeltaBase(SaveLoadMixin):
             from opendelta.web import select_modules
 
             port = INTERACTIVE_PORT if interactive_modify is True else interactive_modify
-            patterns = select_modules(self.backbone_model, port)
+            chosen = select_modules(self.backbone_model, port, method=self.delta_type)
+            patterns, common_structure = self.patterns_for(chosen), False
             self.__dict__.setdefault("arguments", {})["modified_modules"] = patterns
         self.uses_defaults = not patterns
         self.modified_modules = patterns or list(self.default_modified_modules)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from opendelta import insertion as actions
 from opendelta.addressing.common_structure import CommonStructureMap
-from opendelta.addressing.patterns import as_patterns, lineage, matches
+from opendelta.addressing.patterns import REGEX_MARK, as_patterns, lineage, matches
 from opendelta.addressing.targets import excluded_modules, find_targets
 from opendelta.backbone_state import BackboneState
 from opendelta.exceptions import AddressingError, InsertionError
@@ -77,14 +78,13 @@ def common_names(backbone: nn.Module) -> dict[str, tuple[str, ...]]:
     taken = {common for commons in names.values() for common in commons} | {
         name for name, _ in own_modules(backbone)
     }
+
+    def with_units(common: str) -> Iterator[str]:
+        yield common
+        yield from itertools.takewhile(lambda unit: unit not in taken, lineage(common)[1:])
+
     return {
-        name: tuple(
-            dict.fromkeys(
-                n
-                for common in commons
-                for n in (common, *itertools.takewhile(lambda a: a not in taken, lineage(common)[1:]))
-            )
-        )
+        name: tuple(dict.fromkeys(n for common in commons for n in with_units(common)))
         for name, commons in names.items()
     }
 
@@ -161,14 +161,26 @@ class Construction(nn.Module):
         return parent, child_name, child
 
     def find_targets(self, patterns: Sequence[str]) -> list[list[str]]:
-        """Names of the modules that each pattern addresses, exclusions taken out."""
-        names = [name for name, _ in own_modules(self.backbone_model)]
+        """Names of the modules that each pattern addresses, exclusions taken out.
+
+        A module that is registered twice may be addressed by either name; the first is returned.
+        """
+        first: dict[int, str] = {}
+        known_as = {
+            name: first.setdefault(id(module), name)
+            for name, module in own_modules(self.backbone_model, remove_duplicate=False)
+        }
+        names = list(known_as)
         lookup = self.common_names_of if self.common_structure else lambda name: (name,)
         if self.uses_defaults:
             patterns = [self._default_site(pattern, names) for pattern in patterns]
         found = find_targets(names, patterns, lookup, required=not self.uses_defaults)
-        self._excluded = excluded_modules(names, self.exclude_modules, self.names_of)
-        kept = [[name for name in hits if not self.is_excluded(name)] for hits in found]
+        excluded = excluded_modules(names, self.exclude_modules, self.names_of)
+        self._excluded = {known_as[name] for name in excluded}
+        kept = [
+            list(dict.fromkeys(n for hit in hits if not self.is_excluded(n := known_as[hit])))
+            for hits in found
+        ]
         if not any(kept):
             raise AddressingError(
                 f"exclude_modules={self.exclude_modules} leaves nothing of what "
@@ -184,6 +196,12 @@ class Construction(nn.Module):
         """(name, module) of the module called `key` and of the backbone's own inside it."""
         for relative, module in own_modules(self.backbone_model.get_submodule(key)):
             yield f"{key}.{relative}" if relative else key, module
+
+    def patterns_for(self, names: Sequence[str]) -> list[str]:
+        """Patterns that address exactly the modules called `names`, clicked on the web page."""
+        known = [known for known, _ in own_modules(self.backbone_model)]
+        longer = {name for name in names if any(other.endswith("." + name) for other in known)}
+        return [f"{REGEX_MARK}^{re.escape(n)}" if n in longer else n for n in names]
 
     def _default_site(self, role: str, names: Iterable[str]) -> str:
         end = self.default_ends.get(role)

@@ -76,7 +76,7 @@ class BaseDeltaConfig:
     ) -> None:
         self.modified_modules = modified_modules
         self.exclude_modules = exclude_modules
-        self.unfrozen_modules = ["deltas"] if unfrozen_modules is None else copy.copy(unfrozen_modules)
+        self.unfrozen_modules = copy.copy(unfrozen_modules) if unfrozen_modules else ["deltas"]
         self.common_structure = common_structure
         self.backbone_class = backbone_class
         self.backbone_checkpoint_name = backbone_checkpoint_name
@@ -237,7 +237,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file.parent} holds no {CONFIG_FILE}: no delta was saved there.") from error
+        raise CheckpointError(
+            f"{file.parent} holds no {CONFIG_FILE}: no delta was saved there."
+        ) from error
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}).") from error
     if not isinstance(values, dict) or "delta_type" not in values:
@@ -262,7 +264,9 @@ def _without_marks(patterns: Any) -> Any:
     """Patterns of 0.3.2's files mark common names with ``@`` (``attn@.q@``)."""
     if isinstance(patterns, str):
         return patterns if patterns.startswith("[r]") else patterns.replace("@", "")
-    return [_without_marks(p) for p in patterns] if isinstance(patterns, (list, tuple)) else patterns
+    if isinstance(patterns, (list, tuple)):
+        return [_without_marks(pattern) for pattern in patterns]
+    return patterns
 
 
 def _check_version(values: dict[str, Any]) -> None:

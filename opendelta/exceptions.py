@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent)
 
 
 class OpenDeltaError(Exception):
@@ -54,3 +59,11 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
         tail = name.rsplit(".", 1)[-1]
         close = [choice for choice in unique if tail and tail in choice][:count]
     return f" Did you mean {' or '.join(repr(choice) for choice in close)}?" if close else ""
+
+
+def warn(message: str, category: type[DeltaWarning]) -> None:
+    """Warn at the line of the user's that called into the library, however deep that was."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

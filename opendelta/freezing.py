@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,13 @@ from torch import nn
 
 from opendelta.addressing.patterns import fold_numbers, lineage, matches_any
 from opendelta.backbone_state import BackboneState, own_parameters
-from opendelta.exceptions import AddressingError, DeltaWarning, UnmatchedPatternWarning, nearest
+from opendelta.exceptions import (
+    AddressingError,
+    DeltaWarning,
+    UnmatchedPatternWarning,
+    nearest,
+    warn,
+)
 from opendelta.insertion import ParameterInsertion, own_modules
 
 if TYPE_CHECKING:
@@ -30,9 +35,7 @@ class Selection:
         names_of: all names of a module: its own and, under common structure, the common ones.
     """
 
-    def __init__(
-        self, patterns: Sequence[str], names_of: Callable[[str], Iterable[str]]
-    ) -> None:
+    def __init__(self, patterns: Sequence[str], names_of: Callable[[str], Iterable[str]]) -> None:
         self.unmatched = set(patterns)
         self._patterns, self._names_of = patterns, names_of
         self._known: dict[str, bool] = {"": False}
@@ -131,7 +134,7 @@ def freeze(
         else:
             if reached and len(names) > 1 and names[0] not in state.told_ties:
                 state.told_ties.add(names[0])
-                logger.info("%s are one tied parameter, which stays trainable.", " and ".join(names))
+                logger.info("%s: one tied parameter, which stays trainable.", " = ".join(names))
             p.requires_grad_(bool(reached) and state.was_trainable[names[0]])
             if p.requires_grad:
                 declared.append(names[0])
@@ -146,18 +149,16 @@ def freeze(
     if selection.unmatched and warn_unmatched:
         choices = fold_numbers(ancestor for n in named.values() for ancestor in lineage(n[0]))
         for pattern in sorted(selection.unmatched):
-            warnings.warn(
+            warn(
                 f"{pattern!r} names no module or parameter, so nothing more stays trainable."
                 + nearest(pattern, choices),
                 UnmatchedPatternWarning,
-                stacklevel=3,
             )
     if not trains:
-        warnings.warn(
+        warn(
             "Nothing is left to train: neither 'deltas' nor anything else was excluded from "
             "freezing. The usual call is freeze_module(exclude=['deltas', 'classifier']).",
             DeltaWarning,
-            stacklevel=3,
         )
     return declared
 

@@ -68,12 +68,12 @@ def map_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     )
 
 
-# --- what a dispatcher does with one delta module --------------------------------------------------
-# An action before the forward maps (delta, args, kwargs) to new arguments; one after it maps
-# (delta, args, kwargs, output) to the new output.
+# --- what a dispatcher does with one delta module -------------------------------------------------
+# An action before the forward maps (delta, host, args, kwargs) to new arguments; one after it maps
+# (delta, host, args, kwargs, output) to the new output.
 
 
-def before(delta: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+def before(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """Pass the input through the delta (``delta.pre_forward`` where there is one)."""
     if hasattr(delta, "pre_forward"):
         new_args, new_kwargs = delta.pre_forward(*args, **kwargs)
@@ -85,19 +85,19 @@ def before(delta: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     return args, {**kwargs, key: changed}
 
 
-def after(delta: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
+def after(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Pass the output through the delta (``delta.post_forward`` where there is one)."""
     if hasattr(delta, "post_forward"):
         return delta.post_forward(output)
     return map_hidden(output, delta)
 
 
-def parallel(delta: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
+def parallel(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Add to the output what the delta makes of the module's own arguments."""
     return map_hidden(output, lambda hidden: hidden + delta(*args, **kwargs))
 
 
-def onto(delta: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
+def onto(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Let the delta add onto the output itself: ``delta(hidden output, hidden input)``."""
     source = first_hidden(args, kwargs)
     return map_hidden(output, lambda hidden: delta(hidden, source))
@@ -145,7 +145,7 @@ class BeforeDispatcher(Dispatcher):
 
     @staticmethod
     def hooks(module: nn.Module) -> dict[int, Any]:
-        return module._forward_pre_hooks  # type: ignore[return-value]
+        return module._forward_pre_hooks
 
     def register(self, module: nn.Module) -> None:
         self.handle = module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
@@ -157,7 +157,7 @@ class BeforeDispatcher(Dispatcher):
         for name, action in self.entries:
             delta = module._modules.get(name)
             if delta is not None:
-                args, kwargs = action(delta, args, kwargs)
+                args, kwargs = action(delta, module, args, kwargs)
         return args, kwargs
 
 
@@ -166,7 +166,7 @@ class AfterDispatcher(Dispatcher):
 
     @staticmethod
     def hooks(module: nn.Module) -> dict[int, Any]:
-        return module._forward_hooks  # type: ignore[return-value]
+        return module._forward_hooks
 
     def register(self, module: nn.Module) -> None:
         self.handle = module.register_forward_hook(self, with_kwargs=True)
@@ -175,12 +175,12 @@ class AfterDispatcher(Dispatcher):
         for name, action in self.entries:
             delta = module._modules.get(name)
             if delta is not None:
-                output = action(delta, args, kwargs, output)
+                output = action(delta, module, args, kwargs, output)
         return output
 
 
 def add_bias(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Hook for a module whose forward ignores ``bias``: add the parameter of that name, if there."""
+    """Hook of a module whose forward ignores ``bias``: add the parameter of that name, if any."""
     bias = module._parameters.get("bias")
     return output if bias is None else map_hidden(output, lambda hidden: hidden + bias)
 
@@ -199,18 +199,16 @@ def inserted_names(module: nn.Module) -> tuple[str, ...]:
 
 def inserted_parameters(module: nn.Module) -> tuple[str, ...]:
     """Names of this module's direct parameters that belong to a delta (BitFit's ``bias``)."""
-    return tuple(
-        name for name, p in module._parameters.items() if getattr(p, "_is_delta", False)
-    )
+    return tuple(name for name, p in module._parameters.items() if getattr(p, "_is_delta", False))
 
 
-def own_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def own_modules(root: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """`named_modules()` of the backbone alone: nothing that sits inside a delta."""
     seen: set[int] = set()
     stack = [("", root)]
     while stack:
         name, module = stack.pop()
-        if id(module) in seen:
+        if remove_duplicate and id(module) in seen:
             continue
         seen.add(id(module))
         yield name, module
@@ -382,9 +380,7 @@ class ModuleInsertion:
 class Replacement:
     """A child of `host` swapped for a delta module; detaching puts the original back."""
 
-    def __init__(
-        self, host: nn.Module, host_name: str, child_name: str, module: nn.Module
-    ) -> None:
+    def __init__(self, host: nn.Module, host_name: str, child_name: str, module: nn.Module) -> None:
         self.host, self.host_name, self.name = host, host_name, child_name
         self.original = host._modules[child_name]
         self.module = module
@@ -465,7 +461,8 @@ class ParameterInsertion:
     def __init__(
         self, slot: ParameterSlot, host_name: str, parameter: nn.Parameter, ignored: bool
     ) -> None:
-        self.slot, self.host_name, self.parameter, self.ignored = slot, host_name, parameter, ignored
+        self.slot, self.host_name = slot, host_name
+        self.parameter, self.ignored = parameter, ignored
         self.host, self.name = slot.places[0], slot.name
         self.full_name = dotted(host_name, slot.name)
         self._attached = False

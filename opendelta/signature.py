@@ -26,9 +26,7 @@ class Signature(NamedTuple):
 def signature(f: Callable[..., Any]) -> Signature:
     """The input arguments of `f`, keyword-only ones left out."""
     parameters = inspect.signature(f).parameters.values()
-    positional = [
-        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     defaults = tuple(p.default for p in positional if p.default is not p.empty)
     varargs = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     keywords = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)

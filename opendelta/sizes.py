@@ -123,7 +123,8 @@ def _pseudo_input(module: nn.Module) -> Any:
 def _run(model: nn.Module) -> None:
     """One forward of a pseudo input; the last attempt's error is raised with advice."""
     known = _pseudo_input(model)
-    attempts = [known] if known is not None else [torch.tensor([[0, 0, 0]]), torch.tensor([0, 0, 0])]
+    guesses = [torch.tensor([[0, 0, 0]]), torch.tensor([0, 0, 0])]
+    attempts = guesses if known is None else [known]
     place = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
     def fit(value: Any) -> Any:

@@ -49,7 +49,10 @@ TARGETS: dict[str, dict[str, list[str]]] = {
 TARGETS["LowRankAdapterModel"] = TARGETS["CompacterModel"] = TARGETS["AdapterModel"]
 METHODS = tuple(TARGETS)
 PLACED = tuple((method, backbone) for method in METHODS for backbone in TARGETS[method])
-_NARROW = {"LowRankAdapterModel": {"reduction_factor": 2}, "CompacterModel": {"reduction_factor": 2}}
+_NARROW = {
+    "LowRankAdapterModel": {"reduction_factor": 2},
+    "CompacterModel": {"reduction_factor": 2},
+}
 
 
 def place(method: str, backbone: str, model: nn.Module | None = None, **kwargs: Any) -> DeltaBase:

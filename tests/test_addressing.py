@@ -58,11 +58,11 @@ def hosts(model: nn.Module, child: str = "adapter") -> set[str]:
     return {name for name, module in model.named_modules() if child in module._modules}
 
 
-def adapted(backbone: str, modified: list[str] | str, excluded: list[str] | str | None = None) -> set[str]:
+def adapted(
+    backbone: str, modified: list[str] | str, excluded: list[str] | str | None = None
+) -> set[str]:
     model = backbones.build(backbone)
-    AdapterModel(
-        model, modified_modules=modified, exclude_modules=excluded, bottleneck_dim=1
-    )
+    AdapterModel(model, modified_modules=modified, exclude_modules=excluded, bottleneck_dim=1)
     return hosts(model)
 
 
@@ -134,6 +134,19 @@ def test_the_root_is_never_addressed() -> None:
         AdapterModel(model, modified_modules=["output.dense", ""])
 
 
+def test_a_module_under_two_names_answers_to_both() -> None:
+    """It is modified once, under its first name."""
+    shared = nn.Linear(2, 2)
+    for pattern in (["first"], ["second"], ["first", "second"]):
+        model = nn.ModuleDict({"first": shared, "second": shared})
+        delta = LoraModel(model, modified_modules=pattern, lora_r=1)
+        assert {name for name, _ in delta.named_parameters()} == {
+            "first.lora.lora_A",
+            "first.lora.lora_B",
+        }
+        delta.remove()
+
+
 # --- regular expressions --------------------------------------------------------------------------
 
 REGEXES = [
@@ -142,7 +155,12 @@ REGEXES = [
     ("bert12", r"1[01]\.attention\.output\.dense", ["1[01]", "attention", "output", "dense"], 2),
     ("bert12", r"(query|key)", ["query|key"], 24),
     ("gpt2", r"(attn|mlp)\.c_proj", ["attn|mlp", "c_proj"], 4),
-    ("t5", r"block\.1\.layer\.\d\.DenseReluDense", ["block", "1", "layer", r"\d", "DenseReluDense"], 2),
+    (
+        "t5",
+        r"block\.1\.layer\.\d\.DenseReluDense",
+        ["block", "1", "layer", r"\d", "DenseReluDense"],
+        2,
+    ),
     ("toy", r"name_b\.\d", ["name_b", r"\d"], 2),
 ]
 
@@ -166,7 +184,11 @@ def test_a_regular_expression_takes_any_match_of_a_name() -> None:
 
 
 def test_a_regular_expression_may_cross_dots() -> None:
-    expected = {name for name in names("bert") if name.startswith("encoder.layer.1.") and name.endswith("dense")}
+    expected = {
+        name
+        for name in names("bert")
+        if name.startswith("encoder.layer.1.") and name.endswith("dense")
+    }
     assert adapted("bert", [r"[r]encoder\.layer\.1\..*dense"]) == expected
     assert len(expected) == 3
 
@@ -216,7 +238,9 @@ def test_property_regular_expressions(name: str, several: list[list[str]]) -> No
 
 
 @given(dotted, short)
-def test_property_a_plain_pattern_is_its_escaped_regular_expression(name: str, pattern: str) -> None:
+def test_property_a_plain_pattern_is_its_escaped_regular_expression(
+    name: str, pattern: str
+) -> None:
     assert KEYS.find_key(name, [pattern]) is KEYS.find_key(name, ["[r]" + re.escape(pattern)])
 
 
@@ -235,7 +259,9 @@ class Grove(nn.Module):
 GROVE_NAMES = [name for name, _ in Grove().named_modules() if name]
 LEAVES = [name for name, module in Grove().named_modules() if isinstance(module, nn.Linear)]
 grove_pattern = st.one_of(
-    st.lists(st.sampled_from(["a", "b", "ab", "0", "1", "10"]), min_size=1, max_size=2).map(".".join),
+    st.lists(st.sampled_from(["a", "b", "ab", "0", "1", "10"]), min_size=1, max_size=2).map(
+        ".".join
+    ),
     st.sampled_from(GROVE_NAMES),
 )
 
@@ -313,7 +339,9 @@ def test_an_exclusion_inside_a_container() -> None:
 def test_a_container_that_is_wholly_excluded_inside_stops_no_other() -> None:
     model = backbones.build("bert")
     LoraModel(
-        model, modified_modules=["attention"], exclude_modules=["0.attention.self", "0.attention.output"]
+        model,
+        modified_modules=["attention"],
+        exclude_modules=["0.attention.self", "0.attention.output"],
     )
     assert hosts(model, "lora") == {
         f"encoder.layer.1.attention.{part}"
@@ -337,7 +365,12 @@ def test_patterns_never_address_the_inside_of_a_delta() -> None:
 def test_a_name_that_only_deltas_have_addresses_nothing() -> None:
     model = backbones.build("llama")
     AdapterModel(model, modified_modules=["mlp"])
-    for pattern in ("adapter", "modulelist", "mlp.adapter.modulelist.up_proj", r"[r]modulelist\..*"):
+    for pattern in (
+        "adapter",
+        "modulelist",
+        "mlp.adapter.modulelist.up_proj",
+        r"[r]modulelist\..*",
+    ):
         with unchanged(model), pytest.raises(AddressingError):
             LoraModel(model, modified_modules=[pattern])
 
@@ -351,7 +384,9 @@ def test_a_container_is_searched_without_the_deltas_in_it() -> None:
         f"model.layers.{i}.mlp.{part}_proj" for i in range(2) for part in ("gate", "up", "down")
     }
     assert {name for name, _ in opendelta.deltas(model)[2].named_parameters()} == {
-        f"model.layers.{i}.mlp.{part}_proj.bias" for i in range(2) for part in ("gate", "up", "down")
+        f"model.layers.{i}.mlp.{part}_proj.bias"
+        for i in range(2)
+        for part in ("gate", "up", "down")
     }
 
 
@@ -373,7 +408,11 @@ def test_names_inside_a_delta_are_legal_in_exclude_only() -> None:
     model = backbones.build("bert_cls")
     delta = place("LoraModel", "bert_cls", model)
     delta.freeze_module(exclude=["lora_A"])
-    assert trainable(model) == {n for n, _ in model.named_parameters() if n.endswith("lora_A")} != set()
+    assert (
+        trainable(model)
+        == {n for n, _ in model.named_parameters() if n.endswith("lora_A")}
+        != set()
+    )
 
     model = backbones.build("bert_cls")
     delta = place("LoraModel", "bert_cls", model, unfrozen_modules=["lora_A", "classifier"])
@@ -387,7 +426,11 @@ def test_names_inside_a_delta_are_legal_in_exclude_only() -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "nearest"),
-    [("querry", "'query'"), ("attention.outptu.dense", "attention.output.dense"), ("layer.2", "layer.$")],
+    [
+        ("querry", "'query'"),
+        ("attention.outptu.dense", "attention.output.dense"),
+        ("layer.2", "layer.$"),
+    ],
 )
 def test_a_pattern_without_match_raises_and_names_the_nearest(pattern: str, nearest: str) -> None:
     model = backbones.build("bert_cls")
@@ -447,7 +490,9 @@ def test_a_loaded_config_does_not_warn(tmp_path: Path) -> None:
     text = (tmp_path / "config.json").read_text()
     text = text.replace('"exclude_modules": null', '"exclude_modules": ["lm_head"]')
     text = text.replace('"unfrozen_modules": null', '"unfrozen_modules": ["deltas", "lm_head"]')
-    text = re.sub(r'"unfrozen_modules": \[\s*"deltas"\s*\]', '"unfrozen_modules": ["deltas", "lm_head"]', text)
+    text = re.sub(
+        r'"unfrozen_modules": \[\s*"deltas"\s*\]', '"unfrozen_modules": ["deltas", "lm_head"]', text
+    )
     assert text.count("lm_head") == 2
     (tmp_path / "config.json").write_text(text)
     with warnings.catch_warnings():
@@ -495,7 +540,9 @@ def test_raw_and_common_names_both_match_in_exclude(pattern: str) -> None:
         assert delta.common_structure
         delta.freeze_module(exclude=[pattern] if how == "exclude" else None)
         assert trainable(model) == {
-            name for name, _ in model.named_parameters() if name.startswith("encoder.layer.1.attention.")
+            name
+            for name, _ in model.named_parameters()
+            if name.startswith("encoder.layer.1.attention.")
         }
 
 
@@ -512,4 +559,6 @@ def test_exclude_modules_without_modified_modules_keeps_the_defaults() -> None:
     """0.3.2 dropped the common structure then, and matched nothing."""
     model = backbones.build("bert")
     LoraModel(model, exclude_modules=["layer.0"])
-    assert hosts(model, "lora") == {f"encoder.layer.1.attention.self.{q}" for q in ("query", "value")}
+    assert hosts(model, "lora") == {
+        f"encoder.layer.1.attention.self.{q}" for q in ("query", "value")
+    }

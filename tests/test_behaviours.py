@@ -180,7 +180,7 @@ for file in sys.argv[2:]:
     model = torch.load(file, weights_only=False)
     first = backbones.run(model, backbone)
     second = put(method, backbone, model)
-    randomise(second)
+    randomise(second, 0.3)
     both = backbones.run(model, backbone)
     second.detach()
     one = backbones.run(model, backbone)
@@ -198,7 +198,7 @@ def test_pickle_in_a_new_process_that_adds_another_delta(tmp_path: Path) -> None
             files.append(str(tmp_path / f"{method}@{backbone}.pt"))
             torch.save(model, files[-1])
             one = backbones.run(model, backbone)
-            randomise(put(method, backbone, model))
+            randomise(put(method, backbone, model), 0.3)
             expected[files[-1]] = (one, backbones.run(model, backbone))
     here = Path(__file__).parent
     script = [sys.executable, "-c", _IN_A_NEW_PROCESS, f"{here}|{here / 'golden'}", *files]

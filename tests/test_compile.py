@@ -11,9 +11,7 @@ from cases import BACKBONES, METHODS, PAIRS, built, output, put, randomise
 
 # Compiling takes seconds a pair: LoRA everywhere and each method on two backbones in `make test`.
 QUICK = {("LoraModel", b) for b in BACKBONES} | {(m, b) for m in METHODS for b in ("bert", "mlp")}
-pairs = [
-    pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in PAIRS
-]
+pairs = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in PAIRS]
 
 
 @pytest.fixture(autouse=True)

@@ -130,7 +130,9 @@ def test_defaults_of_config_and_constructor_are_equal(method: str) -> None:
 @each_method
 def test_the_configs_signature_shows_its_fields(method: str) -> None:
     parameters = inspect.signature(model_class(method).config_class).parameters
-    assert {n: p.default for n, p in parameters.items() if n in METHOD_FIELDS[method]} == METHOD_FIELDS[method]
+    assert {
+        n: p.default for n, p in parameters.items() if n in METHOD_FIELDS[method]
+    } == METHOD_FIELDS[method]
     assert set(BASE_FIELDS) <= set(parameters)
 
 
@@ -166,7 +168,9 @@ def values_for(default: Any) -> st.SearchStrategy[Any]:
     return st.none()
 
 
-patterns = st.lists(st.sampled_from(["attn.q", r"[r][0-5]\.attention", "bias"]), min_size=1, max_size=3)
+patterns = st.lists(
+    st.sampled_from(["attn.q", r"[r][0-5]\.attention", "bias"]), min_size=1, max_size=3
+)
 
 
 @st.composite
@@ -213,7 +217,9 @@ def test_configs_differ_by_method_and_field() -> None:
 
 @each_method
 def test_files_round_trip(method: str, tmp_path: Path) -> None:
-    config = model_class(method).config_class(modified_modules=[r"[r]\d+\.x"], exclude_modules=["y"])
+    config = model_class(method).config_class(
+        modified_modules=[r"[r]\d+\.x"], exclude_modules=["y"]
+    )
     config.save_finetuned(tmp_path / "new" / "folder")
     file = tmp_path / "new" / "folder" / "config.json"
     assert [path.name for path in file.parent.iterdir()] == ["config.json"]
@@ -256,7 +262,9 @@ def test_the_examples_of_the_specification() -> None:
     )
     delta = AutoDeltaModel.from_config(config, backbone_model=model)
     assert type(delta) is LoraModel
-    assert {tuple(p.shape) for n, p in delta.named_parameters() if n.endswith("lora_A")} == {(4, 64)}
+    assert {tuple(p.shape) for n, p in delta.named_parameters() if n.endswith("lora_A")} == {
+        (4, 64)
+    }
     assert len(list(delta.parameters())) == 2 * 4 * 3
 
 
@@ -265,7 +273,9 @@ def test_both_spellings_of_low_rank_adapter() -> None:
     for spelling in ("lowrankadapter", "low_rank_adapter"):
         config = AutoDeltaConfig.from_dict({"delta_type": spelling, "low_rank_rank": 2})
         assert type(config) is LowRankAdapterConfig
-        assert config == LowRankAdapterConfig.from_dict({"delta_type": spelling, "low_rank_rank": 2})
+        assert config == LowRankAdapterConfig.from_dict(
+            {"delta_type": spelling, "low_rank_rank": 2}
+        )
         delta = AutoDeltaModel.from_config(
             {"delta_type": spelling, "modified_modules": ["wo"]}, backbones.build("t5")
         )
@@ -317,7 +327,11 @@ def test_every_key_of_0_3_2s_files_is_known() -> None:
 
 def test_marks_of_common_names_are_read_and_regexes_left_alone() -> None:
     config = LoraConfig.from_dict(
-        {"modified_modules": ["attn@.q@", "[r]a@b"], "exclude_modules": "ff@", "unfrozen_modules": ["lm_head@"]}
+        {
+            "modified_modules": ["attn@.q@", "[r]a@b"],
+            "exclude_modules": "ff@",
+            "unfrozen_modules": ["lm_head@"],
+        }
     )
     assert config.modified_modules == ["attn.q", "[r]a@b"]
     assert config.exclude_modules in ("ff", ["ff"])
@@ -407,7 +421,9 @@ def test_the_auto_classes_are_not_instantiated() -> None:
 def test_from_config_makes_the_same_delta_as_the_constructor(
     method: str, loader: str, form: str
 ) -> None:
-    made = place(method, "bert_cls", exclude_modules=["layer.0"], unfrozen_modules=["classifier", "deltas"])
+    made = place(
+        method, "bert_cls", exclude_modules=["layer.0"], unfrozen_modules=["classifier", "deltas"]
+    )
     source: Any = {
         "object": made.config,
         "dict": made.config.to_dict(),
@@ -439,7 +455,9 @@ def shapes(delta: nn.Module) -> dict[str, tuple[int, ...]]:
 def test_keyword_arguments_change_a_value_for_this_once(cls: Any) -> None:
     config = LoraConfig(modified_modules=["query"], lora_r=4)
     for source in (config, config.to_dict()):
-        delta = cls.from_config(source, backbones.build("bert"), lora_r=2, modified_modules=["value"])
+        delta = cls.from_config(
+            source, backbones.build("bert"), lora_r=2, modified_modules=["value"]
+        )
         assert {n.split(".")[-3] for n, _ in delta.named_parameters()} == {"value"}
         assert {p.shape[0] for n, p in delta.named_parameters() if n.endswith("lora_A")} == {2}
         assert (delta.config.lora_r, delta.config.modified_modules) == (2, ["value"])
@@ -448,7 +466,9 @@ def test_keyword_arguments_change_a_value_for_this_once(cls: Any) -> None:
 
 def test_a_dict_without_type_serves_the_class_that_is_asked() -> None:
     """`LoraModel.from_config` needs no `delta_type`."""
-    delta = LoraModel.from_config({"modified_modules": ["query"], "lora_r": 3}, backbones.build("bert"))
+    delta = LoraModel.from_config(
+        {"modified_modules": ["query"], "lora_r": 3}, backbones.build("bert")
+    )
     assert type(delta) is LoraModel and delta.lora_r == 3
 
 
@@ -481,7 +501,9 @@ def test_from_config_loads_no_weights(tmp_path: Path) -> None:
     model = backbones.build("bert_cls")
     delta = AutoDeltaModel.from_config(config, model)
     assert all(not p.any() for n, p in delta.named_parameters() if n.endswith("lora_B"))
-    assert torch.equal(backbones.run(model, "bert_cls"), backbones.run(backbones.build("bert_cls"), "bert_cls"))
+    assert torch.equal(
+        backbones.run(model, "bert_cls"), backbones.run(backbones.build("bert_cls"), "bert_cls")
+    )
 
 
 @pytest.mark.parametrize(
@@ -494,7 +516,9 @@ def test_the_config_of_another_method_is_refused(config: Any) -> None:
 
 
 def test_the_base_class_makes_any_method() -> None:
-    delta = DeltaBase.from_config({"delta_type": "adapter", "modified_modules": ["mlp"]}, backbones.build("llama"))
+    delta = DeltaBase.from_config(
+        {"delta_type": "adapter", "modified_modules": ["mlp"]}, backbones.build("llama")
+    )
     assert type(delta) is AdapterModel
 
 

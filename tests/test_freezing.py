@@ -85,13 +85,17 @@ def test_what_is_named_trains_with_all_inside(patterns: list[str], how: str) -> 
     model = backbones.build("distilbert")
     own = {name for name, _ in model.named_parameters()}
     unfrozen = patterns if how == "unfrozen_modules" else None
-    delta = AdapterModel(model, modified_modules=["embeddings.LayerNorm"], unfrozen_modules=unfrozen)
+    delta = AdapterModel(
+        model, modified_modules=["embeddings.LayerNorm"], unfrozen_modules=unfrozen
+    )
     delta.freeze_module(exclude=patterns if how == "exclude" else None)
     expected = set().union(*(reached(own, p) for p in patterns if p != "deltas"))
     if "deltas" in patterns:
         expected |= delta_names(model)
     assert trainable(model) & own == expected & own
-    assert (trainable(model) >= delta_names(model)) is ("deltas" in patterns or "embeddings" in patterns)
+    assert (trainable(model) >= delta_names(model)) is (
+        "deltas" in patterns or "embeddings" in patterns
+    )
 
 
 def test_exclude_replaces_the_default() -> None:
@@ -145,7 +149,9 @@ OWN = bare_names("bert_cls")
 @settings(max_examples=30, deadline=None)
 @given(st.sets(st.sampled_from(PATTERNS), max_size=3), st.booleans())
 def test_property_trainable_set(patterns: set[str], with_deltas: bool) -> None:
-    delta = LoraModel(backbones.build("bert_cls"), modified_modules=["intermediate.dense"], lora_r=1)
+    delta = LoraModel(
+        backbones.build("bert_cls"), modified_modules=["intermediate.dense"], lora_r=1
+    )
     model = delta.backbone_model
     exclude = sorted(patterns) + ["deltas"] * with_deltas
     with warnings.catch_warnings():
@@ -349,7 +355,10 @@ def test_each_unmatched_pattern_warns_and_the_others_act() -> None:
     delta = place("LoraModel", "bert_cls")
     with pytest.warns(UnmatchedPatternWarning) as seen:
         delta.freeze_module(exclude=["nowhere", "classifier", "neither"])
-    assert [sum(word in str(w.message) for w in seen) for word in ("'nowhere'", "'neither'")] == [1, 1]
+    assert [sum(word in str(w.message) for w in seen) for word in ("'nowhere'", "'neither'")] == [
+        1,
+        1,
+    ]
     assert trainable(delta.backbone_model) == {"classifier.weight", "classifier.bias"}
 
 
@@ -399,7 +408,9 @@ def test_set_active_state_dict_of_a_part() -> None:
     assert set(part.state_dict()) == {n for n, p in part.named_parameters() if p.requires_grad}
     assert set(model.bert.encoder.layer[0].state_dict()) > set(part.state_dict())
     delta.remove()
-    assert set(part.state_dict()) == set(backbones.build("bert_cls").bert.encoder.layer[1].state_dict())
+    assert set(part.state_dict()) == set(
+        backbones.build("bert_cls").bert.encoder.layer[1].state_dict()
+    )
 
 
 def test_the_state_dict_follows_requires_grad() -> None:
@@ -493,7 +504,9 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @placed
 @pytest.mark.parametrize("depth", [0, 2])
-def test_load_state_dict_takes_full_and_trimmed_dicts(method: str, backbone: str, depth: int) -> None:
+def test_load_state_dict_takes_full_and_trimmed_dicts(
+    method: str, backbone: str, depth: int
+) -> None:
     """Strictly, under any prefix."""
     source = place(method, backbone)
     randomise(source)
@@ -508,7 +521,9 @@ def test_load_state_dict_takes_full_and_trimmed_dicts(method: str, backbone: str
         wrapper: nn.Module = target.backbone_model
         for _ in range(depth):
             wrapper = nn.ModuleDict({"a": wrapper})
-        result = wrapper.load_state_dict({prefix + name: t for name, t in content.items()}, strict=True)
+        result = wrapper.load_state_dict(
+            {prefix + name: t for name, t in content.items()}, strict=True
+        )
         assert result.missing_keys == [] and result.unexpected_keys == []
         expected = values(source.backbone_model)
         assert all(torch.equal(p, expected[n]) for n, p in target.backbone_model.named_parameters())
@@ -551,7 +566,9 @@ def test_plain_torch_files(method: str, backbone: str, tmp_path: Path) -> None:
     )
     result = model.load_state_dict(torch.load(tmp_path / "pytorch_model.bin"), strict=False)
     assert result.unexpected_keys == []
-    assert torch.equal(backbones.run(model, backbone), backbones.run(source.backbone_model, backbone))
+    assert torch.equal(
+        backbones.run(model, backbone), backbones.run(source.backbone_model, backbone)
+    )
 
 
 # --- tied parameters ------------------------------------------------------------------------------

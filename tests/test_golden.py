@@ -26,11 +26,12 @@ CASES = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
 
 def of_kind(kind: str) -> list[Any]:
     """The cases of a kind whose methods this version has."""
-    chosen = [c for c in CASES if c["kind"] == kind]
-    chosen = [
-        c for c in chosen
-        if all(hasattr(opendelta, name) for name in c["method"].split("+") if name.endswith("Model"))
-    ]
+
+    def known(case: dict[str, Any]) -> bool:
+        methods = [name for name in case["method"].split("+") if name.endswith("Model")]
+        return all(hasattr(opendelta, name) for name in methods)
+
+    chosen = [case for case in CASES if case["kind"] == kind and known(case)]
     return [pytest.param(case, id=case["id"]) for case in chosen]
 
 

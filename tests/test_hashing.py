@@ -31,7 +31,9 @@ placed = pytest.mark.parametrize(("method", "backbone"), PLACED)
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
-def by_hand(model: nn.Module, with_parameters: bool = True, left_out: frozenset[str] = frozenset()) -> str:
+def by_hand(
+    model: nn.Module, with_parameters: bool = True, left_out: frozenset[str] = frozenset()
+) -> str:
     """md5 of the printed structure without whitespace, then of each parameter's bytes."""
     md5 = hashlib.md5("".join(str(model).split()).encode())
     if with_parameters:
@@ -106,10 +108,14 @@ def test_any_dtype(dtype: str) -> None:
     assert gen_parameter_hash([other]).hexdigest() != hashlib.md5(raw).hexdigest()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_quantised_tensors() -> None:
     values = weights.uniform("q", (4, 6), 1.0)
     tensor = torch.quantize_per_tensor(values, 0.01, 3, torch.qint8)
-    channels = torch.quantize_per_channel(values, torch.full((4,), 0.01), torch.zeros(4), 0, torch.qint8)
+    channels = torch.quantize_per_channel(
+        values, torch.full((4,), 0.01), torch.zeros(4), 0, torch.qint8
+    )
     other = torch.quantize_per_tensor(values + 0.5, 0.01, 3, torch.qint8)
     hashes = [gen_parameter_hash([t]).hexdigest() for t in (tensor, channels, other, tensor)]
     assert hashes[0] == hashes[3]
@@ -120,11 +126,20 @@ def test_shapes_of_all_kinds() -> None:
     """Scalars, empty tensors, and views that are not contiguous."""
     base = weights.uniform("x", (4, 6), 1.0)
     for view in (base.t(), base[:, ::2], base[:1].expand(3, 6), base.flip(0)):
-        assert gen_parameter_hash([view]).hexdigest() == hashlib.md5(view.numpy().tobytes()).hexdigest()
+        assert (
+            gen_parameter_hash([view]).hexdigest()
+            == hashlib.md5(view.numpy().tobytes()).hexdigest()
+        )
     scalar = torch.tensor(1.5)
-    assert gen_parameter_hash([scalar]).hexdigest() == hashlib.md5(scalar.numpy().tobytes()).hexdigest()
+    assert (
+        gen_parameter_hash([scalar]).hexdigest()
+        == hashlib.md5(scalar.numpy().tobytes()).hexdigest()
+    )
     assert gen_parameter_hash([torch.empty(0, 3)]).hexdigest() == hashlib.md5().hexdigest()
-    assert gen_parameter_hash([nn.Parameter(base)]).hexdigest() == gen_parameter_hash([base]).hexdigest()
+    assert (
+        gen_parameter_hash([nn.Parameter(base)]).hexdigest()
+        == gen_parameter_hash([base]).hexdigest()
+    )
 
 
 class LargestStorage(TorchDispatchMode):
@@ -136,7 +151,10 @@ class LargestStorage(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in self.known:
+        if (
+            isinstance(result, torch.Tensor)
+            and result.untyped_storage().data_ptr() not in self.known
+        ):
             self.largest = max(self.largest, result.untyped_storage().nbytes())
         return result
 
@@ -254,7 +272,9 @@ def test_a_compiled_backbone_has_the_hash_of_the_plain_one() -> None:
 # --- in configs -----------------------------------------------------------------------------------
 
 
-def saved(method: str, backbone: str, folder: Path, exclude: Any = None, **kwargs: Any) -> dict[str, Any]:
+def saved(
+    method: str, backbone: str, folder: Path, exclude: Any = None, **kwargs: Any
+) -> dict[str, Any]:
     """Train and save a delta; the config it wrote."""
     delta = place(method, backbone, **kwargs)
     randomise(delta)
@@ -282,7 +302,11 @@ def test_where_only_the_delta_trains_it_is_the_bare_backbones(
     bare = backbones.build(backbone)
     left_out = config.get("backbone_hash_excludes") or []
     if method == "BitFitModel":  # carries the biases that it trained
-        assert left_out == sorted(n for n, _ in place(method, backbone).named_parameters() if n in dict(bare.named_parameters()))
+        assert left_out == sorted(
+            n
+            for n, _ in place(method, backbone).named_parameters()
+            if n in dict(bare.named_parameters())
+        )
     else:
         assert left_out == []
         assert config["backbone_hash"] == gen_model_hash(bare)
@@ -301,7 +325,9 @@ def test_a_fresh_backbone_does_not_warn(method: str, backbone: str, tmp_path: Pa
 @each_method
 def test_what_was_trained_and_saved_never_causes_a_mismatch(method: str, tmp_path: Path) -> None:
     """Neither when it was trained, nor where the fresh head is another random one."""
-    config = saved(method, "bert_cls", tmp_path, exclude=["deltas", "classifier", "0.output.dense.bias"])
+    config = saved(
+        method, "bert_cls", tmp_path, exclude=["deltas", "classifier", "0.output.dense.bias"]
+    )
     named = {"classifier.weight", "classifier.bias", "bert.encoder.layer.0.output.dense.bias"}
     assert named <= set(config["backbone_hash_excludes"])
     assert config["backbone_hash"] == by_hand(
@@ -324,7 +350,9 @@ def test_another_backbone_warns_with_both_values(method: str, exclude: Any, tmp_
     left_out = frozenset(config["backbone_hash_excludes"] or ())
     for load in (
         lambda model, **kw: AutoDeltaModel.from_finetuned(tmp_path, model, **kw),
-        lambda model, **kw: AutoDeltaModel.from_config(AutoDeltaConfig.from_finetuned(tmp_path), model, **kw),
+        lambda model, **kw: AutoDeltaModel.from_config(
+            AutoDeltaConfig.from_finetuned(tmp_path), model, **kw
+        ),
         lambda model, **kw: AutoDeltaModel.from_config(config, model, **kw),
     ):
         other = backbones.build("bert_cls")
@@ -395,11 +423,17 @@ def test_bf16_backbones(tmp_path: Path) -> None:
     delta = LoraModel(model, modified_modules=["query"])
     delta.freeze_module()
     delta.save_finetuned(tmp_path)
-    quiet(lambda: AutoDeltaModel.from_finetuned(tmp_path, backbones.build("bert_cls").to(torch.bfloat16)))
+    quiet(
+        lambda: AutoDeltaModel.from_finetuned(
+            tmp_path, backbones.build("bert_cls").to(torch.bfloat16)
+        )
+    )
     with pytest.warns(BackboneMismatchWarning):
         AutoDeltaModel.from_finetuned(tmp_path, backbones.build("bert_cls"))
 
 
 def test_a_config_without_hash_is_not_compared() -> None:
     model = backbones.build("mlp")
-    quiet(lambda: LoraModel.from_config({"delta_type": "lora", "modified_modules": ["first"]}, model))
+    quiet(
+        lambda: LoraModel.from_config({"delta_type": "lora", "modified_modules": ["first"]}, model)
+    )

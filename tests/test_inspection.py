@@ -1,8 +1,9 @@
-"""Pictures, counts and tables, against bigmodelvis's own pictures and figures worked out by hand."""
+"""Pictures, counts and tables, against bigmodelvis's pictures and figures worked out by hand."""
 
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import backbones
@@ -40,6 +42,7 @@ from opendelta.inspection import (
 from opendelta.inspection.folding import fold_names, number_ranges
 
 Line = tuple[int, str]  # depth, text
+MANIFEST = json.loads((Path(backbones.__file__).parent / "manifest.json").read_text())
 
 
 # --- reading pictures -----------------------------------------------------------------------------
@@ -463,6 +466,43 @@ def test_deltas_are_in_the_common_structure(only_common: bool) -> None:
     assert second_block[query + 1] == (6, "small (Small) scale:[4]")
     if only_common:
         assert lines[-1] == (1, "pooler.dense.small (Small) scale:[4]")
+
+
+def paths_of(lines: list[Line]) -> set[str]:
+    """The dotted names of the modules with parameters in a picture, folded ones unfolded."""
+    found: set[str] = set()
+    path: list[str] = []
+    for depth, text in lines:
+        path[depth:] = [re.split(r"[ (]", text)[0]]
+        if ":[" in text:
+            found |= unfold(".".join(path[1:]))
+    return found
+
+
+TRANSFORMS = [case for case in MANIFEST["cases"] if case["kind"] == "transform"]
+
+
+@pytest.mark.parametrize("case", TRANSFORMS, ids=lambda case: case["id"])
+def test_common_structure_without_a_mapping(case: dict[str, Any]) -> None:
+    model = backbones.build(case["backbone"])
+    shown = paths_of(lines_of(common(model)))
+    holders = {name for name, module in model.named_modules() if module._parameters}
+    assert {new for old, new in case["table"].items() if old in holders} <= shown
+
+
+def test_only_common_without_a_mapping() -> None:
+    named = BERT_COMMON.replace("ff (BertOutput)", "ff (BertIntermediate,BertOutput)")
+    assert common(backbones.build("bert"), only_common=True) == named
+    assert common(backbones.build("mlp"), only_common=True) == "root"
+
+
+def test_grey_and_common_modules_of_one_name_stay_apart() -> None:
+    lines = lines_of(common(backbones.build("vit")))
+    assert (
+        1,
+        "embeddings (ViTEmbeddings) cls_token:[1, 1, 64] position_embeddings:[1, 5, 64]",
+    ) in lines
+    assert (1, "embeddings (ViTPatchEmbeddings)") in lines
 
 
 def test_build_common_tree_adds_to_a_tree() -> None:

@@ -62,7 +62,9 @@ def loaded(path: Path, backbone: str, **kwargs: Any) -> DeltaBase:
     """The delta in a folder on a fresh backbone; any warning is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return AutoDeltaModel.from_finetuned(path, backbone_model=backbones.build(backbone), **kwargs)
+        return AutoDeltaModel.from_finetuned(
+            path, backbone_model=backbones.build(backbone), **kwargs
+        )
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -292,7 +294,9 @@ def test_constants_are_saved(tmp_path: Path) -> None:
     """A PHM rule that never trains is random: without it nobody could reproduce the delta."""
     delta = trained("CompacterModel", "bert_cls", learn_phm=False)
     delta.save_finetuned(tmp_path)
-    rules = {name for name in load_file(tmp_path / "model.safetensors") if name.endswith("phm_rule")}
+    rules = {
+        name for name in load_file(tmp_path / "model.safetensors") if name.endswith("phm_rule")
+    }
     assert len(rules) == 2 * 4
     assert torch.equal(output(loaded(tmp_path, "bert_cls"), "bert_cls"), output(delta, "bert_cls"))
 
@@ -339,8 +343,17 @@ def test_a_tie_that_was_undone_elsewhere_is_filled_at_its_own_end(tmp_path: Path
     assert torch.equal(untied.lm_head.weight, before)
 
 
-@pytest.mark.parametrize("shared", [{"shared_phm_rule": True}, {"shared_W_phm": True}, {"shared_phm_rule": True, "shared_W_phm": True}])
-def test_parameters_that_a_delta_shares_are_saved_once(shared: dict[str, bool], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "shared",
+    [
+        {"shared_phm_rule": True},
+        {"shared_W_phm": True},
+        {"shared_phm_rule": True, "shared_W_phm": True},
+    ],
+)
+def test_parameters_that_a_delta_shares_are_saved_once(
+    shared: dict[str, bool], tmp_path: Path
+) -> None:
     delta = trained("CompacterModel", "bert_cls", **shared)
     delta.save_finetuned(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
@@ -579,7 +592,12 @@ def test_arguments_of_downloads_are_accepted(tmp_path: Path) -> None:
     delta = trained("LoraModel", "mlp")
     delta.save_finetuned(tmp_path)
     again = loaded(
-        tmp_path, "mlp", cache_dir=tmp_path, force_download=True, local_files_only=True, check_hash=True
+        tmp_path,
+        "mlp",
+        cache_dir=tmp_path,
+        force_download=True,
+        local_files_only=True,
+        check_hash=True,
     )
     assert torch.equal(output(again, "mlp"), output(delta, "mlp"))
 

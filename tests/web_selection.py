@@ -1,4 +1,4 @@
-"""What the two files of web tests share: a small backbone, and a selection that runs in a thread."""
+"""What the web tests share: a small backbone, and a selection that runs in a thread."""
 
 from __future__ import annotations
 

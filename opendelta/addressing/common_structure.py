@@ -1,31 +1,374 @@
-"""INTERIM by the lead so that imports work; helper 1: overwrite this file with yours."""
+"""Common names for the modules of any backbone (specification 1.16).
+
+Every architecture calls its parts otherwise. The common names are the same for all of them:
+``embeddings``; ``encoder.block.3`` or ``decoder.block.3``, and in a block ``attn.{q,k,v,proj}``,
+``crossattn.{q,k,v,proj}``, ``ff.{w1,w2,w3}`` and ``layer_norm``; ``lm_head.proj``. What stands
+around them, and what has no common name, keeps its original name.
+"""
 
 from __future__ import annotations
+
+import logging
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
 
 from torch import nn
 
 from opendelta.addressing.family_trees import family_at
-from opendelta.addressing.graph import Graph
-from opendelta.exceptions import AddressingError
+from opendelta.addressing.graph import Graph, ancestors, inside, join, leaf_of, parent_of, words
+from opendelta.addressing.inference import FUSED, Block, find_blocks, is_norm
+from opendelta.addressing.towers import find_towers, input_embeddings, output_embeddings
+from opendelta.exceptions import AddressingError, DeltaWarning, nearest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What is known of a module: its common name, the block it is in, its role there, and why."""
+
+    common: str
+    block: str
+    role: str
+    why: str
 
 
 class CommonStructureMap:
+    """The common names of a backbone's modules.
+
+    ```python
+    structure = CommonStructureMap(model)
+    structure.transform("encoder.layer.0.attention.self.query")   # "encoder.block.0.attn.q"
+    structure.matched_pairs        # {"encoder": "encoder", "encoder.layer": "encoder.block", ...}
+    print(structure.explain())     # which module has which role, and why
+    ```
+
+    Six families have explicit trees (`opendelta.addressing.family_trees`); all else is inferred
+    (`opendelta.addressing.inference`). Modules inside deltas are not seen.
+
+    Args:
+        backbone_model: any module, a transformers model or one that holds some or none.
+        strict: raise if no block is recognised. Otherwise the map is then empty.
+        warning: warn of blocks in which no attention or no feed-forward is recognised.
+        visualize: log the table of `explain()` at level DEBUG. It is made only if that level is
+            on.
+        scope: which tower gets common names in a backbone that has several (vision and text,
+            say): one of `towers`, or ``"all"``. By default the one that holds the input
+            embeddings, with the encoder or decoder that belongs to it.
+
+    Attributes:
+        matched_pairs: original name -> common name of the modules that have one, in module order.
+        towers: where each tower sits, by its short name (``vision``, ``text``).
+
+    Raises:
+        AddressingError: if no block is recognised and `strict` is set; if there is no tower called
+            `scope`.
+    """
+
     def __init__(
-        self, backbone_model: nn.Module, strict: bool = True, warning: bool = False,
-        visualize: bool = True, *, scope: str = "default",
+        self,
+        backbone_model: nn.Module,
+        strict: bool = True,
+        warning: bool = False,
+        visualize: bool = True,
+        *,
+        scope: str | None = None,
     ) -> None:
-        graph = Graph(backbone_model)
-        self.matched_pairs: dict[str, str] = {}
-        for path in graph.modules:
-            found = family_at(graph, path)
-            if found:
-                self.matched_pairs.update(found[1])
-        if not self.matched_pairs:
-            raise AddressingError("no recognised structure")
+        self._backbone = backbone_model
+        self._graph = Graph(backbone_model)
+        self._named: dict[str, _Named] = {}
+        self.towers: dict[str, str] = {}
+        self._build(scope)
+        self.matched_pairs: dict[str, str] = {
+            name: self._named[name].common for name in self._graph.modules if name in self._named
+        }
+        if strict and not any(named.block for named in self._named.values()):
+            raise AddressingError(self._nothing_found())
+        if warning:
+            self._warn_of_gaps()
+        if visualize and logger.isEnabledFor(logging.DEBUG):
+            logger.debug("common structure of %s\n%s", type(backbone_model).__name__, self.explain())
+
+    # --- asking -----------------------------------------------------------------------------------
+
+    def transform(self, org_key: str, strict: bool = True, warning: bool = False) -> str | None:
+        """The common name of a module or parameter.
+
+        Args:
+            org_key: its name in the backbone.
+            strict: accept only names that the backbone has, and answer only with common names.
+                Otherwise the name of the nearest module around that has a common name is replaced
+                and the rest is kept: ``encoder.layer.0.attention.self.dropout`` becomes
+                ``encoder.block.0.attn.self.dropout``.
+            warning: warn if there is no common name.
+
+        Returns:
+            The common name; None if there is none and `strict` is set. A parameter has one if its
+            module has.
+
+        Raises:
+            AddressingError: if `strict` is set and the backbone has nothing called `org_key`.
+        """
+        is_module = org_key in self._graph.modules
+        if strict and not is_module and not self._holds(org_key):
+            raise AddressingError(
+                f"{type(self._backbone).__name__} has no module or parameter {org_key!r}."
+                + nearest(org_key, self._graph.modules)
+            )
+        if (org_key if is_module else parent_of(org_key)) not in self._named:
+            if warning:
+                warnings.warn(f"{org_key!r} has no common name.", DeltaWarning, stacklevel=2)
+            if strict:
+                return None
+        for place in (org_key, *ancestors(org_key)):
+            if place in self._named:
+                return join(self._named[place].common, org_key[len(place) + 1 :])
+        return org_key
 
     def names(self, org_key: str) -> tuple[str, ...]:
-        common = self.matched_pairs.get(org_key)
-        if common is None:
-            return (org_key,)
-        base, _, leaf = common.rpartition(".")
-        return tuple(f"{base}.{x}" for x in leaf) if leaf in ("qkv", "kv") else (common,)
+        """All common names of a module: those of each role that a fused projection plays.
+
+        GPT2's ``c_attn`` is called ``...attn.q``, ``...attn.k`` and ``...attn.v``. A module without
+        a common name is called as `transform` calls it with ``strict=False``.
+        """
+        common = self.transform(org_key, strict=False) or ""
+        if org_key not in self._named:
+            return (common,)
+        home, _, end = common.rpartition(".")
+        return tuple(join(home, part) for part in FUSED.get(end, (end,)))
+
+    def roles(self) -> list[str]:
+        """The roles that this backbone has, such as ``attn``, ``attn.q``, ``ff.w1``, ``lm_head``."""
+        found = set()
+        for named in self._named.values():
+            home, _, end = named.role.rpartition(".")
+            found.update(join(home, part) for part in FUSED.get(end, (end,)))
+        return sorted(found - {""})
+
+    def attentions(self, role: str = "attn") -> list[str]:
+        """The attentions, each as the innermost module that holds its projections.
+
+        Args:
+            role: ``"attn"`` or ``"crossattn"``.
+        """
+        found = []
+        for root, parts in self._parts(role).items():
+            inner = root
+            while parts and inner not in parts:
+                narrower = [c for c in self._graph.children[inner] if
+                            all(inside(part, join(inner, c)) for part in parts)]
+                if not narrower:
+                    break
+                inner = join(inner, narrower[0])
+            found.append(inner)
+        return found
+
+    def outputs(self, role: str) -> list[str]:
+        """The modules whose output is the output of a role, wherever the backbone plays it.
+
+        That is the output projection (``attn.proj``, ``ff.w2``), or the whole module where it has
+        none (fused experts, `torch.nn.MultiheadAttention`).
+
+        Args:
+            role: ``"attn"``, ``"crossattn"`` or ``"ff"``.
+        """
+        ends = {f"{role}.proj", f"{role}.w2"}
+        found = {name for name, named in self._named.items() if named.role in ends}
+        for root, parts in self._parts(role).items():
+            if role == "ff" and parts:
+                continue  # the way up alone, as in BERT: its way down stands elsewhere
+            if not any(self._named[part].role in ends for part in parts):
+                found.add(root)
+        return [name for name in self.matched_pairs if name in found]
+
+    def explain(self) -> Explanation:
+        """A table of the modules that have common names: block, role, module, and why."""
+        named = ((name, self._named[name]) for name in self.matched_pairs)
+        return Explanation([(n.block, n.role or n.common, name, n.why) for name, n in named])
+
+    # --- building ---------------------------------------------------------------------------------
+
+    def _build(self, scope: str | None) -> None:
+        graph = self._graph
+        found = [(place, *f) for place in graph.modules if (f := family_at(graph, place))]
+        trees = [(place, family.name, names) for place, family, names in found]
+        in_trees = {n for _, _, names in trees for n, common in names.items() if _is_block(common)}
+        inferred = find_blocks(graph, in_trees)
+        stacks = [_stack_of(name) for name in (*in_trees, *(block.place for block in inferred))]
+        embeddings, head = input_embeddings(graph), output_embeddings(graph)
+        self.towers, kept = find_towers(graph, list(dict.fromkeys(stacks)), embeddings)
+        if scope == "all":
+            kept = stacks
+        elif scope is not None:
+            if scope not in self.towers:
+                raise AddressingError(
+                    f"scope={scope!r}: {type(self._backbone).__name__} has no such tower, only "
+                    f"{[*self.towers, 'all']}." + nearest(scope, self.towers)
+                )
+            kept = [stack for stack in stacks if inside(stack, self.towers[scope])]
+        in_scope = set(kept)
+        for place, family, names in trees:
+            stacks_here = {_stack_of(name) for name, common in names.items() if _is_block(common)}
+            if stacks_here & in_scope:
+                self._add_tree(names, f"by the tree of {family}")
+        lists: dict[str, str] = {}
+        for block in inferred:
+            if _stack_of(block.place) in in_scope:
+                self._add_block(block, lists)
+        in_a_tree = any(inside(embeddings or "", place) for place, _, _ in trees)
+        if embeddings is not None and not in_a_tree:
+            self._add_outer(embeddings, "embeddings", "get_input_embeddings() returns it")
+        if head is not None and head not in self._named:
+            self._add_outer(head, "lm_head.proj", "get_output_embeddings() returns it")
+
+    def _add_tree(self, names: dict[str, str], why: str) -> None:
+        """Take over the names that a family's tree gives."""
+        for name, common in names.items():
+            block = next((p for p in (name, *ancestors(name)) if _is_block(names.get(p, ""))), None)
+            if block is None:
+                role = common.rpartition("embeddings")[1] or common.partition("lm_head")[1]
+                tail = common.rpartition("lm_head")[2] if "lm_head" in common else ""
+                role = "layer_norm" if leaf_of(common) == "layer_norm" else role + tail
+                self._named[name] = _Named(common, "", role, why)
+            else:
+                home = names[block]
+                self._named[name] = _Named(common, home, common[len(home) + 1 :], why)
+
+    def _add_block(self, block: Block, lists: dict[str, str]) -> None:
+        """Name an inferred block and what has a role in it."""
+        home = _stack_of(block.place)
+        if home not in lists:
+            lists[home] = self._name_list(home, block, lists)
+        common = lists[home]
+        if home != block.place:
+            common = join(common, leaf_of(block.place))
+            if not block.parts:
+                self._named[block.place] = _Named(common, common, "", block.why)
+        for name, site in block.sites.items():
+            self._named[name] = _Named(join(common, site.role), common, site.role, site.why)
+
+    def _name_list(self, home: str, block: Block, lists: dict[str, str]) -> str:
+        """Name a list of blocks and the norms beside it; the common name of the list."""
+        outer = parent_of(home)
+        stack = self.transform(outer, strict=False) or ""
+        if home == block.place:  # an attention on its own
+            return stack
+        said = {word for part in home.split(".") for word in words(part)}
+        if said.isdisjoint({"encoder", "decoder"}):
+            roots = (self._graph.modules[n] for n, s in block.sites.items() if s.role == "attn")
+            causal = next((getattr(module, "is_causal", None) for module in roots), None)
+            if isinstance(causal, bool):
+                stack = join(stack, "decoder" if causal else "encoder")
+        common = join(stack, "block")
+        if common in lists.values():
+            common = join(stack, leaf_of(home), "block")
+        self._named[home] = _Named(common, "", "", "the list of blocks")
+        for child in self._graph.children[outer]:
+            name = join(outer, child)
+            if name not in self._named and is_norm(name, self._graph.modules[name]):
+                if not any(word.startswith("emb") for word in words(child)):
+                    common_norm = join(stack, "layer_norm")
+                    self._named[name] = _Named(
+                        common_norm, "", "layer_norm", "a norm beside the list of blocks"
+                    )
+        return common
+
+    def _add_outer(self, name: str, role: str, why: str) -> None:
+        """Name a module outside all blocks; `name` may sit in one that is called after its role."""
+        outer = parent_of(name)
+        if any(word.startswith(("emb", "head", "pred")) for word in words(leaf_of(outer))):
+            outer = parent_of(outer)
+        common = join(self.transform(outer, strict=False) or "", role)
+        self._named[name] = _Named(common, "", role, why)
+
+    # --- telling ----------------------------------------------------------------------------------
+
+    def _parts(self, role: str) -> dict[str, list[str]]:
+        """The outermost modules of a role, each with the modules inside that have a part in it."""
+        parts: dict[str, list[str]] = {
+            name: [] for name in self.matched_pairs if self._named[name].role == role
+        }
+        owners: dict[str, list[str]] = defaultdict(list)
+        for name, named in self._named.items():
+            if named.role.startswith(role + ".") and not named.role.endswith("layer_norm"):
+                owner = next((place for place in ancestors(name) if place in parts), None)
+                if owner is not None:
+                    owners[owner].append(name)
+        return {name: owners[name] for name in parts}
+
+    def _holds(self, key: str) -> bool:
+        """Whether `key` is a parameter, a buffer, or another name of a shared module."""
+        try:
+            owner = self._backbone.get_submodule(parent_of(key))
+        except AttributeError:
+            return False
+        leaf = leaf_of(key)
+        return leaf in owner._parameters or leaf in owner._buffers or leaf in owner._modules
+
+    def _nothing_found(self) -> str:
+        linears = list(self._graph.linears)
+        if linears:
+            shown = ", ".join(linears[:6]) + (", ..." if len(linears) > 6 else "")
+            found = f"{len(linears)} linear layers ({shown}), but no list of blocks that hold them"
+        else:
+            found = "no linear layer"
+        example = [leaf_of(linears[0])] if linears else ["NAME"]
+        return (
+            f"{type(self._backbone).__name__} has no default modules for a delta: it has {found}. "
+            "Available models with default configurations are BERT, RoBERTa, DeBERTa-v2, GPT2, OPT "
+            "and T5, what is derived from them or wraps them, and every other model that is a list "
+            "of blocks with attention or another mixer. Please manually add the delta by "
+            "specifying 'modified_modules', based on the visualization of your model's structure: "
+            "`opendelta.Visualization(model).structure_graph()` shows the names, and "
+            f"modified_modules={example} addresses every module whose name ends so."
+        )
+
+    def _warn_of_gaps(self) -> None:
+        roles: dict[str, set[str]] = defaultdict(set)
+        for named in self._named.values():
+            if named.block:
+                roles[named.block].add(named.role.split(".")[0])
+        for block, found in roles.items():
+            lacking = [] if found & {"attn", "crossattn"} else ["attention"]
+            lacking += [] if "ff" in found else ["feed-forward"]
+            if lacking:
+                warnings.warn(
+                    f"No {' and no '.join(lacking)} is recognised in {block}.",
+                    DeltaWarning,
+                    stacklevel=3,
+                )
+
+
+def _is_block(common: str) -> bool:
+    return leaf_of(common).isdigit()
+
+
+def _stack_of(block: str) -> str:
+    """The list that a block is in; an attention on its own is its own stack."""
+    return parent_of(block) if leaf_of(block).isdigit() else block
+
+
+class Explanation:
+    """The table that `CommonStructureMap.explain` returns; ``str()`` draws it.
+
+    Attributes:
+        rows: (block, role, module, why) each.
+    """
+
+    def __init__(self, rows: list[tuple[str, str, str, str]]) -> None:
+        self.rows = rows
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("block", "role", "module", "why")
+        for row in self.rows:
+            table.add_row(*row)
+        console = Console(width=200, color_system=None)
+        with console.capture() as captured:
+            console.print(table)
+        return captured.get()
+
+    __repr__ = __str__

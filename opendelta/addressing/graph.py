@@ -40,6 +40,11 @@ def inside(name: str, place: str) -> bool:
     return not place or name == place or name.startswith(place + ".")
 
 
+def below(name: str, place: str) -> str:
+    """The path from `place` to `name`, which lies below it."""
+    return name[len(place) + 1 :] if place else name
+
+
 @lru_cache(maxsize=65536)
 def words(part: str) -> tuple[str, ...]:
     """The lower-case words of one part of a name: ``EncDecAttention1`` -> enc, dec, attention, 1."""
@@ -58,18 +63,31 @@ class Graph:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.modules = dict(own_modules(root))
+        self.modules: dict[str, nn.Module] = {}
         self.children: dict[str, list[str]] = defaultdict(list)
         self.linears: dict[str, tuple[int, int]] = {}
         self._linears_below: dict[str, list[str]] = defaultdict(list)
-        for name, module in self.modules.items():
+        self._last_inside: dict[str, int] = {}
+        for name, module in own_modules(root):
+            if ".parametrizations." in name or name.endswith(".parametrizations"):
+                continue  # of the tensor that they compute, not of the network
+            self._last_inside[name] = number = len(self.modules)
+            self.modules[name] = module
             if name:
                 self.children[parent_of(name)].append(leaf_of(name))
             widths = _linear_widths(module)
             if widths is not None:
                 self.linears[name] = widths
-                for place in ancestors(name):
+            for place in ancestors(name):
+                self._last_inside[place] = number
+                if widths is not None:
                     self._linears_below[place].append(name)
+        self._names = list(self.modules)
+        self._number = {name: number for number, name in enumerate(self._names)}
+
+    def inside_of(self, name: str) -> list[str]:
+        """The module called `name` and all modules inside it."""
+        return self._names[self._number[name] : self._last_inside[name] + 1]
 
     def linears_below(self, name: str) -> list[str]:
         """The linear layers inside the module called `name`, not counting itself."""
@@ -84,8 +102,20 @@ class Graph:
 
 def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
     holds_numbers = module._parameters or module._buffers or "in_features" in vars(module)
-    if not holds_numbers or getattr(module, "groups", 1) != 1:  # depthwise: mixes positions only
+    if not holds_numbers or is_depthwise(module):
         return None
     if hasattr(module, "normalized_shape") or hasattr(module, "num_embeddings"):
         return None
     return read_widths(module)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution that mixes positions."""
+    size = getattr(module, "kernel_size", 1)
+    return any(n > 1 for n in (size if isinstance(size, tuple) else (size,)) if isinstance(n, int))
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution that mixes positions but not channels."""
+    groups = getattr(module, "groups", 1)
+    return groups != 1 and groups == getattr(module, "in_channels", 0)

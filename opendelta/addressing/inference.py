@@ -3,35 +3,51 @@
 The rules, in order:
 
 1. A linear layer whose name says q, k, v, or a fusion of them is a *projection*. The module that
-   holds projections of q and v is an *attention*. In a low-rank chain the second factor counts;
-   in a module called attention a nameless layer three times as wide as its input is q, k and v.
+   holds projections of q and v is an *attention*. In a low-rank chain the second factor counts; in
+   a module called attention a nameless layer three times as wide as its input is q, k and v.
 2. A *block* is the innermost element of a list that holds an attention and at least two other
    linear layers (so T5's sublayers, Swin's stages and ALBERT's shared layers come out right).
-   Lists that run in parallel (XLM's attentions, feed-forwards, norms) are joined by index.
-3. The attention's output projection is the linear layer beside it; the module that encloses it
-   and the projections is `attn`, or `crossattn` if its name says that it looks elsewhere.
-4. Of the block's other linear layers, those that lead from the hidden width to another and back
-   are a *feed-forward*: up `w1`, down `w2`; where it is gated, gate `w1` and up `w3`. Experts that
-   are fused in 3-D parameters are one `ff`.
-5. An element beside blocks, or of any list in a backbone without attention, is a block too. Its
-   *mixer* (state space, convolution) has an input projection, which does the work of q, k and v,
-   and an output projection.
-6. Norms of a block are `layer_norm`; so are those beside the list of blocks.
+   Lists that run in parallel (attentions, feed-forwards, norms, as in XLM) are joined by index.
+3. The attention's output projection is the linear layer beside its projections. What encloses
+   them is `attn`, or `crossattn` if its name says that it looks elsewhere.
+4. Of the block's other linear layers, those that lead from the hidden width to an inner one and
+   back are a *feed-forward*: up `w1`, down `w2`; where it is gated, gate `w1` and up `w3`. Experts
+   that are fused in 3-D parameters are one `ff`.
+5. An element beside blocks, or of any list in a backbone without attention, is a block too. If it
+   has a *mixer* (state space, convolution), that has an input projection, which does the work of
+   q, k and v, and an output projection.
+6. Norms of a block are `layer_norm`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from opendelta.addressing.graph import Graph, ancestors, inside, join, leaf_of, parent_of, words
+from opendelta.addressing.graph import (
+    Graph,
+    ancestors,
+    below,
+    inside,
+    is_convolution,
+    is_depthwise,
+    join,
+    leaf_of,
+    parent_of,
+    words,
+)
 
 # Projections fused in one module, and the roles that it plays.
-FUSED = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "qk": ("q", "k"), "qv": ("q", "v")}
-FUSED["w13"] = ("w1", "w3")
+FUSED = {
+    "qkv": ("q", "k", "v"),
+    "kv": ("k", "v"),
+    "qk": ("q", "k"),
+    "qv": ("q", "v"),
+    "w13": ("w1", "w3"),
+}
 
 _LETTERS = {
     **dict.fromkeys(("q", "query", "queries", "wq", "receptance"), "q"),
@@ -41,23 +57,25 @@ _LETTERS = {
     **dict.fromkeys(("qkv", "wqkv", "qkvz"), "qkv"),
     "qk": "qk",
 }
-# A word that says that "q", "key" ... means something other than a projection of the hidden state.
+# Words that say that "q", "key" ... mean something other than a projection of the hidden state.
 _NOT_PROJECTION = frozenset(
-    "pos position positional rel relative gate norm conv global layout router".split()
+    "pos position positional rel relative gate norm conv sconv global layout router".split()
 )
-# Modules whose projections select positions rather than attend to them.
+# What holds such layers without being an attention, or sits inside one for another purpose.
 _NOT_ATTENTION = frozenset("indexer compressor router ffn ff mlp feed".split())
-_PLAIN = frozenset("linear proj projection dense layer fc weight".split())
-_OUT = frozenset("o out output wo proj projection dense post final".split())
-_ELSEWHERE = frozenset("cross enc encoder src memory".split())
-_FEED_FORWARD = frozenset("mlp ffn ff feed forward moe experts expert intermediate fc".split())
-_DOWN = frozenset("down out output wo".split())
-_UP = frozenset("up gate in intermediate wi".split())
+_PLAIN = frozenset("linear proj projection dense layer fc c weight".split())
+_OUT = frozenset("o out output wo post final".split())
+_FEED_FORWARD = frozenset(
+    "mlp mlps ffn ffns ff ffw feed forward moe experts expert intermediate inter fc".split()
+)
+_DOWN = frozenset("down out output wo reduce".split())
+_UP = frozenset("up gate in input intermediate inter wi expand".split())
+_SIDE_BRANCH = frozenset("shortcut downsample se squeeze excite excitation".split())
 
 
 @dataclass
 class Site:
-    """One module that has a role: its common name below its block, and why."""
+    """The role that a module has in its block, and why."""
 
     role: str
     why: str
@@ -69,77 +87,89 @@ class Block:
 
     Attributes:
         place: the element of the list (of the first of the lists, where several are joined).
-        members: the modules that make it up; usually `place` alone.
+        parts: the modules that it consists of, where `place` is not it: joined elements, or an
+            element that is itself the attention.
+        why: why it is taken for a block.
         sites: roles by module name.
     """
 
     place: str
-    members: tuple[str, ...]
+    parts: tuple[str, ...]
     why: str
     sites: dict[str, Site] = field(default_factory=dict)
 
     @property
-    def has_attention(self) -> bool:
-        return any(site.role.split(".")[0] in ("attn", "crossattn") for site in self.sites.values())
+    def members(self) -> tuple[str, ...]:
+        return self.parts or (self.place,)
+
+    def words_of(self, name: str) -> list[str]:
+        """The words of the path to a module inside; where lists are joined, of their names too."""
+        start = next((member for member in self.members if inside(name, member)), self.place)
+        if self.parts:
+            start = parent_of(parent_of(start)) if leaf_of(start).isdigit() else parent_of(start)
+        return [word for part in below(name, start).split(".") for word in words(part)]
 
 
 @dataclass
 class _Attention:
-    """An attention: its holder and its projections by letter (q, k, v, qkv, kv ...)."""
+    """An attention: its holder, and its projections with their letters (q, k, v, kv, qkv)."""
 
     holder: str
-    projections: dict[str, str]  # linear -> letters
+    projections: Mapping[str, str]
 
 
 def letters_of(part: str) -> str:
     """Which of q, k and v the name `part` says that a layer computes: ``""``, ``"q"``, ``"kv"``."""
     found = words(part)
-    if not _NOT_PROJECTION.isdisjoint(found):
-        return ""
     said = "".join(_LETTERS.get(word, "") for word in found)
+    if not said or not _NOT_PROJECTION.isdisjoint(found):
+        return ""
     return "".join(letter for letter in "qkv" if letter in said)
 
 
 def find_blocks(graph: Graph, named: set[str]) -> list[Block]:
-    """The blocks of a backbone with the roles of their modules.
+    """The blocks of a backbone with the roles of their modules, in module order.
 
     Args:
         graph: the backbone.
-        named: blocks that have got their names elsewhere; nothing inside is looked at.
+        named: blocks that got their names elsewhere; nothing inside them is looked at.
     """
+    experts = [name for name in graph.modules if _holds_experts(graph, name)]
     attentions = [a for a in _attentions(graph) if not _within(a.holder, named)]
-    projections = {linear for a in attentions for linear in a.projections}
     blocks: dict[str, Block] = {}
-    members: dict[str, list[_Attention]] = defaultdict(list)
+    inhabitants: dict[str, list[_Attention]] = defaultdict(list)
+    around = {place for a in attentions for place in (a.holder, *ancestors(a.holder))}
+    projections = {linear for a in attentions for linear in a.projections}
     for attention in attentions:
-        block = _block_around(graph, attention.holder, projections)
+        block = _block_around(graph, attention.holder, projections, around, experts)
         if block is not None:
-            members[block.place].append(attention)
             blocks.setdefault(block.place, block)
-    lists = {parent_of(place) for place in blocks} | {parent_of(place) for place in named}
-    if blocks or named:
-        others = [join(home, child) for home in lists for child in graph.children[home]]
-    else:
-        others = _elements(graph)
-    for place in others:
-        if place not in blocks and not _within(place, named) and graph.is_element(place):
-            if graph.linears_below(place) and not any(inside(b, place) for b in blocks):
-                blocks[place] = Block(place, (place,), "an element beside the blocks")
-    nested = {place for place in blocks if any(a in blocks for a in ancestors(place))}
+            inhabitants[block.place].append(attention)
+    taken = {member for block in blocks.values() for member in block.members} | named
+    outer = {place for name in taken for place in ancestors(name)}
+    homes = dict.fromkeys(parent_of(name) for name in taken)
+    beside = [join(home, child) for home in homes for child in graph.children[home]]
+    for place in beside if taken else _elements(graph):
+        if place not in taken and place not in outer and graph.is_element(place):
+            if place in graph.linears or graph.linears_below(place):
+                blocks[place] = Block(place, (), "an element of a list of blocks")
+    everything = {member for block in blocks.values() for member in block.members}
     for place, block in blocks.items():
-        deeper = [b for b in nested if b != place and inside(b, place)]
-        _name_block(graph, block, members[place], deeper)
+        _name_block(graph, block, inhabitants[place], everything, experts)
+    _name_norms(graph, blocks.values())
     order = {name: number for number, name in enumerate(graph.modules)}
-    return sorted(
-        (b for b in blocks.values() if b.sites), key=lambda block: order[block.place]
-    )
+    return sorted((b for b in blocks.values() if b.sites), key=lambda block: order[block.place])
+
+
+def _within(name: str, places: set[str]) -> bool:
+    return name in places or any(place in places for place in ancestors(name))
 
 
 # --- attentions -----------------------------------------------------------------------------------
 
 
 def _attentions(graph: Graph) -> list[_Attention]:
-    """Every module that holds projections of q and v, in module order."""
+    """Every module that holds projections of q and v, or computes them by itself."""
     held: dict[str, dict[str, str]] = defaultdict(dict)
     for linear in graph.linears:
         part, holder = leaf_of(linear), parent_of(linear)
@@ -149,13 +179,14 @@ def _attentions(graph: Graph) -> list[_Attention]:
         if letters:
             held[holder][linear] = letters
     for name, module in graph.modules.items():
-        if name not in held and _says_attention(name):
-            if isinstance(module, nn.MultiheadAttention):
-                held[name] = {}
-                continue
-            fused = _nameless_fusion(graph, name)
-            if fused:
-                held[name] = {fused: "qkv"}
+        if name in held or not _says_attention(name):
+            continue
+        fused = _nameless_fusion(graph, name)
+        raw = {letters_of(p) for p, value in module._parameters.items() if value is not None}
+        if isinstance(module, nn.MultiheadAttention) or {"q", "v"} <= raw:
+            held[name] = {}
+        elif fused:
+            held[name] = {fused: "qkv"}
     found = []
     for holder, projections in held.items():
         said = set("".join(projections.values()))
@@ -169,100 +200,128 @@ def _says_attention(name: str) -> bool:
     part = leaf_of(name)
     if part.isdigit() or part == "self":
         part = leaf_of(parent_of(name))
-    return any(word.startswith("att") or word in ("attn", "selfattn") for word in words(part))
+    return any("attn" in word or "atten" in word or word == "att" for word in words(part))
 
 
 def _nameless_fusion(graph: Graph, holder: str) -> str | None:
     """The layer of an attention without named projections that computes q, k and v at once."""
     direct = [linear for c in graph.children[holder] if (linear := join(holder, c)) in graph.linears]
-    for linear in direct:
-        width_in, width_out = graph.linears[linear]
+    widths = {linear: graph.linears[linear] for linear in direct}
+    for linear, (width_in, width_out) in widths.items():
         if width_out == 3 * width_in:
             return linear
-    for linear in direct:
-        width_in, width_out = graph.linears[linear]
-        if width_out > width_in and len(direct) > 1:
+    for linear, (width_in, width_out) in widths.items():
+        if width_out > width_in and len(direct) > 1:  # grouped-query attention
             return linear
     return None
 
 
-def _second_factors(projections: dict[str, str]) -> dict[str, str]:
+def _second_factors(projections: Mapping[str, str]) -> dict[str, str]:
     """`projections` without the first factors ("a") of low-rank chains whose second ("b") is there."""
     seconds = {letters for linear, letters in projections.items() if "b" in words(leaf_of(linear))}
     return {
         linear: letters
         for linear, letters in projections.items()
-        if not ("a" in words(leaf_of(linear)) and letters in seconds)
+        if "a" not in words(leaf_of(linear)) or letters not in seconds
     }
 
 
 # --- blocks ---------------------------------------------------------------------------------------
 
 
-def _block_around(graph: Graph, holder: str, projections: set[str]) -> Block | None:
-    """The block that the attention in `holder` belongs to, or None outside every list."""
+def _block_around(
+    graph: Graph, holder: str, projections: set[str], around: set[str], experts: Sequence[str]
+) -> Block | None:
+    """The block of the attention in `holder`, or None where it is in no list.
+
+    Args:
+        graph: the backbone.
+        holder: the module that holds the projections.
+        projections: those of all attentions.
+        around: the modules that hold an attention.
+        experts: the modules that hold fused experts.
+    """
     elements = [place for place in (holder, *ancestors(holder)) if graph.is_element(place)]
     for place in elements:
-        others = [linear for linear in graph.linears_below(place) if linear not in projections]
-        if len(others) + 2 * len(_experts(graph, place)) >= 2:
-            return Block(place, (place,), "a list element with attention and feed-forward")
+        others = sum(1 for linear in graph.linears_below(place) if linear not in projections)
+        if place != holder and (others >= 2 or any(inside(e, place) for e in experts)):
+            return Block(place, (), "a list element with attention and other linear layers")
     for place in elements:
-        home = parent_of(place)
-        beside = [
+        home, shelf = parent_of(place), parent_of(parent_of(place))
+        joined = [
             other
-            for child in graph.children[parent_of(home)]
-            if graph.is_element(other := join(parent_of(home), child, leaf_of(place)))
+            for child in graph.children[shelf]
+            if (other := join(shelf, child, leaf_of(place))) in graph.modules
+            and graph.is_element(other)
             and len(graph.children[parent_of(other)]) == len(graph.children[home])
+            and (other == place or other not in around)
         ]
-        if any(graph.linears_below(other) for other in beside if other != place):
-            return Block(place, tuple(beside), "elements of parallel lists")
-    return Block(elements[0], (elements[0],), "a list element with attention") if elements else None
+        if any(other in graph.linears or graph.linears_below(other) for other in joined[1:]):
+            return Block(place, tuple(joined), "elements of parallel lists")
+    if elements:
+        parts = (holder,) if elements[0] == holder else ()
+        return Block(elements[0], parts, "a list element with attention")
+    beside = [join(parent_of(holder), child) for child in graph.children[parent_of(holder)]]
+    if any(graph.is_element(join(b, "0")) and join(b, "0") in around for b in beside):
+        if {"pool", "pooler", "pooling", "head"}.isdisjoint(words(leaf_of(holder))):
+            return Block(holder, (holder,), "an attention beside the list of blocks")
+    return None
 
 
 def _elements(graph: Graph) -> list[str]:
-    """The innermost list elements with two linear layers or more, for backbones without attention."""
-    found: list[str] = []
-    for name in reversed(list(graph.modules)):  # children before parents
-        if graph.is_element(name) and len(graph.linears_below(name)) >= 2:
-            if not any(inside(inner, name) for inner in found[-64:]):
-                found.append(name)
-    return found
-
-
-def _within(name: str, places: set[str]) -> bool:
-    return name in places or any(place in places for place in ancestors(name))
+    """The innermost list elements with two linear layers, else one, for want of attention."""
+    for least in (2, 1):
+        found: list[str] = []
+        outer: set[str] = set()
+        for name in reversed(graph.modules):  # children before parents
+            if name not in outer and graph.is_element(name):
+                if len(graph.linears_below(name)) + (name in graph.linears) >= least:
+                    found.append(name)
+                    outer.update(ancestors(name))
+        if found:
+            return found
+    return []
 
 
 # --- the parts of one block -----------------------------------------------------------------------
 
 
 def _name_block(
-    graph: Graph, block: Block, attentions: Sequence[_Attention], deeper: Sequence[str]
+    graph: Graph,
+    block: Block,
+    attentions: Sequence[_Attention],
+    everything: set[str],
+    experts: Sequence[str],
 ) -> None:
-    """Fill in `block.sites`. `deeper`: blocks inside this one, which speak for themselves."""
-    free = {
+    """Fill in `block.sites`, the norms apart. `everything`: the members of all blocks."""
+    free = {  # in module order; a dict, for want of an ordered set
         linear: None
         for member in block.members
-        for linear in ([member] if member in graph.linears else graph.linears_below(member))
-        if not any(inside(linear, place) for place in deeper)
+        for linear in (*([member] if member in graph.linears else []), *graph.linears_below(member))
+        if _innermost(linear, everything) == member
     }
-    taken = {linear for attention in attentions for linear in attention.projections}
-    for linear in taken:
-        free.pop(linear, None)
-    holders = [attention.holder for attention in attentions]
-    roots = []
     for attention in attentions:
-        roots.append(_name_attention(graph, block, attention, holders, free))
+        for linear in attention.projections:
+            free.pop(linear, None)
+    holders = [attention.holder for attention in attentions]
+    for attention in attentions:
+        _name_attention(graph, block, attention, holders, free)
     if not attentions:
         _name_mixer(graph, block, free)
     hidden = _hidden_width(graph, block)
+    chains: list[tuple[str, dict[str, Site]]] = []
     for member in block.members:
-        _name_feed_forward(graph, block, member, hidden, free)
-    for member in block.members:
-        for place in _experts(graph, member):
-            if not any(inside(place, root) for root in roots):
-                block.sites.setdefault(place, Site("ff", "experts fused in 3-D parameters"))
-    _name_norms(graph, block, hidden)
+        _find_chains(graph, member, hidden, free, chains)
+    _name_feed_forward(block, chains)
+    for place in experts:
+        if _innermost(place, everything) in block.members and not any(
+            p in block.sites and block.sites[p].role != "ff" for p in ancestors(place)
+        ):
+            block.sites[place] = Site("ff", "experts fused in 3-D parameters")
+
+
+def _innermost(name: str, places: set[str]) -> str | None:
+    return next((place for place in (name, *ancestors(name)) if place in places), None)
 
 
 def _name_attention(
@@ -271,79 +330,77 @@ def _name_attention(
     attention: _Attention,
     holders: Sequence[str],
     free: dict[str, None],
-) -> str:
-    """Give an attention, its projections and its output projection their roles; its root."""
-    place = attention.holder
-    output = None
-    while True:
-        if not isinstance(graph.modules[place], nn.MultiheadAttention):
-            output = _output_projection(graph, place, block, free)
-        outer = parent_of(place)
-        alone = not any(inside(holder, outer) for holder in holders if holder != attention.holder)
-        if output or place in block.members or outer in block.members or not alone:
+) -> None:
+    """Give an attention, its projections and its output projections their roles."""
+    root = attention.holder
+    opaque = isinstance(graph.modules[root], nn.MultiheadAttention)
+    outputs: list[str] = []
+    while not opaque:
+        outputs = _output_projections(graph, root, free)
+        outer = parent_of(root)
+        shared = any(inside(holder, outer) for holder in holders if holder != attention.holder)
+        ends = root in block.members or outer in block.members
+        if outputs or ends or shared or graph.is_element(root):
             break
-        if not inside(outer, block.place) or graph.is_element(place):
-            break
-        place = outer
-    if output is None and place not in block.members and parent_of(place) in block.members:
-        output = _named_output(graph, parent_of(place), attention, free)
-        place = place if output is None else attention.holder
-    within = place[len(block.place) :] if inside(place, block.place) else place
-    elsewhere = any(not _ELSEWHERE.isdisjoint(words(part)) for part in within.split("."))
-    role = "crossattn" if elsewhere else "attn"
-    if place not in block.members or len(block.members) > 1:
-        said = sorted(set("".join(attention.projections.values())), key="qkv".index)
-        why = f"holds {', '.join(said)}" if said else "an attention of torch"
-        block.sites[place] = Site(role, why)
+        root = outer
+    if not outputs:
+        root = attention.holder
+        outputs = [] if opaque else _output_beside(graph, attention, free)
+    role = "crossattn" if _looks_elsewhere(block.words_of(root)) else "attn"
+    if root != block.place or block.parts:
+        said = ", ".join(sorted(set("".join(attention.projections.values())), key="qkv".index))
+        why = f"holds {said}" if said else "computes q, k and v with its own parameters"
+        block.sites[root] = Site(role, why)
+        for linear in graph.linears_below(root):  # gates, biases ... are nobody else's either
+            path = below(linear, root).split(".")
+            if _FEED_FORWARD.isdisjoint(word for part in path for word in words(part)):
+                free.pop(linear, None)
     for linear, letters in attention.projections.items():
-        block.sites[linear] = Site(f"{role}.{letters}", _why_projection(graph, linear, letters))
-    if output is not None:
-        free.pop(output, None)
-        block.sites[output] = Site(f"{role}.proj", "the attention's output projection")
-    return place
+        width_in, width_out = graph.linears[linear]
+        named = letters_of(leaf_of(linear)) or letters_of(leaf_of(parent_of(linear)))
+        why = "by its name" if named else f"{width_in} to {width_out} in an attention"
+        block.sites[linear] = Site(f"{role}.{letters}", why)
+    for linear in outputs:
+        free.pop(linear, None)
+        block.sites[linear] = Site(f"{role}.proj", "the attention's output projection")
 
 
-def _why_projection(graph: Graph, linear: str, letters: str) -> str:
-    if letters_of(leaf_of(linear)) or letters_of(leaf_of(parent_of(linear))):
-        return "by its name"
-    width_in, width_out = graph.linears[linear]
-    return f"{width_in} to {width_out} in an attention"
+def _looks_elsewhere(path: Sequence[str]) -> bool:
+    """Whether the words of an attention's name say that its keys come from another sequence."""
+    return any("cross" in word for word in path) or not {"enc", "encoder", "src"}.isdisjoint(path)
 
 
-def _output_projection(
-    graph: Graph, place: str, block: Block, free: dict[str, None]
-) -> str | None:
-    """The output projection among the free linear layers inside `place`, by name, else the last."""
-    if place in block.members and len(block.members) == 1:
-        return None
-    candidates = [
-        linear
-        for linear in graph.linears_below(place)
-        if linear in free and _NOT_PROJECTION.isdisjoint(words(leaf_of(linear)))
-    ]
+def _output_projections(graph: Graph, place: str, free: Mapping[str, None]) -> list[str]:
+    """Output projections among the free linear layers inside an attention: usually one."""
+    candidates = []
+    for linear in graph.linears_below(place):
+        around = {word for part in below(linear, place).split(".")[:-1] for word in words(part)}
+        own = set(words(leaf_of(linear)))
+        if linear in free and not (own | around) & _NOT_PROJECTION and not around & _NOT_ATTENTION:
+            candidates.append(linear)
     named = [c for c in candidates if not _OUT.isdisjoint(_own_words(c))]
     seconds = [c for c in named if "a" not in words(leaf_of(c))]
-    return (seconds or named or [None])[-1]
+    plain = [c for c in candidates if _PLAIN.issuperset(words(leaf_of(c)))]
+    return seconds or named or plain[-1:]
 
 
-def _named_output(
-    graph: Graph, place: str, attention: _Attention, free: dict[str, None]
-) -> str | None:
-    """An output projection that stands beside its attention."""
-    width = {graph.linears[linear][0] for linear in attention.projections}
-    for child in graph.children[place]:
-        linear = join(place, child)
-        if linear in free and not {"o", "out", "output", "proj"}.isdisjoint(words(child)):
-            if graph.linears[linear][1] in width and _DOWN_ONLY.isdisjoint(words(child)):
-                return linear
-    return None
-
-
-_DOWN_ONLY = frozenset("ffn ff fc mlp down intermediate".split())
+def _output_beside(graph: Graph, attention: _Attention, free: Mapping[str, None]) -> list[str]:
+    """An output projection that stands beside the module that holds q, k and v."""
+    place = parent_of(attention.holder)
+    widths = {graph.linears[linear][0] for linear in attention.projections}
+    return [
+        linear
+        for child in graph.children[place]
+        if (linear := join(place, child)) in free
+        and not {"o", "out", "output", "proj"}.isdisjoint(words(child))
+        and _FEED_FORWARD.isdisjoint(words(child))
+        and _DOWN.isdisjoint(set(words(child)) - {"out", "output"})
+        and graph.linears[linear][1] in widths
+    ][:1]
 
 
 def _own_words(linear: str) -> tuple[str, ...]:
-    """The words of a layer's name, or of its wrapper's where its own says nothing."""
+    """The words of a layer's name, and of its wrapper's where its own says nothing."""
     own = words(leaf_of(linear))
     if all(word in _PLAIN or word.isdigit() for word in own):
         return own + words(leaf_of(parent_of(linear)))
@@ -352,143 +409,162 @@ def _own_words(linear: str) -> tuple[str, ...]:
 
 def _hidden_width(graph: Graph, block: Block) -> int | None:
     """The width of the block's residual stream, where its attention or mixer tells."""
-    for linear, site in block.sites.items():
-        if site.role.endswith(".proj") and linear in graph.linears:
-            return graph.linears[linear][1]
-    for linear, site in block.sites.items():
-        if linear in graph.linears:
-            return graph.linears[linear][0]
+    for end in (1, 0):
+        for linear, site in block.sites.items():
+            if linear in graph.linears and site.role.endswith(".proj") == bool(end):
+                return graph.linears[linear][end]
     return None
 
 
 def _name_mixer(graph: Graph, block: Block, free: dict[str, None]) -> None:
     """Input and output projection of a block that mixes positions without attention."""
-    mixers = [
-        join(member, child)
-        for member in block.members
-        for child in graph.children[member]
-        if _FEED_FORWARD.isdisjoint(words(child))
-    ]
-    for place in mixers:
-        linears = [c for c in (place, *graph.linears_below(place)) if c in free]
-        if len(linears) >= 2:
+    for place in (join(member, c) for member in block.members for c in graph.children[member]):
+        linears = [linear for linear in graph.linears_below(place) if linear in free]
+        first = [c for c in linears if not {"in", "input"}.isdisjoint(words(leaf_of(c)))]
+        last = [c for c in linears if not {"out", "output"}.isdisjoint(words(leaf_of(c)))]
+        if last and len(linears) >= 2 and _FEED_FORWARD.isdisjoint(words(leaf_of(place))):
+            block.sites[place] = Site("attn", "mixes positions in the place of an attention")
+            first = [c for c in first or linears if c not in last]
+            for linear in linears:
+                free.pop(linear)
             break
     else:
-        linears = [c for c in free if any(inside(c, place) for place in mixers)]
-        place = block.place
-    if not linears:
-        return
-    ins = [c for c in linears if not {"in", "input", "start"}.isdisjoint(words(leaf_of(c)))]
-    outs = [c for c in linears if not {"out", "output", "end"}.isdisjoint(words(leaf_of(c)))]
-    first = (ins or linears)[0]
-    last = next((c for c in reversed(outs or linears) if c != first), None)
-    if place not in block.members:
-        block.sites[place] = Site("attn", "mixes positions in the place of an attention")
-    block.sites[first] = Site("attn.qkv", "the mixer's input projection")
-    free.pop(first)
-    if last is not None:
-        block.sites[last] = Site("attn.proj", "the mixer's output projection")
-        free.pop(last)
-    if place not in block.members:
-        for linear in linears:
-            free.pop(linear, None)
+        inner = (name for member in block.members for name in graph.inside_of(member))
+        if not any(is_convolution(graph.modules[name]) for name in inner):
+            return
+        linears = [
+            linear
+            for linear in free
+            if _SIDE_BRANCH.isdisjoint(block.words_of(linear))
+        ]
+        first, last = linears[:1], linears[1:][-1:]
+        for linear in first + last:
+            free.pop(linear)
+    for linear in first[:1]:
+        block.sites[linear] = Site("attn.qkv", "the mixer's input projection")
+    for linear in last[-1:]:
+        block.sites[linear] = Site("attn.proj", "the mixer's output projection")
 
 
 # --- feed-forward ---------------------------------------------------------------------------------
 
 
-def _name_feed_forward(
-    graph: Graph, block: Block, place: str, hidden: int | None, free: dict[str, None]
+def _find_chains(
+    graph: Graph,
+    place: str,
+    hidden: int | None,
+    free: dict[str, None],
+    chains: list[tuple[str, dict[str, Site]]],
 ) -> None:
-    """Find feed-forwards inside `place`, the innermost first, and take their layers from `free`."""
-    if not any(linear in free for linear in (place, *graph.linears_below(place))):
-        return
+    """Take the layers of feed-forwards inside `place` from `free`, the innermost first."""
     for child in graph.children[place]:
-        if join(place, child) not in graph.linears:
-            _name_feed_forward(graph, block, join(place, child), hidden, free)
-    chain = _chain(graph, [c for c in graph.linears_below(place) if c in free], hidden)
-    for linear, (role, why) in chain.items():
-        free.pop(linear)
-        block.sites[linear] = Site(f"ff.{role}", why)
-        home = parent_of(linear)
-        if place in block.members and home not in block.members and home not in block.sites:
-            block.sites[home] = Site("ff", "holds a part of the feed-forward")
-    if chain and place not in block.members:
-        block.sites[place] = Site("ff", "holds a feed-forward")
-    elif chain and len(block.members) > 1:
-        block.sites.setdefault(place, Site("ff", "holds a feed-forward"))
+        if (name := join(place, child)) not in graph.linears and graph.linears_below(name):
+            _find_chains(graph, name, hidden, free, chains)
+    if any("norm" in word for word in words(leaf_of(place))):
+        return
+    if any(is_depthwise(graph.modules[join(place, child)]) for child in graph.children[place]):
+        return  # a convolution module
+    for chain in _chains(graph, [c for c in graph.linears_below(place) if c in free], hidden):
+        chains.append((place, chain))
+        for linear in chain:
+            free.pop(linear)
 
 
-def _chain(
-    graph: Graph, linears: Iterable[str], hidden: int | None
-) -> dict[str, tuple[str, str]]:
-    """Roles of the layers that lead from the hidden width to an inner one and back."""
-    candidates = list(linears)
-    downs = [c for c in candidates if _is_down(graph, c, candidates, hidden)]
-    if not downs:
-        return {}
-    down = downs[-1]
-    inner, width = graph.linears[down]
-    ups = [
-        c
-        for c in candidates
-        if c != down
-        and c not in downs
-        and graph.linears[c][0] == width
-        and graph.linears[c][1] in (inner, 2 * inner)
-    ]
-    if not ups:
-        return {}
-    roles = {down: ("w2", f"{inner} to {width}: back to the hidden width")}
-    gates = [c for c in ups if "gate" in words(leaf_of(c))] or ups[:1]
-    for linear in ups:
-        fused = graph.linears[linear][1] == 2 * inner
-        role = "w13" if fused else "w1" if linear in gates else "w3"
-        kind = {"w13": "gate and up at once", "w1": "up", "w3": "up, beside a gate"}[role]
-        if role == "w1" and len(ups) > 1:
-            kind = "gate"
-        roles[linear] = (role, f"{width} to {graph.linears[linear][1]}: {kind}")
-    return roles
-
-
-def _is_down(graph: Graph, linear: str, candidates: Sequence[str], hidden: int | None) -> bool:
-    """Whether a layer leads back to the hidden width. "Down" and "up" in a name beat the shape."""
-    own = set(_own_words(linear))
-    if "down" in own:
-        return True
-    if own & {"up", "gate"}:
-        return False
-    width_in, width_out = graph.linears[linear]
-    if hidden is not None and width_out != width_in and hidden in (width_in, width_out):
-        return width_out == hidden
-    if own & _DOWN and not own & _UP:
-        return True
-    return linear == candidates[-1] and not own & _UP
-
-
-def _experts(graph: Graph, place: str) -> list[str]:
-    """Modules inside `place` whose parameters, or whose children's, stack experts in 3-D."""
+def _chains(graph: Graph, linears: Sequence[str], hidden: int | None) -> list[dict[str, Site]]:
+    """Groups of layers that lead from the hidden width to an inner one and back."""
+    downs = [linear for linear in linears if _is_down(graph, linear, linears, hidden)]
+    groups: list[list[str]] = [[]]
+    for linear in linears:
+        groups[-1].append(linear)
+        if linear in downs[:-1]:
+            groups.append([])
     found = []
-    for name in _below(graph, place):
-        stacked = _stacked(graph.modules[name])
-        for child in graph.children[name]:
-            if not graph.children[join(name, child)]:
-                stacked = stacked + _stacked(graph.modules[join(name, child)])
-        if len(stacked) >= 2 and len(set(stacked)) == 1 and stacked[0] > 1:
-            found.append(name)
+    for group in groups:
+        down = next((linear for linear in group if linear in downs), None)
+        if down is None:
+            continue
+        inner, width = graph.linears[down]
+        ups = [
+            linear
+            for linear in group
+            if linear != down
+            and graph.linears[linear][1] in (inner, 2 * inner)
+            and (graph.linears[linear][0] == width or not _UP.isdisjoint(_own_words(linear)))
+        ]
+        if ups:
+            sites = {down: Site("ff.w2", f"{inner} to {width}: back to the hidden width")}
+            found.append(sites | _ups(graph, ups, inner))
     return found
 
 
-def _below(graph: Graph, place: str) -> Iterable[str]:
-    yield place
-    for child in graph.children[place]:
-        yield from _below(graph, join(place, child))
+def _ups(graph: Graph, ups: Sequence[str], inner: int) -> dict[str, Site]:
+    """Roles of the layers that lead to the inner width: one, or a gate and its partner."""
+    gates = [linear for linear in ups if "gate" in words(leaf_of(linear))] or ups[:1]
+    sites = {}
+    for linear in ups:
+        width_in, width_out = graph.linears[linear]
+        if width_out == 2 * inner:
+            role, kind = "w13", "gate and up at once"
+        elif linear not in gates:
+            role, kind = "w3", "up, beside a gate"
+        else:
+            role, kind = "w1", "gate" if len(ups) > 1 else "up"
+        sites[linear] = Site(f"ff.{role}", f"{width_in} to {width_out}: {kind}")
+    return sites
 
 
-def _stacked(module: nn.Module) -> tuple[int, ...]:
-    if hasattr(module, "kernel_size"):
-        return ()
-    return tuple(p.shape[0] for p in module._parameters.values() if p is not None and p.dim() == 3)
+def _is_down(graph: Graph, linear: str, linears: Sequence[str], hidden: int | None) -> bool:
+    """Whether a layer leads back to the hidden width. Its name beats its shape."""
+    own = set(_own_words(linear))
+    if not own & _UP and own & _DOWN:
+        return True
+    if own & _UP and not own & _DOWN:
+        return False
+    stem, number = leaf_of(linear)[:-1], leaf_of(linear)[-1:]
+    pair = {leaf_of(c)[-1:] for c in linears if parent_of(c) == parent_of(linear)}
+    same = all(leaf_of(c)[:-1] == stem for c in linears if parent_of(c) == parent_of(linear))
+    if same and len(pair) == 2 and all(n.isdigit() for n in pair):
+        return number == max(pair)
+    width_in, width_out = graph.linears[linear]
+    if hidden is not None and width_out != width_in and hidden in (width_in, width_out):
+        return width_out == hidden
+    return linear == linears[-1]
+
+
+def _name_feed_forward(block: Block, chains: Sequence[tuple[str, dict[str, Site]]]) -> None:
+    """Give feed-forwards their roles; if some are called so, those that are not are something else."""
+    called = [
+        any(
+            not _FEED_FORWARD.isdisjoint(block.words_of(linear)) for linear in chain
+        )
+        for _, chain in chains
+    ]
+    for (place, chain), said in zip(chains, called, strict=True):
+        if any(called) and not said:
+            continue
+        block.sites.update(chain)
+        if place not in block.members or block.parts:
+            block.sites.setdefault(place, Site("ff", "holds a feed-forward"))
+            continue
+        for home in map(parent_of, chain):  # as in BERT: one part each for the way up and down
+            if home not in block.members:
+                block.sites.setdefault(home, Site("ff", "holds a part of a feed-forward"))
+
+
+def _holds_experts(graph: Graph, name: str) -> bool:
+    """Whether a module's parameters, or those of its leaves, stack experts in three dimensions."""
+    stacked = list(_stacked(graph.modules[name]))
+    for child in graph.children[name]:
+        if not graph.children[join(name, child)]:
+            stacked += _stacked(graph.modules[join(name, child)])
+    return len(stacked) >= 2 and len(set(stacked)) == 1 and stacked[0] > 1
+
+
+def _stacked(module: nn.Module) -> Iterable[int]:
+    if module._parameters and not hasattr(module, "kernel_size"):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 3 and not letters_of(name):
+                yield parameter.shape[0]
 
 
 # --- norms ----------------------------------------------------------------------------------------
@@ -497,20 +573,22 @@ def _stacked(module: nn.Module) -> tuple[int, ...]:
 def is_norm(name: str, module: nn.Module) -> bool:
     """Whether a module normalises: named so, and scaling each feature by itself."""
     parameters = [p for p in module._parameters.values() if p is not None]
-    said = {*words(leaf_of(name)), *words(type(module).__name__)}
-    named = any("norm" in word or word == "ln" for word in said)
-    return named and bool(parameters) and all(p.dim() == 1 for p in parameters)
+    if not parameters or any(p.dim() != 1 for p in parameters):
+        return False
+    said = (*words(leaf_of(name)), *words(type(module).__name__))
+    return any("norm" in word or word == "ln" for word in said)
 
 
-def _name_norms(graph: Graph, block: Block, hidden: int | None) -> None:
-    for member in block.members:
-        for name in _below(graph, member):
-            if not is_norm(name, graph.modules[name]) or name in block.sites:
+def _name_norms(graph: Graph, blocks: Iterable[Block]) -> None:
+    """Name the norms of all blocks; those of queries and keys belong to their attention."""
+    of = {member: block for block in blocks for member in block.members}
+    for name, module in graph.modules.items():
+        if module._parameters and is_norm(name, module):
+            home = next((place for place in ancestors(name) if place in of), name)
+            block = of.get(home)
+            if block is None or name in block.sites:
                 continue
-            home = next(
-                (p for p in ancestors(name) if p in block.sites or p in block.members), block.place
-            )
-            if home in block.sites and letters_of(leaf_of(name).replace("norm", "")):
-                continue  # of the queries or keys
-            role = block.sites[home].role if home in block.sites else ""
-            block.sites[name] = Site(join(role, "layer_norm"), "a norm")
+            owner = next((place for place in ancestors(name) if place in block.sites), "")
+            part = block.sites[owner].role if inside(owner, home) and owner else ""
+            if not part or not letters_of(leaf_of(name).replace("norm", "")):
+                block.sites[name] = Site(join(part, "layer_norm"), "a norm")

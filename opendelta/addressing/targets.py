@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 from opendelta.addressing.patterns import fold_numbers, matches_any
-from opendelta.exceptions import AddressingError, UnmatchedPatternWarning, nearest
+from opendelta.exceptions import AddressingError, UnmatchedPatternWarning, nearest, warn
 
 NamesOf = Callable[[str], Iterable[str]]
 
@@ -48,9 +47,7 @@ def find_targets(
     return found
 
 
-def excluded_modules(
-    names: Sequence[str], patterns: Sequence[str], names_of: NamesOf
-) -> set[str]:
+def excluded_modules(names: Sequence[str], patterns: Sequence[str], names_of: NamesOf) -> set[str]:
     """The modules that `exclude_modules` addresses; those inside them are excluded too.
 
     Warns:
@@ -60,11 +57,10 @@ def excluded_modules(
     for pattern in patterns:
         hits = matched_modules(names, pattern, names_of)
         if not hits:
-            warnings.warn(
+            warn(
                 f"exclude_modules: {pattern!r} addresses no module, so it excludes nothing."
                 + nearest(pattern, _suffixes(fold_numbers(names))),
                 UnmatchedPatternWarning,
-                stacklevel=2,
             )
         excluded.update(hits)
     return excluded

@@ -12,7 +12,7 @@ from opendelta.exceptions import ConfigError
 from opendelta.insertion import AfterDispatcher, Args, Kwargs, after, map_hidden
 
 
-def after_channels(delta: Any, args: Args, kwargs: Kwargs, output: Any) -> Any:
+def after_channels(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """`after` for a convolution, whose features are dimension 1."""
     return map_hidden(output, lambda hidden: delta(hidden.movedim(1, -1)).movedim(-1, 1))
 
@@ -41,9 +41,7 @@ class BottleneckModel(DeltaBase):
         _, width = self.widths(target)
         is_convolution = hasattr(target, "out_channels")
         action: Callable[..., Any] = after_channels if is_convolution else after
-        self.insert_action(
-            target, self.new_layer(width), self.layer_name, AfterDispatcher, action
-        )
+        self.insert_action(target, self.new_layer(width), self.layer_name, AfterDispatcher, action)
 
 
 def bottleneck_width(width: int, reduction_factor: int, owner: str) -> int:

@@ -200,8 +200,8 @@ class CompacterModel(BottleneckModel):
         for what, size in (("width of the module", width), ("bottleneck", inner)):
             if size % n:
                 raise ConfigError(
-                    f"The {what} is {size}, no multiple of hypercomplex_division={n} (the "
-                    f"bottleneck is width // reduction_factor = {width} // {self.reduction_factor})."
+                    f"The {what} is {size}, no multiple of hypercomplex_division={n}; the "
+                    f"bottleneck is {width} // reduction_factor={self.reduction_factor} wide."
                 )
         down = self._new_linear(width, inner, self.use_bias_down_sampler)
         up = self._new_linear(inner, width, self.use_bias_up_sampler)

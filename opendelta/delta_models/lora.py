@@ -319,4 +319,3 @@ def _is_linear(module: nn.Module) -> bool:
     return read_widths(module) is not None and (
         hasattr(module, "in_features") or hasattr(module, "nf")
     )
-

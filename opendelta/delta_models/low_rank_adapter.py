@@ -35,9 +35,9 @@ class LowRankLinear(nn.Module):
             initialise(weight.data, w_init, 0.01, "low_rank_w_init")
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(
-            self.b, x.reshape(-1, x.shape[-1]) @ self.W_left, self.W_right
-        ).view(*x.shape[:-1], -1)
+        return torch.addmm(self.b, x.reshape(-1, x.shape[-1]) @ self.W_left, self.W_right).view(
+            *x.shape[:-1], -1
+        )
 
 
 class LowRankAdapter(nn.Module):

@@ -7,7 +7,7 @@ a second one, which may be the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -52,13 +52,17 @@ class ParallelAdapterLayer(nn.Module):
         return {**self.__dict__, "held": None}
 
 
-def hold(delta: ParallelAdapterLayer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+def hold(
+    delta: ParallelAdapterLayer, host: nn.Module, args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs]:
     """Before the first module: keep its input."""
     delta.held = first_hidden(args, kwargs)
     return args, kwargs
 
 
-def release(delta: ParallelAdapterLayer, args: Args, kwargs: Kwargs, output: Any) -> Any:
+def release(
+    delta: ParallelAdapterLayer, host: nn.Module, args: Args, kwargs: Kwargs, output: Any
+) -> Any:
     """After the second module: add what the adapter makes of the first one's input."""
     source, delta.held = delta.held, None
     if source is None:
@@ -153,6 +157,10 @@ class ParallelAdapterModel(DeltaBase):
         backend: str | None = "hf",
     ) -> None:
         self._construct(locals())
+
+    def patterns_for(self, names: Sequence[str]) -> list[str]:
+        """Each clicked module twice: an adapter beside it."""
+        return [pattern for pattern in super().patterns_for(names) for _ in range(2)]
 
     def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
         """Pair the targets of each two patterns in module order and put an adapter on each pair."""

@@ -26,7 +26,7 @@ GIB = 1024**3
 
 
 def numel(p: Tensor) -> int:
-    """Number of values in a parameter: of the whole one where it is sharded, 0 if not yet shaped."""
+    """Values in a parameter: in the whole one where it is sharded, 0 while it has no shape."""
     if is_lazy(p):
         return 0
     return int(getattr(p, "ds_numel", p.numel()))  # ZeRO-3 leaves an empty tensor behind

@@ -65,9 +65,10 @@ class ModuleTree(Tree):
         self.children: list[ModuleTree] = []  # type: ignore[assignment]
         self.printed_in: int | None = None
 
-    def child(self, module_name: str) -> ModuleTree | None:
-        """The child of this name, or None."""
-        return next((c for c in self.children if c.module_name == module_name), None)
+    def common_child(self, module_name: str) -> ModuleTree | None:
+        """The child with this common name, or None."""
+        common = (c for c in self.children if c.name_color != UNCOMMON)
+        return next((c for c in common if c.module_name == module_name), None)
 
     def add(  # type: ignore[override]
         self,

@@ -183,28 +183,33 @@ def _mapping_of(model: nn.Module) -> dict[str, Any]:
     """`CommonStructureMap`'s names as the nested mapping that `build_common_tree` reads."""
     from opendelta.addressing.common_structure import CommonStructureMap
 
-    structure = CommonStructureMap(model)
-    names = {name: next(iter(structure.names(name)), "") for name, _ in own_modules(model)}
-    # A wrapper without a common name, such as `bert`, is kept where common names start with it.
+    common_names = CommonStructureMap(model, strict=False).matched_pairs
+    # A wrapper has no common name, but keeps its own in those of the modules in it (`bert`).
     wrappers = {
-        common[:i] for common in names.values() for i, letter in enumerate(common) if letter == "."
+        common[:i]
+        for common in common_names.values()
+        for i, letter in enumerate(common)
+        if letter == "."
     }
     found: dict[str, tuple[str, dict[str, Any]]] = {"": ("", {})}
-    for name, common in names.items():
-        common = common or (name if name in wrappers else "")
-        if not name or not common:
+    for name, _ in own_modules(model):
+        common = common_names.get(name, name if name in wrappers else "")
+        if not common:
             continue
         above = name.rpartition(".")[0]
         while above not in found:
             above = above.rpartition(".")[0]
         common_above, rules = found[above]
-        if common.startswith(common_above + ".") or not common_above:
-            own = common[len(common_above) :].lstrip(".")
-        else:
-            own = common.rpartition(".")[2]
-        rule = rules[name[len(above) :].lstrip(".")] = {"__name__": own}
-        found[name] = (common, rule)
+        found[name] = (common, {"__name__": _below(common_above, common)})
+        rules[_below(above, name)] = found[name][1]
     return found[""][1]
+
+
+def _below(above: str, name: str) -> str:
+    """`name` as seen from `above`; its last part where it does not lie below that."""
+    if not above:
+        return name
+    return name.removeprefix(above + ".") if name.startswith(above + ".") else name.split(".")[-1]
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -226,13 +231,14 @@ def _parameters(module: nn.Module, is_delta: bool = False) -> list[tuple[str, st
 def _add_common(tree: ModuleTree, parts: list[str], module: nn.Module) -> ModuleTree:
     """The node at `parts` below `tree`, with `module` in it and virtual nodes on the way."""
     for part in parts[:-1]:
-        tree = tree.child(part) or tree.add(part, "Virtual", info_color=VIRTUAL)
+        tree = tree.common_child(part) or tree.add(part, "Virtual", info_color=VIRTUAL)
     shown = _parameters(module)
-    node = tree.child(parts[-1])
+    node = tree.common_child(parts[-1])
     if node is None or (node.parameters and shown):  # two norms of one name stay two
         node = tree.add(parts[-1])
-    if node.info is None or node.info_color == VIRTUAL:
-        node.info, node.info_color = type(module).__name__, TYPE
+    kind = type(module).__name__
+    known = [] if node.info is None or node.info_color == VIRTUAL else node.info.split(",")
+    node.info, node.info_color = ",".join(dict.fromkeys([*known, kind])), TYPE
     node.parameters += shown
     return node
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -21,6 +20,7 @@ from opendelta.exceptions import (
     ConfigError,
     DeltaWarning,
     InsertionError,
+    warn,
 )
 from opendelta.freezing import EVERY_DELTA, reached
 from opendelta.saving.files import (
@@ -96,11 +96,10 @@ class SaveLoadMixin(Construction):
         if not overwrite:
             _refuse_foreign(folder)
         if self.left_trainable is None and state_dict is None:
-            warnings.warn(
+            warn(
                 "freeze_module was never called on this delta: only its own parameters and its "
                 "unfrozen_modules are saved, although the whole backbone may have been trained.",
                 DeltaWarning,
-                stacklevel=2,
             )
         tensors = self.checkpoint_tensors() if state_dict is None else state_dict
         name = SAFETENSORS_FILE if save_function is None else TORCH_FILE
@@ -269,14 +268,14 @@ class SaveLoadMixin(Construction):
                     f"{CONFIG_FILE} ({expected[:12]}...). It was damaged or exchanged."
                 )
             state_dict = read_tensors(file)
+        if check_hash:
+            check_backbone(config, backbone_model)
         delta = model_class.from_config(config, backbone_model, check_hash=False)
         try:
             load_tensors(delta, state_dict)
         except BaseException:
             delta.remove()
             raise
-        if check_hash:
-            check_backbone(delta.config, backbone_model)
         delta.left_trainable = list(config.backbone_hash_excludes or ())
         backbone_model.eval()
         return delta  # type: ignore[return-value]
@@ -323,13 +322,12 @@ def check_backbone(config: BaseDeltaConfig, backbone: nn.Module) -> None:
         return
     actual = gen_model_hash(backbone, excludes=config.backbone_hash_excludes or ())
     if actual != config.backbone_hash:
-        warnings.warn(
+        warn(
             "This delta was trained on another backbone: the hash in its config is "
             f"{config.backbone_hash} ({config.backbone_class}), that of the given one is {actual} "
             f"({type(backbone).__name__}). Predictions will differ from the trained ones; "
             "check_hash=False silences this.",
             BackboneMismatchWarning,
-            stacklevel=4,
         )
 
 

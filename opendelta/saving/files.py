@@ -82,7 +82,7 @@ def read_tensors(file: Path, load_func: Callable[..., Any] | None = None) -> dic
     if not isinstance(content, Mapping) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
     ):
-        raise CheckpointError(f"{file} does not hold a dict of tensors, so it is no delta's weights.")
+        raise CheckpointError(f"{file} holds no dict of tensors, so it is not a delta's weights.")
     return dict(content)
 
 
@@ -112,8 +112,11 @@ def write_atomically(file: Path, content: bytes) -> str:
 
 def sha256_of(file: Path) -> str:
     """The hex sha256 of a file."""
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _replace(file: Path, write: Callable[[str], Any]) -> str:

@@ -30,6 +30,9 @@ def gen_parameter_hash(generator: Iterable[Tensor], md5: Any = None) -> Any:
     md5 = hashlib.md5(usedforsecurity=False) if md5 is None else md5
     for tensor in generator:
         flat = tensor.detach()
+        if flat.is_quantized:
+            gen_parameter_hash(_scales(flat), md5)
+            flat = flat.int_repr()
         flat = flat.reshape(-1) if flat.is_contiguous() else flat.contiguous().reshape(-1)
         step = max(1, _PIECE // max(1, flat.element_size()))
         for start in range(0, flat.numel(), step):
@@ -72,3 +75,10 @@ def _structure(model: nn.Module) -> str:
         if cls.__name__ == f"FSDP{plain}":
             text = re.sub(rf"\b{cls.__name__}\(", f"{plain}(", text)
     return text
+
+
+def _scales(tensor: Tensor) -> list[Tensor]:
+    """What a torch-quantised tensor multiplies its integers by."""
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return [torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)]
+    return [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]

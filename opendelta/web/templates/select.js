@@ -195,7 +195,8 @@ function toggleNames(names) {
   const remove = names.every((name) => selected.has(name));
   for (const name of names) remove ? selected.delete(name) : selected.add(name);
   mark();
-  refreshCount();
+  say("");
+  countSoon();
 }
 
 function toggleOpen(row) {
@@ -217,13 +218,14 @@ function toggleFold(row) {
 
 // --- talking to the terminal's side ----------------------------------------------------------------
 
-async function post(action, body) {
+async function post(action, body, signal) {
   let response;
   try {
     response = await fetch(action + location.search, {
-      method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
+      method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
     });
-  } catch {
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
     throw new Error("The selection is over: it was submitted or cancelled elsewhere, or the program ended.");
   }
   const answer = await response.json();
@@ -236,23 +238,28 @@ function say(text) {
   byId("message").hidden = !text;
 }
 
-let latest = 0, timer = 0;
+let timer = 0, counting = new AbortController();
 
-function refreshCount() {
-  say("");
+function stopCounting() {
   clearTimeout(timer);
-  timer = setTimeout(showCount, 60);
+  counting.abort();
 }
 
-async function showCount() {
-  const turn = ++latest, names = [...selected], output = byId("count");
+function countSoon() {
+  stopCounting(); // the answer would be about an earlier selection
+  counting = new AbortController();
+  timer = setTimeout(showCount, 60, counting.signal);
+}
+
+async function showCount(signal) {
+  const names = [...selected], output = byId("count");
   let answer = { text: "Nothing selected", problem: false, patterns: [] };
   try {
-    if (names.length) answer = await post("count", { names });
+    if (names.length) answer = await post("count", { names }, signal);
   } catch (error) {
-    return say(error.message);
+    if (error.name !== "AbortError") say(error.message);
+    return;
   }
-  if (turn !== latest) return; // a later selection is on its way
   output.textContent = answer.text;
   output.className = answer.problem ? "problem" : names.length ? "some" : "";
   showChosen(answer.patterns);
@@ -278,6 +285,7 @@ function showChosen(patterns) {
 
 async function decide(action, body, title) {
   byId("submit").disabled = byId("cancel").disabled = true;
+  stopCounting();
   try {
     await post(action, body);
     byId("over-title").textContent = title;
@@ -287,6 +295,7 @@ async function decide(action, body, title) {
   } catch (error) {
     say(error.message);
     byId("submit").disabled = byId("cancel").disabled = false;
+    countSoon();
   }
 }
 

@@ -1,0 +1,59 @@
+# `make quickstart` and `make test` need Python 3.10 or newer and a package index, nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# What is installed is known by a stamp named after the content of these files, so that a change of
+# them installs anew and a second run starts at once.
+KEY := $(shell cat setup.py requirements.txt constraints.txt | cksum | cut -d' ' -f1)
+INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# One thread of torch for each of the two test workers: more of them only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+QUICK := not slow and not browser and not sweep and not engines
+
+.PHONY: help quickstart compare test test-all lint types clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make quickstart  fine-tune a real encoder by a delta, save, reload and detach it"
+	@echo "make compare     the same, then full fine-tuning and a frozen backbone beside it"
+	@echo "make test        lint, types and the quick tests"
+	@echo "make test-all    lint, types and every test"
+	@echo "make lint types  one of the checks alone"
+	@echo "make clean       remove the virtual environment and what the tools left"
+
+quickstart: $(VENV)/examples-$(KEY)
+	$(RUN) examples/quickstart.py \
+	    "A warm, funny and beautifully acted film." "Two hours of my life I will never get back."
+
+compare: $(VENV)/examples-$(KEY)
+	$(RUN) examples/quickstart.py --compare
+
+test: lint types
+	$(PYTEST) -m "$(QUICK)"
+
+test-all: lint types
+	$(PYTEST)
+
+lint: $(VENV)/test-$(KEY)
+	$(RUN) -m ruff check .
+
+types: $(VENV)/test-$(KEY)
+	$(RUN) -m mypy
+
+$(RUN):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/examples-$(KEY): | $(RUN)
+	@echo "Installing what the examples need into $(VENV): about a minute, once."
+	$(INSTALL) --editable ".[examples]"
+	@touch $@
+
+$(VENV)/test-$(KEY): | $(RUN)
+	@echo "Installing what the tests need into $(VENV): about a minute, once."
+	$(INSTALL) --editable ".[test,examples]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
