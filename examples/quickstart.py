@@ -33,7 +33,7 @@ from opendelta import AutoDeltaModel, LoraModel
 BATCH, TOKENS, EPOCHS = 32, 48, 2
 LABELS = ["negative", "positive"]
 SENTENCES = ["A warm, funny and beautifully acted film.", "Two hours I will never get back."]
-# What suits each way best, from a few values tried on 600 reviews that are in neither set here.
+# Learning rates: the fewer parameters train, the higher. They were not searched for.
 RATES = {"delta": 3e-3, "full fine-tuning": 2e-4, "frozen encoder": 1e-2}
 
 console = Console()

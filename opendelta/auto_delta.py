@@ -60,6 +60,11 @@ def model_class_for(config: BaseDeltaConfig | dict[str, Any]) -> type[DeltaBase]
     Raises:
         ConfigError: if it names no method, or one that nobody registered.
     """
+    if not isinstance(config, (dict, BaseDeltaConfig)):
+        raise ConfigError(
+            f"expected a config or a dict of its fields, got {config!r:.80} of type "
+            f"{type(config).__name__}; a saved delta is loaded by from_finetuned."
+        )
     named = config.get("delta_type") if isinstance(config, dict) else config.delta_type
     choices = ", ".join(sorted({model.delta_type for model in REGISTRY.values()}))
     if not named:

@@ -86,6 +86,7 @@ class DeltaBase(SaveLoadMixin):
         self.backend = backend
         self.insertions = []
         self.left_trainable: list[str] | None = None
+        self._removed = False
         self.from_file = False
         self._planned, self._planned_on = None, {}
         self._excluded = set()
@@ -230,6 +231,7 @@ class DeltaBase(SaveLoadMixin):
             UnmatchedPatternWarning: for a pattern that names nothing.
             DeltaWarning: if nothing is left to train.
         """
+        self._require_presence()
         backbone = self.backbone_model
         part = prefix or ("" if module is None or module is backbone else self.name_of(module))
         chosen = exclude if exclude is not None else (self.unfrozen_modules or [EVERY_DELTA])
@@ -237,7 +239,7 @@ class DeltaBase(SaveLoadMixin):
             BackboneState.create(backbone),
             backbone,
             part,
-            [chosen] if isinstance(chosen, (str, DeltaBase)) else chosen,
+            chosen if isinstance(chosen, (list, tuple)) else [chosen],
             names_of=self.names_of,
             inside_deltas=exclude is not None,
             warn_unmatched=exclude is not None or not self.from_file,
@@ -256,6 +258,7 @@ class DeltaBase(SaveLoadMixin):
         Args:
             module: the backbone or a part of it.
         """
+        self.name_of(module)
         state = BackboneState.create(self.backbone_model)
         if module is self.backbone_model:
             state.trimmed, state.held = True, None
@@ -300,14 +303,17 @@ class DeltaBase(SaveLoadMixin):
         state.held = None if reset_state_dict else state.held
 
     def _switching(self, reset_state_dict: bool) -> BackboneState:
-        state = BackboneState.of(self.backbone_model)
-        if state is None or self not in state.deltas:
-            raise InsertionError(
-                f"This {type(self).__name__} was removed from its backbone: construct a new one."
-            )
+        self._require_presence()
+        state = BackboneState.create(self.backbone_model)
         if not reset_state_dict:
             state.held = state.trims
         return state
+
+    def _require_presence(self) -> None:
+        if self._removed:
+            raise InsertionError(
+                f"This {type(self).__name__} was removed from its backbone: construct a new one."
+            )
 
     def _inside(self, module: nn.Module | None) -> list[Insertion]:
         if module is None or module is self.backbone_model:
@@ -324,6 +330,7 @@ class DeltaBase(SaveLoadMixin):
         for insertion in reversed(self.insertions):
             insertion.remove()
         state.forget(self, self.backbone_model)
+        self._removed = True
 
     # --- looking ----------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from opendelta.insertion import (
     inserted_names,
     own_modules,
 )
-from opendelta.sizes import measure_widths, read_widths
+from opendelta.sizes import measure_widths, random_state_kept_on_error, read_widths
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase
@@ -226,17 +226,18 @@ class Construction(nn.Module):
         """
         self._planned, self._planned_on = [], {}
         self._module_names = {id(module): name for name, module in own_modules(backbone)}
-        try:
-            self.plan(backbone, modified_modules)
-            planned = self._planned
-            if not planned:
-                raise InsertionError(
-                    f"Nothing in {modified_modules} is a module that {type(self).__name__} can "
-                    "modify."
-                )
-        finally:
-            self._planned, self._planned_on = None, {}
-        self._carry_out(planned)
+        with random_state_kept_on_error():
+            try:
+                self.plan(backbone, modified_modules)
+                planned = self._planned
+                if not planned:
+                    raise InsertionError(
+                        f"Nothing in {modified_modules} is a module that {type(self).__name__} can "
+                        "modify."
+                    )
+            finally:
+                self._planned, self._planned_on = None, {}
+            self._carry_out(planned)
         self._module_names, self._target_names, self._measured = {}, [], {}
         self.__dict__.setdefault("arguments", {})
         self.config = self.config_class(**self.arguments)

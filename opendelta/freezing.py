@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from opendelta.addressing.patterns import fold_numbers, lineage, matches_any
+from opendelta.addressing.patterns import as_patterns, fold_numbers, lineage, matches_any
 from opendelta.backbone_state import BackboneState, own_parameters
 from opendelta.exceptions import (
     AddressingError,
@@ -88,7 +88,8 @@ def freeze(
         )
     if EVERY_DELTA in exclude:
         kept_deltas = list(state.deltas)
-    patterns = [p for p in exclude if isinstance(p, str) and p != EVERY_DELTA]
+    texts = as_patterns([item for item in exclude if isinstance(item, str)], "exclude")
+    patterns = [pattern for pattern in texts if pattern != EVERY_DELTA]
     selection = Selection(patterns, names_of)
     delta_of = {
         id(p): delta

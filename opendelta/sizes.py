@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,25 +65,34 @@ def measure_widths(
 
         return hook
 
-    runner = _runner(backbone, modules)
     handles = [m.register_forward_hook(record(n), with_kwargs=True) for n, m in modules.items()]
     try:
-        with _untouched(backbone):
-            _run(runner)
+        run_pseudo_input(backbone, modules)
     finally:
         for handle in handles:
             handle.remove()
     missed = [name for name in modules if name not in widths]
     if missed:
         raise InsertionError(
-            f"A forward of the pseudo input through {type(runner).__name__} never calls "
-            f"{missed[0]!r}, so its width cannot be measured. Name a module that is called, or set "
+            f"A forward of the pseudo input never calls {missed[0]!r}, so its width cannot be measured. Name a module that is called, or set "
             "`backbone.dummy_inputs` to an input that reaches it."
         )
     return widths
 
 
-def _runner(backbone: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+def run_pseudo_input(backbone: nn.Module, modules: Iterable[str]) -> None:
+    """One forward of a pseudo input that runs the modules called `modules`.
+
+    Train mode, random state and buffers stay as found; no gradients are kept.
+
+    Raises:
+        InsertionError: if it fails, with its cause and what to do.
+    """
+    with _untouched(backbone):
+        _run(_runner(backbone, list(modules)))
+
+
+def _runner(backbone: nn.Module, modules: Sequence[str]) -> nn.Module:
     """The outermost module that holds all `modules` and knows a pseudo input, else `backbone`."""
     for name, module in own_modules(backbone):
         inside = all(not name or n == name or n.startswith(name + ".") for n in modules)
@@ -149,6 +158,17 @@ def _run(model: nn.Module) -> None:
         " Before creating the delta, set `backbone_model.dummy_inputs` to anything that makes "
         "`backbone_model(**dummy_inputs)` succeed; only its form and shape matter."
     ) from failure
+
+
+@contextmanager
+def random_state_kept_on_error() -> Iterator[None]:
+    """After an error, torch's random state is what it was: new layers drew from it in vain."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(state)
+        raise
 
 
 @contextmanager

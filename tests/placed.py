@@ -86,9 +86,11 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     attributes, all hook dicts), the state dict, the deltas, and the random states.
     """
     state: dict[str, Any] = {}
+    content: dict[int, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         flags = (p.requires_grad, p.grad is None, getattr(p, "_is_delta", False))
-        state[f"parameter {name}"] = (id(p), digest(p), *flags)
+        content[id(p)] = content.get(id(p)) or digest(p)
+        state[f"parameter {name}"] = (id(p), content[id(p)], *flags)
     for name, b in model.named_buffers(remove_duplicate=False):
         state[f"buffer {name}"] = (id(b), digest(b))
     for name, module in model.named_modules(remove_duplicate=False):
@@ -101,8 +103,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
                 state[f"children {name} {attribute}"] = tuple(value)
             else:
                 state[f"attribute {name} {attribute}"] = id(value)
-    for key, tensor in model.state_dict().items():
-        state[f"state_dict {key}"] = digest(tensor)
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        state[f"state_dict {key}"] = content.get(id(tensor)) or digest(tensor)
     state["deltas"] = [(id(d), d.is_attached) for d in opendelta.deltas(model)]
     state["torch random state"] = digest(torch.get_rng_state())
     state["python random state"] = hash(random.getstate())

@@ -619,6 +619,13 @@ def test_every_group_of_an_optimizer() -> None:
     assert (stat["total_parameters"], stat["trainable_ratio"]) == (18, 1.0)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_given_twice_counts_once() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    stat = inspect_optimizer_statistics(torch.optim.SGD([p, p], lr=0.1), verbose=False)
+    assert stat["total_parameters"] == stat["param_group_0"]["trainable_parameters"] == 3
+
+
 def test_frozen_parameters_in_an_optimizer_warn() -> None:
     model = stack(5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

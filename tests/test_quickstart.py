@@ -17,7 +17,9 @@ import pytest
 import quickstart
 import torch
 from movie_reviews import Review
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+
+import opendelta
 
 ROOT = Path(quickstart.__file__).parent.parent
 GOOD, BAD = ["fine", "lovely", "warm"], ["dull", "poor", "stale"]
@@ -129,7 +131,7 @@ def test_quickstart_learns_saves_and_judges(
 ) -> None:
     monkeypatch.setattr(quickstart, "EPOCHS", 12)
     monkeypatch.setitem(quickstart.RATES, "delta", 3e-2)
-    sentences = ["a lovely film", "a [stale] film"]
+    sentences = ["a lovely film", "a stale film", "[sic]"]
     result = quickstart.delta_tuning(data, tmp_path / "saved", sentences)
     output = capsys.readouterr().out
     assert result.accuracy > 0.95
@@ -138,7 +140,8 @@ def test_quickstart_learns_saves_and_judges(
     assert names == {"config.json", "model.safetensors"}
     assert "Trainable Ratio" in output
     verdicts = re.findall(r"(positive|negative) \(\d+%\)  (.+)", output)
-    assert verdicts == [("positive", sentences[0]), ("negative", sentences[1])]
+    assert [sentence for _, sentence in verdicts] == sentences
+    assert [verdict for verdict, _ in verdicts[:2]] == ["positive", "negative"]
 
 
 @pytest.mark.parametrize("way", ["full fine-tuning", "frozen encoder"])
@@ -175,3 +178,26 @@ def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace: dict[str, Any] = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"README.md, Python block {number}", "exec"), namespace)
+
+
+def test_readme_counts_parameters_right() -> None:
+    """The last column of the table of methods, measured on a BERT-base without memory."""
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+) \|$", (ROOT / "README.md").read_text(), re.M)
+    stated = {name: int(count.replace(",", "")) for name, count in rows}
+    measured = {}
+    for name in stated:
+        with torch.device("meta"):
+            model = BertForSequenceClassification(BertConfig())
+            delta = getattr(opendelta, name)(model)
+        measured[name] = sum(p.numel() for p in delta.parameters())
+    assert stated == measured
+    registered = {cls.__name__ for cls in vars(opendelta).values() if is_method(cls)}
+    assert set(stated) == registered
+
+
+def is_method(value: object) -> bool:
+    return (
+        isinstance(value, type)
+        and issubclass(value, opendelta.DeltaBase)
+        and bool(value.delta_type)
+    )

@@ -109,12 +109,6 @@ def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
     return read_widths(module)
 
 
-def is_convolution(module: nn.Module) -> bool:
-    """Whether a module is a convolution that mixes positions."""
-    size = getattr(module, "kernel_size", 1)
-    return any(n > 1 for n in (size if isinstance(size, tuple) else (size,)) if isinstance(n, int))
-
-
 def is_depthwise(module: nn.Module) -> bool:
     """Whether a module is a convolution that mixes positions but not channels."""
     groups = getattr(module, "groups", 1)

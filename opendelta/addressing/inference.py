@@ -32,7 +32,6 @@ from opendelta.addressing.graph import (
     ancestors,
     below,
     inside,
-    is_convolution,
     is_depthwise,
     join,
     leaf_of,
@@ -63,7 +62,7 @@ _NOT_PROJECTION = frozenset(
 )
 # What holds such layers without being an attention, or sits inside one for another purpose.
 _NOT_ATTENTION = frozenset("indexer compressor router ffn ff mlp feed".split())
-_PLAIN = frozenset("linear proj projection dense layer fc c weight".split())
+_PLAIN = frozenset("linear proj projection dense layer fc c weight conv convolution".split())
 _OUT = frozenset("o out output wo post final".split())
 _FEED_FORWARD = frozenset(
     "mlp mlps ffn ffns ff ffw feed forward moe experts expert intermediate inter fc".split()
@@ -71,6 +70,9 @@ _FEED_FORWARD = frozenset(
 _DOWN = frozenset("down out output wo reduce".split())
 _UP = frozenset("up gate in input intermediate inter wi expand".split())
 _SIDE_BRANCH = frozenset("shortcut downsample se squeeze excite excitation".split())
+_NOT_MIXER = _SIDE_BRANCH | _FEED_FORWARD
+# Small networks in a block that compute something other than the next hidden state.
+_NOT_FEED_FORWARD = frozenset("pos position positional rel relative router".split()) | _SIDE_BRANCH
 
 
 @dataclass
@@ -105,8 +107,10 @@ class Block:
     def words_of(self, name: str) -> list[str]:
         """The words of the path to a module inside; where lists are joined, of their names too."""
         start = next((member for member in self.members if inside(name, member)), self.place)
-        if self.parts:
-            start = parent_of(parent_of(start)) if leaf_of(start).isdigit() else parent_of(start)
+        if not leaf_of(start).isdigit():
+            start = parent_of(start)
+        elif self.parts:
+            start = parent_of(parent_of(start))
         return [word for part in below(name, start).split(".") for word in words(part)]
 
 
@@ -182,7 +186,7 @@ def _attentions(graph: Graph) -> list[_Attention]:
         if name in held or not _says_attention(name):
             continue
         fused = _nameless_fusion(graph, name)
-        raw = {letters_of(p) for p, value in module._parameters.items() if value is not None}
+        raw = {letters_of(p) for p, v in module._parameters.items() if v is not None and v.dim() > 1}
         if isinstance(module, nn.MultiheadAttention) or {"q", "v"} <= raw:
             held[name] = {}
         elif fused:
@@ -261,10 +265,12 @@ def _block_around(
     if elements:
         parts = (holder,) if elements[0] == holder else ()
         return Block(elements[0], parts, "a list element with attention")
-    beside = [join(parent_of(holder), child) for child in graph.children[parent_of(holder)]]
-    if any(graph.is_element(join(b, "0")) and join(b, "0") in around for b in beside):
-        if {"pool", "pooler", "pooling", "head"}.isdisjoint(words(leaf_of(holder))):
-            return Block(holder, (holder,), "an attention beside the list of blocks")
+    for place in (holder, *ancestors(holder)):
+        beside = [join(parent_of(place), child) for child in graph.children[parent_of(place)]]
+        if any(first in around and graph.is_element(first) for b in beside for first in [join(b, "0")]):
+            if {"pool", "pooler", "pooling", "head"}.isdisjoint(words(leaf_of(place))):
+                parts = (place,) if place == holder else ()
+                return Block(place, parts, "an attention beside the list of blocks")
     return None
 
 
@@ -314,10 +320,8 @@ def _name_block(
         _find_chains(graph, member, hidden, free, chains)
     _name_feed_forward(block, chains)
     for place in experts:
-        if _innermost(place, everything) in block.members and not any(
-            p in block.sites and block.sites[p].role != "ff" for p in ancestors(place)
-        ):
-            block.sites[place] = Site("ff", "experts fused in 3-D parameters")
+        if _innermost(place, everything) in block.members:
+            block.sites.setdefault(place, Site("ff", "experts fused in 3-D parameters"))
 
 
 def _innermost(name: str, places: set[str]) -> str | None:
@@ -430,15 +434,13 @@ def _name_mixer(graph: Graph, block: Block, free: dict[str, None]) -> None:
             break
     else:
         inner = (name for member in block.members for name in graph.inside_of(member))
-        if not any(is_convolution(graph.modules[name]) for name in inner):
+        if not any(hasattr(graph.modules[name], "kernel_size") for name in inner):
             return
         linears = [
-            linear
-            for linear in free
-            if _SIDE_BRANCH.isdisjoint(block.words_of(linear))
+            linear for linear in free if _NOT_MIXER.isdisjoint(block.words_of(parent_of(linear)))
         ]
         first, last = linears[:1], linears[1:][-1:]
-        for linear in first + last:
+        for linear in linears:
             free.pop(linear)
     for linear in first[:1]:
         block.sites[linear] = Site("attn.qkv", "the mixer's input projection")
@@ -457,13 +459,16 @@ def _find_chains(
     chains: list[tuple[str, dict[str, Site]]],
 ) -> None:
     """Take the layers of feed-forwards inside `place` from `free`, the innermost first."""
-    for child in graph.children[place]:
-        if (name := join(place, child)) not in graph.linears and graph.linears_below(name):
-            _find_chains(graph, name, hidden, free, chains)
-    if any("norm" in word for word in words(leaf_of(place))):
+    said = words(leaf_of(place))
+    children = [join(place, child) for child in graph.children[place]]
+    aside = any("norm" in word for word in said) or not _NOT_FEED_FORWARD.isdisjoint(said)
+    if aside or any(is_depthwise(graph.modules[child]) for child in children):
+        for linear in graph.linears_below(place):
+            free.pop(linear, None)
         return
-    if any(is_depthwise(graph.modules[join(place, child)]) for child in graph.children[place]):
-        return  # a convolution module
+    for child in children:
+        if child not in graph.linears and graph.linears_below(child):
+            _find_chains(graph, child, hidden, free, chains)
     for chain in _chains(graph, [c for c in graph.linears_below(place) if c in free], hidden):
         chains.append((place, chain))
         for linear in chain:
@@ -489,9 +494,13 @@ def _chains(graph: Graph, linears: Sequence[str], hidden: int | None) -> list[di
             for linear in group
             if linear != down
             and graph.linears[linear][1] in (inner, 2 * inner)
-            and (graph.linears[linear][0] == width or not _UP.isdisjoint(_own_words(linear)))
+            and (
+                graph.linears[linear][0] == width
+                or len(group) == 2
+                or not _UP.isdisjoint(_own_words(linear))
+            )
         ]
-        if ups:
+        if ups and group.index(ups[0]) < group.index(down):
             sites = {down: Site("ff.w2", f"{inner} to {width}: back to the hidden width")}
             found.append(sites | _ups(graph, ups, inner))
     return found
@@ -515,16 +524,16 @@ def _ups(graph: Graph, ups: Sequence[str], inner: int) -> dict[str, Site]:
 
 def _is_down(graph: Graph, linear: str, linears: Sequence[str], hidden: int | None) -> bool:
     """Whether a layer leads back to the hidden width. Its name beats its shape."""
+    pair = [c for c in linears if parent_of(c) == parent_of(linear)]
+    if len(pair) == 2 and len({c.rstrip("0123456789") for c in pair}) == 1:
+        first, second = sorted(pair)
+        if graph.linears[first][1] in (graph.linears[second][0], 2 * graph.linears[second][0]):
+            return linear == second  # fc1 and fc2, and the like
     own = set(_own_words(linear))
     if not own & _UP and own & _DOWN:
         return True
     if own & _UP and not own & _DOWN:
         return False
-    stem, number = leaf_of(linear)[:-1], leaf_of(linear)[-1:]
-    pair = {leaf_of(c)[-1:] for c in linears if parent_of(c) == parent_of(linear)}
-    same = all(leaf_of(c)[:-1] == stem for c in linears if parent_of(c) == parent_of(linear))
-    if same and len(pair) == 2 and all(n.isdigit() for n in pair):
-        return number == max(pair)
     width_in, width_out = graph.linears[linear]
     if hidden is not None and width_out != width_in and hidden in (width_in, width_out):
         return width_out == hidden
@@ -553,6 +562,9 @@ def _name_feed_forward(block: Block, chains: Sequence[tuple[str, dict[str, Site]
 
 def _holds_experts(graph: Graph, name: str) -> bool:
     """Whether a module's parameters, or those of its leaves, stack experts in three dimensions."""
+    said = {*words(leaf_of(name)), *words(type(graph.modules[name]).__name__)}
+    if said.isdisjoint(_FEED_FORWARD | {"attention"}):
+        return False
     stacked = list(_stacked(graph.modules[name]))
     for child in graph.children[name]:
         if not graph.children[join(name, child)]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opendelta.exceptions import DeltaWarning
-from opendelta.inspection.statistics import count, numel, ratio
+from opendelta.inspection.statistics import count, ratio
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def _warn(held: list[Tensor], model: nn.Module | None) -> None:
         called = [names.get(id(p), f"a parameter of shape {tuple(p.shape)}") for p in frozen]
         warnings.warn(
             f"The optimizer holds frozen parameters, which it will not update: {_some(called)} "
-            f"({sum(map(numel, frozen)):,} values). Build it after freeze_module(), from the "
+            f"({count(frozen):,} values). Build it after freeze_module(), from the "
             "parameters that require a gradient.",
             DeltaWarning,
             stacklevel=3,

@@ -29,11 +29,13 @@ from opendelta.saving.files import (
     TORCH_FILE,
     WEIGHT_FILES,
     read_tensors,
+    require_tensors,
     sha256_of,
     weights_in,
     write_tensors,
 )
 from opendelta.saving.hashing import gen_model_hash
+from opendelta.sizes import random_state_kept_on_error
 
 if TYPE_CHECKING:
     from typing import Self
@@ -270,12 +272,13 @@ class SaveLoadMixin(Construction):
             state_dict = read_tensors(file)
         if check_hash:
             check_backbone(config, backbone_model)
-        delta = model_class.from_config(config, backbone_model, check_hash=False)
-        try:
-            load_tensors(delta, state_dict)
-        except BaseException:
-            delta.remove()
-            raise
+        with random_state_kept_on_error():
+            delta = model_class.from_config(config, backbone_model, check_hash=False)
+            try:
+                load_tensors(delta, state_dict)
+            except BaseException:
+                delta.remove()
+                raise
         delta.left_trainable = list(config.backbone_hash_excludes or ())
         backbone_model.eval()
         return delta  # type: ignore[return-value]
@@ -337,6 +340,7 @@ def load_tensors(delta: SaveLoadMixin, tensors: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: naming missing and unexpected keys and shapes that differ.
     """
+    require_tensors(tensors, "state_dict")
     tensors = delta.translate_keys(tensors)
     own = dict(delta.own_tensors())
     targets: dict[str, Tensor] = dict(own)

@@ -79,11 +79,20 @@ def read_tensors(file: Path, load_func: Callable[..., Any] | None = None) -> dic
         ) from error
     except Exception as error:  # each reader has its own errors; all mean an unreadable file
         raise CheckpointError(f"{file} cannot be read as tensors: {error}") from error
+    require_tensors(content, str(file))
+    return dict(content)
+
+
+def require_tensors(content: Any, source: str) -> None:
+    """Refuse what is no dict of tensors.
+
+    Raises:
+        CheckpointError: naming `source`.
+    """
     if not isinstance(content, Mapping) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
     ):
-        raise CheckpointError(f"{file} holds no dict of tensors, so it is not a delta's weights.")
-    return dict(content)
+        raise CheckpointError(f"{source} holds no dict of tensors, so it is not a delta's weights.")
 
 
 def write_tensors(

@@ -1,0 +1,165 @@
+"""Prefixes for attention that a model computes inline, outside transformers' attention lookup.
+
+`InlineAttention` watches the torch functions that run inside one attention module. It joins the
+prefix's logits to the scores at the softmax, and adds the prefix's values at the product that
+follows; calls of `F.scaled_dot_product_attention` get longer keys, values and masks. Masks and
+relative positions of the text need no change: they act on scores before the softmax, and prefix
+positions take no part in them. (DeBERTa-v2 is the documented family that needs this path.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
+_SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
+_SCALINGS: dict[Any, int] = {
+    torch.mul: 1,
+    Tensor.mul: 1,
+    Tensor.__mul__: 1,
+    Tensor.mul_: 1,
+    torch.div: -1,
+    Tensor.div: -1,
+    Tensor.div_: -1,
+    Tensor.__truediv__: -1,
+}
+
+
+class InlineAttention(TorchFunctionMode):
+    """Joins a prefix to the attention computed while this mode is on.
+
+    Args:
+        key: prefix keys of shape (tokens, width); `value`: prefix values, likewise.
+    """
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.key, self.value = key, value
+        self.applied = False
+        self._scaled: dict[int, Any] = {}  # storage -> factor by which it was multiplied
+        self._alive: list[Tensor] = []  # so that no storage is used again meanwhile
+        self._query: Tensor | None = None
+        self._factor: Any = 1.0
+        self._scores: set[int] = set()  # storages of the scores on their way to the softmax
+        self._probabilities: set[int] = set()
+        self._prefix_probabilities: Tensor | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._fused(*args, **kwargs)
+        if func in _SOFTMAXES and args and _storage(args[0]) in self._scores:
+            return self._softmax(func, args, kwargs)
+        if func in _PRODUCTS and args and _storage(args[0]) in self._probabilities:
+            return self._weigh(func(*args, **kwargs))
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and args and isinstance(args[0], Tensor):
+            self._follow(func, args, kwargs, result)
+        return result
+
+    def _follow(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, result: Tensor
+    ) -> None:
+        """Note what became of queries, keys, scores and probabilities."""
+        source, target = _storage(args[0]), _storage(result)
+        if func in _PRODUCTS and result.dim() >= 3 and self._query is None:
+            self._query = args[0]
+            self._factor = self._scaled.get(_storage(args[1]), 1.0)
+            self._scores = {target}
+        elif func in _SCALINGS and len(args) > 1 and _is_scalar(args[1]):
+            factor = args[1] ** _SCALINGS[func]
+            self._scaled[target] = self._scaled.get(source, 1.0) * factor
+            if source in self._scores:
+                self._factor = self._factor * factor
+                self._scores.add(target)
+        elif any(_storage(a) in self._scores for a in args) and result.is_floating_point():
+            self._scores.add(target)
+        elif source in self._probabilities:
+            self._probabilities.add(target)
+            if func is F.dropout and self._prefix_probabilities is not None:
+                rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+                training = kwargs.get("training", args[2] if len(args) > 2 else True)
+                self._prefix_probabilities = F.dropout(self._prefix_probabilities, rate, training)
+        self._alive.append(result)
+
+    def _softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Tensor:
+        scores, query = args[0], self._query
+        assert query is not None
+        logits = (query @ _heads(self.key, query).transpose(-1, -2)) * self._factor
+        logits = logits.to(scores.dtype).reshape(*scores.shape[:-1], -1)
+        both = func(torch.cat([logits, scores], -1), *args[1:], **kwargs)
+        count = self.key.shape[0]
+        self._prefix_probabilities, result = both[..., :count], both[..., count:]
+        self._probabilities = {_storage(result)}
+        self._query, self._scores = None, set()
+        self._alive.append(result)
+        return result
+
+    def _weigh(self, context: Tensor) -> Tensor:
+        """The product of probabilities and values, the prefix's part added."""
+        weights = self._prefix_probabilities
+        assert weights is not None
+        weights = weights.reshape(*context.shape[:-1], -1).to(context.dtype)
+        self._probabilities, self._prefix_probabilities, self.applied = set(), None, True
+        return context + weights @ _heads(self.value, context).to(context.dtype)
+
+    def _fused(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        self.applied = True
+        key = torch.cat([_heads(self.key, key).to(key.dtype), key], -2)
+        value = torch.cat([_heads(self.value, value).to(value.dtype), value], -2)
+        count = self.key.shape[0]
+        if is_causal:
+            lengths = query.shape[-2], key.shape[-2] - count
+            attn_mask = torch.ones(lengths, dtype=torch.bool, device=query.device).tril()
+        if attn_mask is not None:
+            attn_mask = widen(attn_mask, count)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **options)
+
+
+def widen(mask: Tensor, count: int) -> Tensor:
+    """A mask (..., keys), boolean or additive, with `count` visible positions in front."""
+    visible = True if mask.dtype == torch.bool else (0 if mask.is_floating_point() else 1)
+    return F.pad(mask, (count, 0), value=visible)
+
+
+def _heads(prefix: Tensor, like: Tensor) -> Tensor:
+    """A prefix (tokens, width) in the layout of `like`: (batch, heads, ...) or (batch * heads, ...).
+
+    Returns:
+        (..., tokens, head width) with the leading dimensions of `like`.
+    """
+    depth = like.shape[-1]
+    split = prefix.unflatten(-1, (-1, depth)).transpose(0, 1)  # (heads, tokens, depth)
+    if like.dim() == 4:
+        return split.expand(like.shape[0], -1, -1, -1)
+    batch = like.shape[0] // split.shape[0]
+    return split.repeat(batch, 1, 1)
+
+
+def _storage(value: Any) -> int:
+    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else 0
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)
