@@ -21,6 +21,8 @@ from opendelta.delta_models.compacter import CompacterConfig, CompacterModel
 from opendelta.delta_models.lora import LoraConfig, LoraModel
 from opendelta.delta_models.low_rank_adapter import LowRankAdapterConfig, LowRankAdapterModel
 from opendelta.delta_models.parallel_adapter import ParallelAdapterConfig, ParallelAdapterModel
+from opendelta.delta_models.prefix import PrefixConfig, PrefixModel
+from opendelta.delta_models.soft_prompt import SoftPromptConfig, SoftPromptModel
 from opendelta.exceptions import BackboneMismatchWarning, DeltaWarning, OpenDeltaError
 from opendelta.inspection import (
     Visualization,
@@ -55,6 +57,10 @@ __all__ = [
     "OpenDeltaError",
     "ParallelAdapterConfig",
     "ParallelAdapterModel",
+    "PrefixConfig",
+    "PrefixModel",
+    "SoftPromptConfig",
+    "SoftPromptModel",
     "Visualization",
     "__version__",
     "deltas",

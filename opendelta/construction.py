@@ -73,7 +73,7 @@ def common_names(backbone: nn.Module) -> dict[str, tuple[str, ...]]:
     OPT's ``fc1`` and ``fc2`` are ``ff.w1`` and ``ff.w2``, and no module is ``ff``: both answer to
     that name too.
     """
-    structure = CommonStructureMap(backbone)
+    structure = CommonStructureMap(backbone, strict=False)
     names = {name: structure.names(name) for name in structure.matched_pairs}
     taken = {common for commons in names.values() for common in commons} | {
         name for name, _ in own_modules(backbone)
@@ -171,6 +171,8 @@ class Construction(nn.Module):
             for name, module in own_modules(self.backbone_model, remove_duplicate=False)
         }
         names = list(known_as)
+        if self.common_structure and not any(True for n in names for _ in self.common_names_of(n)):
+            CommonStructureMap(self.backbone_model)  # raises, saying what it found and what to do
         lookup = self.common_names_of if self.common_structure else lambda name: (name,)
         if self.uses_defaults:
             patterns = [self._default_site(pattern, names) for pattern in patterns]
@@ -385,6 +387,7 @@ class Construction(nn.Module):
         delta_name: str,
         side: type[Dispatcher],
         action: Callable[..., Any],
+        kind: type[ModuleInsertion] = ModuleInsertion,
     ) -> None:
         """Insert a delta module that a dispatcher of `module` calls through `action`.
 
@@ -400,7 +403,7 @@ class Construction(nn.Module):
         mine = next((i for i in self._mine_on(module) if i.module is delta_module), None)
         name = mine.name if mine is not None else self._free_name(module, delta_name)
         self._follow_host(module, delta_module)
-        insertion = ModuleInsertion(module, host_name, delta_module, name, side, action)
+        insertion = kind(module, host_name, delta_module, name, side, action)
         if mine is None:
             insertion.lone_name = self._lone_name(module, delta_name)
         self._insert(insertion)

@@ -74,8 +74,9 @@ def measure_widths(
     missed = [name for name in modules if name not in widths]
     if missed:
         raise InsertionError(
-            f"A forward of the pseudo input never calls {missed[0]!r}, so its width cannot be measured. Name a module that is called, or set "
-            "`backbone.dummy_inputs` to an input that reaches it."
+            f"A forward of the pseudo input never calls {missed[0]!r}, so its width cannot be "
+            "measured. Name a module that is called, or set `backbone.dummy_inputs` to an input "
+            "that reaches it."
         )
     return widths
 

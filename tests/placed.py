@@ -46,7 +46,9 @@ TARGETS: dict[str, dict[str, list[str]]] = {
         "mlp": ["first", "last"],
     },
 }
-TARGETS["LowRankAdapterModel"] = TARGETS["CompacterModel"] = TARGETS["AdapterModel"]
+TARGETS["LowRankAdapterModel"] = TARGETS["CompacterModel"] = {  # placed as adapters are
+    backbone: TARGETS["AdapterModel"][backbone] for backbone in ("bert_cls", "gpt2", "mlp")
+}
 METHODS = tuple(TARGETS)
 PLACED = tuple((method, backbone) for method in METHODS for backbone in TARGETS[method])
 _NARROW = {

@@ -130,17 +130,32 @@ CONSTRUCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "text for int": (lambda m: q(m, lora_r="8"), ("lora_r='8'", "str", "int")),
     "float for int": (lambda m: q(m, lora_r=2.5), ("lora_r=2.5", "float", "int")),
     "bool for int": (lambda m: q(m, lora_r=True), ("lora_r=True", "bool", "int")),
-    "none for int": (lambda m: q(m, AdapterModel, bottleneck_dim=None), ("bottleneck_dim=None", "int")),
+    "none for int": (
+        lambda m: q(m, AdapterModel, bottleneck_dim=None),
+        ("bottleneck_dim=None", "int"),
+    ),
     "text for float": (lambda m: q(m, lora_dropout="0.1"), ("lora_dropout='0.1'", "float")),
     "int for text": (lambda m: q(m, AdapterModel, non_linearity=1), ("non_linearity=1", "str")),
     "text for bool": (lambda m: q(m, CompacterModel, learn_phm="no"), ("learn_phm='no'", "bool")),
     "list for dict": (lambda m: q(m, rank_pattern=["query"]), ("rank_pattern=['query']", "dict")),
-    "int for patterns": (lambda m: LoraModel(m, modified_modules=5), ("modified_modules=5", "list")),
-    "ints for patterns": (lambda m: LoraModel(m, modified_modules=[5]), ("modified_modules=[5]", "strings")),
+    "int for patterns": (
+        lambda m: LoraModel(m, modified_modules=5),
+        ("modified_modules=5", "list"),
+    ),
+    "ints for patterns": (
+        lambda m: LoraModel(m, modified_modules=[5]),
+        ("modified_modules=[5]", "strings"),
+    ),
     "int to exclude": (lambda m: q(m, exclude_modules=5), ("exclude_modules=5", "list")),
     "ints to exclude": (lambda m: q(m, exclude_modules=[5]), ("exclude_modules=[5]", "strings")),
-    "ints to unfreeze": (lambda m: q(m, unfrozen_modules=[None]), ("unfrozen_modules=[None]", "strings")),
-    "text for common structure": (lambda m: q(m, common_structure="yes"), ("common_structure='yes'", "bool")),
+    "ints to unfreeze": (
+        lambda m: q(m, unfrozen_modules=[None]),
+        ("unfrozen_modules=[None]", "strings"),
+    ),
+    "text for common structure": (
+        lambda m: q(m, common_structure="yes"),
+        ("common_structure='yes'", "bool"),
+    ),
     "class for backbone": (lambda m: q(type(m)), ("backbone_model", "type", "Module")),
     "text for backbone": (lambda m: q("bert"), ("backbone_model", "str", "Module")),
     "backend": (lambda m: q(m, backend="hff"), ("backend='hff'", "'hf'")),
@@ -149,52 +164,100 @@ CONSTRUCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "dropout 1": (lambda m: q(m, lora_dropout=1.0), ("lora_dropout=1.0", "[0, 1)")),
     "dropout below 0": (lambda m: q(m, lora_dropout=-0.1), ("lora_dropout=-0.1", "[0, 1)")),
     "rank 0 by pattern": (lambda m: q(m, rank_pattern={"query": 0}), ("0", "1 or more")),
-    "bottleneck 0": (lambda m: q(m, AdapterModel, bottleneck_dim=0), ("bottleneck_dim=0", "1 or more")),
-    "reduction 0": (lambda m: q(m, LowRankAdapterModel, reduction_factor=0), ("reduction_factor=0", "1 or more")),
-    "low rank 0": (lambda m: q(m, LowRankAdapterModel, low_rank_rank=0), ("low_rank_rank=0", "1 or more")),
-    "division of nothing": (lambda m: q(m, CompacterModel, hypercomplex_division=3), ("64", "hypercomplex_division=3")),
-    "division 0": (lambda m: q(m, CompacterModel, hypercomplex_division=0), ("hypercomplex_division", "1 or more")),
+    "bottleneck 0": (
+        lambda m: q(m, AdapterModel, bottleneck_dim=0),
+        ("bottleneck_dim=0", "1 or more"),
+    ),
+    "reduction 0": (
+        lambda m: q(m, LowRankAdapterModel, reduction_factor=0),
+        ("reduction_factor=0", "1 or more"),
+    ),
+    "low rank 0": (
+        lambda m: q(m, LowRankAdapterModel, low_rank_rank=0),
+        ("low_rank_rank=0", "1 or more"),
+    ),
+    "division of nothing": (
+        lambda m: q(m, CompacterModel, hypercomplex_division=3),
+        ("64", "hypercomplex_division=3"),
+    ),
+    "division 0": (
+        lambda m: q(m, CompacterModel, hypercomplex_division=0),
+        ("hypercomplex_division", "1 or more"),
+    ),
     "phm rank 0": (lambda m: q(m, CompacterModel, phm_rank=0), ("phm_rank", "1 or more")),
     # unknown names
-    "activation": (lambda m: q(m, AdapterModel, non_linearity="gelu_mew"), ("'gelu_mew'", "'gelu_new'")),
+    "activation": (
+        lambda m: q(m, AdapterModel, non_linearity="gelu_mew"),
+        ("'gelu_mew'", "'gelu_new'"),
+    ),
     "low-rank start": (
         lambda m: q(m, LowRankAdapterModel, low_rank_w_init="glorot_uniform"),
         ("low_rank_w_init='glorot_uniform'", "'glorot-uniform'"),
     ),
-    "phm start": (lambda m: q(m, CompacterModel, phm_c_init="gauss"), ("phm_c_init='gauss'", "'normal'")),
+    "phm start": (
+        lambda m: q(m, CompacterModel, phm_c_init="gauss"),
+        ("phm_c_init='gauss'", "'normal'"),
+    ),
     "W start": (
         lambda m: q(m, CompacterModel, hypercomplex_nonlinearity="glorot"),
         ("hypercomplex_nonlinearity='glorot'", "'glorot-uniform'"),
     ),
     # targets that are not there
     "no match": (lambda m: LoraModel(m, modified_modules=["querry"]), ("'querry'", "'query'")),
-    "one of two": (lambda m: LoraModel(m, modified_modules=["query", "valu"]), ("'valu'", "'value'")),
+    "one of two": (
+        lambda m: LoraModel(m, modified_modules=["query", "valu"]),
+        ("'valu'", "'value'"),
+    ),
     "empty pattern": (lambda m: LoraModel(m, modified_modules=["query", " "]), ("empty",)),
-    "broken regex": (lambda m: LoraModel(m, modified_modules=["[r](query"]), ("(query", "regular expression")),
+    "broken regex": (
+        lambda m: LoraModel(m, modified_modules=["[r](query"]),
+        ("(query", "regular expression"),
+    ),
     "all excluded": (lambda m: q(m, exclude_modules=["encoder"]), ("exclude_modules", "query")),
     "rank of no target": (lambda m: q(m, rank_pattern={"valu": 2}), ("rank_pattern", "'valu'")),
     "alpha of no target": (lambda m: q(m, alpha_pattern={"key": 2.0}), ("alpha_pattern", "'key'")),
     # targets that cannot be modified
-    "LoRA on a norm": (lambda m: LoraModel(m, modified_modules=["LayerNorm"]), ("LayerNorm", "linear")),
-    "LoRA on a dropout": (lambda m: LoraModel(m, modified_modules=["dropout"]), ("dropout", "linear")),
+    "LoRA on a norm": (
+        lambda m: LoraModel(m, modified_modules=["LayerNorm"]),
+        ("LayerNorm", "linear"),
+    ),
+    "LoRA on a dropout": (
+        lambda m: LoraModel(m, modified_modules=["dropout"]),
+        ("dropout", "linear"),
+    ),
     "LoRA on a good and a bad one": (
         lambda m: LoraModel(m, modified_modules=["query", "pooler.activation"]),
         ("pooler.activation", "Tanh", "linear"),
     ),
-    "BitFit on a dropout": (lambda m: BitFitModel(m, modified_modules=["classifier", "dropout"]), ("dropout", "bias")),
-    "adapter on a list": (lambda m: AdapterModel(m, modified_modules=["output.dense", "layer"]), ("layer", "never calls")),
+    "BitFit on a dropout": (
+        lambda m: BitFitModel(m, modified_modules=["classifier", "dropout"]),
+        ("dropout", "bias"),
+    ),
+    "adapter on a list": (
+        lambda m: AdapterModel(m, modified_modules=["output.dense", "layer"]),
+        ("layer", "never calls"),
+    ),
     "parallel on a table": (
         lambda m: ParallelAdapterModel(m, modified_modules=["word_embeddings", "word_embeddings"]),
         ("word_embeddings", "Embedding"),
     ),
-    "parallel without pairs": (lambda m: ParallelAdapterModel(m, modified_modules=["query"]), ("pairs", "['query']")),
+    "parallel without pairs": (
+        lambda m: ParallelAdapterModel(m, modified_modules=["query"]),
+        ("pairs", "['query']"),
+    ),
     "parallel of unequal pairs": (
         lambda m: ParallelAdapterModel(m, modified_modules=["query", "0.attention.self.value"]),
         ("'query'", "2", "1"),
     ),
     # names that a module has already
-    "shadowing a parameter": (lambda m: q(m, Shadowing, name="weight"), ("'weight'", "Linear", "delta_name")),
-    "shadowing an attribute": (lambda m: q(m, Shadowing, name="in_features"), ("'in_features'", "delta_name")),
+    "shadowing a parameter": (
+        lambda m: q(m, Shadowing, name="weight"),
+        ("'weight'", "Linear", "delta_name"),
+    ),
+    "shadowing an attribute": (
+        lambda m: q(m, Shadowing, name="in_features"),
+        ("'in_features'", "delta_name"),
+    ),
     "shadowing a method": (lambda m: q(m, Shadowing, name="forward"), ("'forward'", "delta_name")),
     "shadowing a flag": (lambda m: q(m, Shadowing, name="training"), ("'training'", "delta_name")),
     "no name at all": (lambda m: q(m, Shadowing, name="two words"), ("'two words'",)),
@@ -208,19 +271,29 @@ CONSTRUCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
         lambda m: AutoDeltaModel.from_config({"delta_type": "lora", "lora_rr": 2}, m),
         ("'lora_rr'", "'lora_r'"),
     ),
-    "by an override that is none": (lambda m: LoraModel.from_config(LoraConfig(), m, lora_rr=2), ("'lora_rr'", "'lora_r'")),
+    "by an override that is none": (
+        lambda m: LoraModel.from_config(LoraConfig(), m, lora_rr=2),
+        ("'lora_rr'", "'lora_r'"),
+    ),
     "from text": (lambda m: AutoDeltaModel.from_config("some/folder", m), ("str",)),
     "from None": (lambda m: LoraModel.from_config(None, m), ("None",)),
-    "from another's": (lambda m: LoraModel.from_config(AdapterConfig(), m), ("AdapterModel", "LoraModel")),
+    "from another's": (
+        lambda m: LoraModel.from_config(AdapterConfig(), m),
+        ("AdapterModel", "LoraModel"),
+    ),
     "from a bad value": (
-        lambda m: AutoDeltaModel.from_config({"delta_type": "lora", "modified_modules": ["query"], "lora_r": "2"}, m),
+        lambda m: AutoDeltaModel.from_config(
+            {"delta_type": "lora", "modified_modules": ["query"], "lora_r": "2"}, m
+        ),
         ("lora_r='2'", "int"),
     ),
     "from a newer version's": (
-        lambda m: AutoDeltaModel.from_config({"delta_type": "lora", "opendelta_version": "999.0"}, m),
+        lambda m: AutoDeltaModel.from_config(
+            {"delta_type": "lora", "opendelta_version": "999.0"}, m
+        ),
         ("999.0", "newer", opendelta.__version__),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CONSTRUCTIONS)
@@ -293,13 +366,10 @@ def test_an_error_while_inserting_undoes_what_was_inserted(model: Any) -> None:
             LoraModel(model, modified_modules=["query", "classifier"])
     finally:
         object.__setattr__(module, "_modules", kept)
-    after = fingerprint(model)
-    for state in (before, after):
-        del state["torch random state"]  # drawn while planning; the plan itself was good
-    assert after == before
+    assert fingerprint(model) == before
 
 
-# --- building blocks, and the life of a delta ------------------------------------------------------
+# --- building blocks, and the life of a delta -----------------------------------------------------
 
 OTHER: Any = backbones.build("bert_cls")
 STRANGER = LoraModel(OTHER, modified_modules=["query"])
@@ -585,21 +655,18 @@ READABLE = (
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_weights_files(damage: str, folder: Path, model: Any) -> None:
     hurt, words = DAMAGES[damage]
-    target = place("LoraModel", "bert_cls", model)
-    target.freeze_module(exclude=["deltas", "classifier"])
     hurt(folder)
     without_checksum(folder)
     if damage not in READABLE:
         words = (*words, weights_file(folder).name)
-    for on, call in (
-        (backbone(carrying=False), lambda m: AutoDeltaModel.from_finetuned(folder, m)),
-        (backbone(carrying=True), lambda m: LoraModel.from_finetuned(folder, m)),
-    ):
-        with unchanged(on), pytest.raises(RuntimeError) as caught:
-            call(on)
+    for cls in (AutoDeltaModel, LoraModel):
+        with unchanged(model), pytest.raises(RuntimeError) as caught:
+            cls.from_finetuned(folder, model)
         told(caught.value, words)
     if damage == "a classifier less":
         return  # the config's list says that it belongs to the file; here no config is read
+    target = place("LoraModel", "bert_cls", model)
+    target.freeze_module(exclude=["deltas", "classifier"])
     for path in (folder, weights_file(folder)):
         with unchanged(model), pytest.raises(RuntimeError) as caught:
             target.load_checkpoint(path)
@@ -714,7 +781,7 @@ def test_a_backbone_of_another_kind(folder: Path) -> None:
 
 
 def test_a_deeper_backbone(folder: Path) -> None:
-    """One of its layers would stay untrained, so it is refused, naming the keys that are missing."""
+    """One of its layers would stay untrained: it is refused, naming the missing keys."""
     import transformers
 
     config = backbones.build("bert_cls").config

@@ -221,6 +221,18 @@ def test_what_is_done_to_a_delta_is_done_to_it_alone() -> None:
     assert not layer.lora.training and layer.training
 
 
+@each_method
+def test_its_state_dict_moves_a_delta(method: str) -> None:
+    """As that of any module."""
+    source, target = place(method, "bert_cls"), place(method, "bert_cls")
+    randomise(source)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(
+        backbones.run(target.backbone_model, "bert_cls"),
+        backbones.run(source.backbone_model, "bert_cls"),
+    )
+
+
 def test_forward_raises() -> None:
     delta = place("LoraModel", "mlp")
     for call in (delta, delta.forward):

@@ -93,8 +93,10 @@ def test_gen_parameter_hash_goes_on_with_a_given_md5() -> None:
     assert gone_on.hexdigest() == expected.hexdigest()
 
 
-DTYPES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32",
-          "int16", "int8", "uint8", "bool", "complex64"]  # fmt: skip
+DTYPES = (
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 complex64 "
+    "int64 int32 int16 int8 uint8 bool"
+).split()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,8 +110,7 @@ def test_any_dtype(dtype: str) -> None:
     assert gen_parameter_hash([other]).hexdigest() != hashlib.md5(raw).hexdigest()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:torch")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per:UserWarning")
 def test_quantised_tensors() -> None:
     values = weights.uniform("q", (4, 6), 1.0)
     tensor = torch.quantize_per_tensor(values, 0.01, 3, torch.qint8)
@@ -367,6 +368,23 @@ def test_another_backbone_warns_with_both_values(method: str, exclude: Any, tmp_
         again = backbones.build("bert_cls")
         add_one(again, "bert.embeddings.word_embeddings.weight")
         quiet(lambda load=load, again=again: load(again, check_hash=False))
+
+
+def test_the_saved_tensors_decide_what_the_hash_covers(tmp_path: Path) -> None:
+    """Also where the caller gave them: here the file carries the classifier."""
+    delta = place("LoraModel", "bert_cls")
+    model: Any = delta.backbone_model
+    given = dict(delta.named_parameters()) | {
+        f"classifier.{name}": p + 1 for name, p in model.classifier.named_parameters()
+    }
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path, state_dict={name: p.detach() for name, p in given.items()})
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["backbone_hash_excludes"] == ["classifier.bias", "classifier.weight"]
+    fresh: Any = backbones.build("bert_cls")
+    add_one(fresh, "classifier.weight")
+    quiet(lambda: AutoDeltaModel.from_finetuned(tmp_path, fresh))
+    assert torch.equal(fresh.classifier.weight, model.classifier.weight + 1)
 
 
 def test_another_structure_warns_too(tmp_path: Path) -> None:

@@ -117,6 +117,31 @@ def test_all_inside_a_module_takes_part() -> None:
     assert torch.equal(backbones.run(model, "t5"), bare)
 
 
+@pytest.mark.parametrize("backbone", ["opt", "gpt2"])
+def test_the_head_is_a_default_target(backbone: str) -> None:
+    """0.3.2's default exclusion hid it. The head's weight is tied, its added bias is not."""
+    model: Any = backbones.build(backbone)
+    bare = backbones.run(model, backbone)
+    delta = BitFitModel(model)
+    assert "lm_head.bias" in dict(delta.named_parameters())
+    assert torch.equal(backbones.run(model, backbone), bare)
+    with torch.no_grad():
+        model.lm_head.bias.fill_(0.5)
+    assert torch.allclose(backbones.run(model, backbone), bare + 0.5)
+
+
+def test_the_default_on_t5_freezes_and_trains() -> None:
+    model: Any = backbones.build("t5")
+    bare = backbones.run(model, "t5")
+    delta = BitFitModel(model)
+    delta.freeze_module()
+    own = {name for name, _ in delta.named_parameters()}
+    assert trainable(model) == own == set(model.state_dict())
+    for part in ("SelfAttention.q", "SelfAttention.o", "DenseReluDense.wi", "layer_norm"):
+        assert any(f"{part}.bias" in name for name in own), part
+    assert torch.equal(backbones.run(model, "t5"), bare)
+
+
 def test_no_bias_for_embeddings_and_activations() -> None:
     model = nn.ModuleDict({"part": nn.Sequential(nn.Embedding(4, 6), nn.ReLU(), nn.Linear(6, 2))})
     delta = BitFitModel(model, modified_modules=["part"])

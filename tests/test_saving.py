@@ -314,6 +314,32 @@ def test_low_precision_is_kept(tmp_path: Path) -> None:
     assert torch.equal(output(again, "bert_cls"), output(delta, "bert_cls"))
 
 
+@pytest.mark.parametrize("how", ["save_config=False", "save_checkpoint"])
+def test_weights_that_are_saved_later_into_the_folder_load(how: str, tmp_path: Path) -> None:
+    """As after each epoch: the config was written once, its sha256 must not forbid the new file."""
+    for save_function in (None, torch.save):
+        folder = tmp_path / str(save_function is None)
+        delta = trained("LoraModel", "mlp")
+        delta.save_finetuned(folder, save_function=save_function)
+        with torch.no_grad():
+            for p in delta.parameters():
+                p.add_(1)
+        if how == "save_checkpoint":
+            delta.save_checkpoint(folder)
+        else:
+            delta.save_finetuned(folder, save_config=False, save_function=save_function)
+        assert torch.equal(output(loaded(folder, "mlp"), "mlp"), output(delta, "mlp"))
+
+
+def test_a_delta_of_0_3_2_is_saved_again_with_all_it_held(tmp_path: Path) -> None:
+    """Its config has no list of the backbone's parameters in the file; the file itself tells."""
+    source = Path(__file__).parent / "golden" / "checkpoints" / "bitfit-bert_cls-classifier"
+    first = AutoDeltaModel.from_finetuned(source, backbones.build("bert_cls"), check_hash=False)
+    first.save_finetuned(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) >= names(first) | CLASSIFIER
+    assert torch.equal(output(loaded(tmp_path, "bert_cls"), "bert_cls"), output(first, "bert_cls"))
+
+
 # --- one name per tied storage --------------------------------------------------------------------
 
 
@@ -638,6 +664,16 @@ def test_a_deltas_own_folder_is_overwritten(tmp_path: Path) -> None:
     trained("AdapterModel", "mlp").save_finetuned(tmp_path)
     delta = trained("LoraModel", "mlp")
     delta.save_finetuned(tmp_path)
+    assert torch.equal(output(loaded(tmp_path, "mlp"), "mlp"), output(delta, "mlp"))
+
+
+def test_saving_deletes_nothing_that_a_delta_did_not_write(tmp_path: Path) -> None:
+    """The specification's second option has the user write `pytorch_model.bin` there by hand."""
+    delta = trained("LoraModel", "mlp")
+    torch.save(delta.backbone_model.state_dict(), tmp_path / "pytorch_model.bin")
+    by_hand = (tmp_path / "pytorch_model.bin").read_bytes()
+    delta.save_finetuned(tmp_path)
+    assert (tmp_path / "pytorch_model.bin").read_bytes() == by_hand
     assert torch.equal(output(loaded(tmp_path, "mlp"), "mlp"), output(delta, "mlp"))
 
 

@@ -21,7 +21,7 @@ The rules, in order:
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -142,7 +142,7 @@ def find_blocks(graph: Graph, named: set[str]) -> list[Block]:
     attentions = [a for a in _attentions(graph) if not _within(a.holder, named)]
     blocks: dict[str, Block] = {}
     inhabitants: dict[str, list[_Attention]] = defaultdict(list)
-    around = {place for a in attentions for place in (a.holder, *ancestors(a.holder))}
+    around = Counter(place for a in attentions for place in (a.holder, *ancestors(a.holder)))
     projections = {linear for a in attentions for linear in a.projections}
     for attention in attentions:
         block = _block_around(graph, attention.holder, projections, around, experts)
@@ -234,7 +234,7 @@ def _second_factors(projections: Mapping[str, str]) -> dict[str, str]:
 
 
 def _block_around(
-    graph: Graph, holder: str, projections: set[str], around: set[str], experts: Sequence[str]
+    graph: Graph, holder: str, projections: set[str], around: Counter[str], experts: Sequence[str]
 ) -> Block | None:
     """The block of the attention in `holder`, or None where it is in no list.
 
@@ -242,7 +242,7 @@ def _block_around(
         graph: the backbone.
         holder: the module that holds the projections.
         projections: those of all attentions.
-        around: the modules that hold an attention.
+        around: how many attentions each module holds.
         experts: the modules that hold fused experts.
     """
     elements = [place for place in (holder, *ancestors(holder)) if graph.is_element(place)]
@@ -266,11 +266,12 @@ def _block_around(
         parts = (holder,) if elements[0] == holder else ()
         return Block(elements[0], parts, "a list element with attention")
     for place in (holder, *ancestors(holder)):
-        beside = [join(parent_of(place), child) for child in graph.children[parent_of(place)]]
-        if any(first in around and graph.is_element(first) for b in beside for first in [join(b, "0")]):
-            if {"pool", "pooler", "pooling", "head"}.isdisjoint(words(leaf_of(place))):
-                parts = (place,) if place == holder else ()
-                return Block(place, parts, "an attention beside the list of blocks")
+        if around[place] > 1 or not {"pool", "pooler", "head"}.isdisjoint(words(leaf_of(place))):
+            break
+        firsts = (join(parent_of(place), b, "0") for b in graph.children[parent_of(place)])
+        if any(around[first] and graph.is_element(first) for first in firsts):
+            parts = (place,) if place == holder else ()
+            return Block(place, parts, "an attention beside the list of blocks")
     return None
 
 
@@ -320,7 +321,10 @@ def _name_block(
         _find_chains(graph, member, hidden, free, chains)
     _name_feed_forward(block, chains)
     for place in experts:
-        if _innermost(place, everything) in block.members:
+        attending = any(
+            around in block.sites and block.sites[around].role != "ff" for around in ancestors(place)
+        )
+        if _innermost(place, everything) in block.members and not attending:
             block.sites.setdefault(place, Site("ff", "experts fused in 3-D parameters"))
 
 
@@ -462,13 +466,12 @@ def _find_chains(
     said = words(leaf_of(place))
     children = [join(place, child) for child in graph.children[place]]
     aside = any("norm" in word for word in said) or not _NOT_FEED_FORWARD.isdisjoint(said)
+    for child in children:
+        if not aside and child not in graph.linears and graph.linears_below(child):
+            _find_chains(graph, child, hidden, free, chains)
     if aside or any(is_depthwise(graph.modules[child]) for child in children):
         for linear in graph.linears_below(place):
             free.pop(linear, None)
-        return
-    for child in children:
-        if child not in graph.linears and graph.linears_below(child):
-            _find_chains(graph, child, hidden, free, chains)
     for chain in _chains(graph, [c for c in graph.linears_below(place) if c in free], hidden):
         chains.append((place, chain))
         for linear in chain:

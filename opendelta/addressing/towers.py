@@ -1,8 +1,8 @@
-"""Which part of a backbone a batch runs through: several towers, one of which takes the input.
+"""Which part of a backbone a batch runs through, where there are several towers.
 
-A model that reads images and text has a tower for each. A text batch never reaches the vision
-tower, so deltas put there by default would be dead weight. The default scope is therefore the
-tower that holds the input embeddings; the others are addressed by name (``vision.attn.q``).
+A model of images and text has a tower for each, and a text batch never reaches the vision tower:
+deltas put there by default would be dead weight. So the default scope is the tower that holds the
+input embeddings; the others are addressed by name (``vision.attn.q``).
 """
 
 from __future__ import annotations
@@ -11,110 +11,134 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from opendelta.addressing.graph import Graph, inside, join, leaf_of, words
+from opendelta.addressing.graph import Graph, ancestors, below, inside, join, leaf_of, words
 
 _MODALITIES = {
-    "vision": "vision vit visual image images img pixel pixels video",
+    "vision": "vision visual vit image images img pixel pixels video",
     "audio": "audio speech acoustic sound wav mel",
-    "text": "text language lm word",
+    "text": "text language lm llm",
 }
 _MODALITY = {word: name for name, said in _MODALITIES.items() for word in said.split()}
-_GENERIC = frozenset("model tower encoder decoder module backbone net network transformer".split())
-# Parts beside a stack of blocks that turn one modality into another, or code into signal.
-_ADAPTING = frozenset(
-    "resampler perceiver qformer projector projection connector aligner vocoder codec".split()
+# What translates between modalities, or between codes and signals.
+_BRIDGES = frozenset(
+    "resampler perceiver qformer projector connector aligner vocoder codec".split()
 )
+_GENERIC = frozenset("model module tower encoder decoder transformer backbone net".split())
 
 
 def input_embeddings(graph: Graph) -> str | None:
-    """The name of the module that `get_input_embeddings()` of the outermost model returns."""
-    return _asked(graph, "get_input_embeddings")
+    """The module that embeds the input: what `get_input_embeddings()` of the model returns.
 
-
-def output_embeddings(graph: Graph) -> str | None:
-    """The name of the module that `get_output_embeddings()` of the outermost model returns."""
-    return _asked(graph, "get_output_embeddings")
-
-
-def _asked(graph: Graph, question: str) -> str | None:
-    names = {id(module): name for name, module in graph.modules.items()}
+    A model that takes token ids but does not say (CLIP) is taken to mean its first part that does.
+    """
+    asked = False
     for module in graph.modules.values():
-        ask = getattr(module, question, None)
-        if not callable(ask):
+        if not callable(getattr(module, "get_input_embeddings", None)):
             continue
-        try:
-            answer = ask()
-        except (AttributeError, NotImplementedError):  # the model has none, or does not say
-            continue
-        if isinstance(answer, nn.Module):
-            return names.get(id(answer))
+        answer = _answer(graph, module, "get_input_embeddings")
+        if answer is not None and (not asked or hasattr(graph.modules[answer], "num_embeddings")):
+            return answer
+        if getattr(module, "main_input_name", "input_ids") != "input_ids" and not asked:
+            return None
+        asked = True
     return None
 
 
+def output_embeddings(graph: Graph) -> str | None:
+    """The module that `get_output_embeddings()` of the outermost model that has it returns."""
+    for module in graph.modules.values():
+        if callable(getattr(module, "get_output_embeddings", None)):
+            return _answer(graph, module, "get_output_embeddings")
+    return None
+
+
+def _answer(graph: Graph, module: nn.Module, question: str) -> str | None:
+    try:
+        answer = getattr(module, question)()
+    except (AttributeError, NotImplementedError):  # the model has none, or does not say
+        return None
+    names = (name for name, other in graph.modules.items() if other is answer)
+    return next(names, None) if isinstance(answer, nn.Module) else None
+
+
 def find_towers(
-    graph: Graph, lists: Sequence[str], embeddings: str | None
+    graph: Graph, stacks: Sequence[str], embeddings: str | None
 ) -> tuple[dict[str, str], list[str]]:
-    """Towers by name, and those of `lists` that a batch runs through by default.
+    """The towers by name, and the stacks that a batch runs through by default.
 
     Args:
         graph: the backbone.
-        lists: the lists of blocks.
-        embeddings: the module that embeds the input, if it is known.
+        stacks: the lists of blocks.
+        embeddings: the module that embeds the input, if that is known.
 
     Returns:
-        Where each tower sits, by its short name (``vision``, ``text``, or what the model calls
-        it), the tower of the input included; and the lists in scope.
+        Where each tower sits, by a short name (``vision``, ``text``, or what the model calls it);
+        and those of `stacks` that are in scope.
     """
     towers: dict[str, str] = {}
-    scope = list(lists)
-    place = ""
-    while True:
-        holders = list(
-            dict.fromkeys(
-                join(place, home[len(place) :].lstrip(".").split(".")[0])
-                for home in scope
-                if inside(home, place) and home != place
-            )
+    kept = list(dict.fromkeys(stacks))
+    path = ["", *reversed([a for a in ancestors(embeddings or "") if a])]
+    for place in path:
+        parts = dict.fromkeys(
+            join(place, below(stack, place).split(".")[0])
+            for stack in kept
+            if inside(stack, place) and stack != place
         )
-        parts = [h for h in holders if h not in lists]
-        home = next((h for h in parts if embeddings and inside(embeddings, h)), None)
-        if len(holders) > 1 and embeddings is not None:
-            kept = [h for h in holders if h in lists or h == home]
-            for part in parts:
-                together = _pair(home, part) if home else not _foreign(part, place)
-                if part != home and together:
-                    kept.append(part)
-            for part in parts:
-                if part not in kept:
-                    towers.setdefault(tower_name(part, towers), part)
-            if home and len(kept) < len(holders):
-                towers.setdefault(tower_name(home, towers), home)
-            scope = [s for s in scope if any(inside(s, k) for k in kept)]
-            if home is None or len(kept) > 1:
-                return towers, scope
-        elif len(holders) != 1 or holders[0] in lists:
-            return towers, scope
-        place = home or holders[0]
+        branches = [part for part in parts if part not in stacks]
+        if len(parts) < 2 or not branches:
+            continue
+        home = next((p for p in branches if embeddings and inside(embeddings, p)), None)
+        dropped = []
+        for part in branches:
+            if embeddings is None:
+                apart = not _MODALITY.keys().isdisjoint(words(leaf_of(part)))
+            else:
+                apart = part != home and _is_apart(graph, part, home, len(branches) < len(parts))
+                dropped += [part] if apart else []
+            if apart:
+                towers[_tower_name(part, towers)] = part
+        if dropped and home:
+            towers[_tower_name(home, towers)] = home
+        kept = [s for s in kept if not any(inside(s, part) for part in dropped)]
+    return towers, kept
 
 
-def _foreign(part: str, place: str) -> bool:
-    """Whether a part beside the embeddings serves another modality."""
+def _is_apart(graph: Graph, part: str, home: str | None, beside_a_stack: bool) -> bool:
+    """Whether a batch does not run through `part`.
+
+    Args:
+        graph: the backbone.
+        part: a branch beside the embeddings, or beside the branch that holds them.
+        home: that branch, if there is one.
+        beside_a_stack: whether there is a list of blocks at the same level.
+    """
     said = set(words(leaf_of(part)))
-    return bool(said & _MODALITY.keys() or said & _ADAPTING)
-
-
-def _pair(home: str, part: str) -> bool:
-    """Whether two parts are the encoder and the decoder of one model."""
-    ours, theirs = set(words(leaf_of(home))), set(words(leaf_of(part)))
-    kinds = ours & {"encoder", "decoder"}, theirs & {"encoder", "decoder"}
-    if kinds[0] | kinds[1] != {"encoder", "decoder"}:
+    modality = {_MODALITY[word] for word in said if word in _MODALITY}
+    if home is None:
+        own_name = bool(said - _GENERIC) and beside_a_stack
+        return own_name or bool(modality) or bool(said & _BRIDGES)
+    if _are_pair(home, part):
         return False
-    bases = ours - _GENERIC, theirs - _GENERIC
-    return bases[0] == bases[1] or not bases[0] or not bases[1]
+    ours = {_MODALITY[word] for word in words(leaf_of(home)) if word in _MODALITY}
+    if ours == {"text"}:
+        return True
+    complete = _answer(graph, graph.modules[part], "get_input_embeddings") is not None
+    return bool(modality - ours) or bool(said & _BRIDGES) or complete
 
 
-def tower_name(part: str, taken: dict[str, str]) -> str:
-    """A short name for the tower at `part`."""
-    said = words(leaf_of(part))
-    name = next((_MODALITY[word] for word in said if word in _MODALITY), leaf_of(part))
-    return name if name not in taken else leaf_of(part) if leaf_of(part) not in taken else part
+def _are_pair(one: str, other: str) -> bool:
+    """Whether two branches are the encoder and the decoder of one model."""
+    ours, theirs = set(words(leaf_of(one))), set(words(leaf_of(other)))
+    if {*ours, *theirs} < {"encoder", "decoder"} or ours & theirs & {"encoder", "decoder"}:
+        return False
+    if not (ours & {"encoder", "decoder"} and theirs & {"encoder", "decoder"}):
+        return False
+    ours, theirs = ours - _GENERIC, theirs - _GENERIC
+    return ours == theirs or not ours or not theirs
+
+
+def _tower_name(part: str, taken: dict[str, str]) -> str:
+    """A short name for the tower at `part` that is not in `taken`."""
+    modality = (_MODALITY[word] for word in words(leaf_of(part)) if word in _MODALITY)
+    choices = [*modality, leaf_of(part)]
+    return next((choice for choice in choices if choice not in taken), part)

@@ -42,12 +42,11 @@ class InlineAttention(TorchFunctionMode):
         super().__init__()
         self.key, self.value = key, value
         self.applied = False
-        self._scaled: dict[int, Any] = {}  # storage -> factor by which it was multiplied
-        self._alive: list[Tensor] = []  # so that no storage is used again meanwhile
+        self._scaled: list[tuple[Tensor, Any]] = []  # what was multiplied, and by what factor
         self._query: Tensor | None = None
         self._factor: Any = 1.0
-        self._scores: set[int] = set()  # storages of the scores on their way to the softmax
-        self._probabilities: set[int] = set()
+        self._scores: list[Tensor] = []  # the scores on their way to the softmax
+        self._probabilities: list[Tensor] = []  # ... and from there to the product with values
         self._prefix_probabilities: Tensor | None = None
 
     def __torch_function__(
@@ -60,9 +59,9 @@ class InlineAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._fused(*args, **kwargs)
-        if func in _SOFTMAXES and args and _storage(args[0]) in self._scores:
+        if func in _SOFTMAXES and args and _among(args[0], self._scores):
             return self._softmax(func, args, kwargs)
-        if func in _PRODUCTS and args and _storage(args[0]) in self._probabilities:
+        if func in _PRODUCTS and args and _among(args[0], self._probabilities):
             return self._weigh(func(*args, **kwargs))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and args and isinstance(args[0], Tensor):
@@ -72,27 +71,29 @@ class InlineAttention(TorchFunctionMode):
     def _follow(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, result: Tensor
     ) -> None:
-        """Note what became of queries, keys, scores and probabilities."""
-        source, target = _storage(args[0]), _storage(result)
+        """Note what became of keys, scores and probabilities."""
         if func in _PRODUCTS and result.dim() >= 3 and self._query is None:
-            self._query = args[0]
-            self._factor = self._scaled.get(_storage(args[1]), 1.0)
-            self._scores = {target}
+            self._query, self._scores = args[0], [result]
+            self._factor = next((f for t, f in self._scaled if t is args[1]), 1.0)
         elif func in _SCALINGS and len(args) > 1 and _is_scalar(args[1]):
             factor = args[1] ** _SCALINGS[func]
-            self._scaled[target] = self._scaled.get(source, 1.0) * factor
-            if source in self._scores:
+            before = next((f for t, f in self._scaled if t is args[0]), 1.0)
+            self._scaled.append((result, before * factor))
+            if _among(args[0], self._scores):
                 self._factor = self._factor * factor
-                self._scores.add(target)
-        elif any(_storage(a) in self._scores for a in args) and result.is_floating_point():
-            self._scores.add(target)
-        elif source in self._probabilities:
-            self._probabilities.add(target)
+                self._scores.append(result)
+        elif any(_among(a, self._scores) for a in args) and result.is_floating_point():
+            self._scores.append(result)
+        elif _among(args[0], self._probabilities):
+            self._probabilities.append(result)
             if func is F.dropout and self._prefix_probabilities is not None:
                 rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
                 training = kwargs.get("training", args[2] if len(args) > 2 else True)
                 self._prefix_probabilities = F.dropout(self._prefix_probabilities, rate, training)
-        self._alive.append(result)
+        else:  # a view of a scaled key is scaled
+            factor = next((f for t, f in self._scaled if t is args[0]), None)
+            if factor is not None:
+                self._scaled.append((result, factor))
 
     def _softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Tensor:
         scores, query = args[0], self._query
@@ -102,9 +103,7 @@ class InlineAttention(TorchFunctionMode):
         both = func(torch.cat([logits, scores], -1), *args[1:], **kwargs)
         count = self.key.shape[0]
         self._prefix_probabilities, result = both[..., :count], both[..., count:]
-        self._probabilities = {_storage(result)}
-        self._query, self._scores = None, set()
-        self._alive.append(result)
+        self._probabilities, self._scores, self._query = [result], [], None
         return result
 
     def _weigh(self, context: Tensor) -> Tensor:
@@ -112,7 +111,7 @@ class InlineAttention(TorchFunctionMode):
         weights = self._prefix_probabilities
         assert weights is not None
         weights = weights.reshape(*context.shape[:-1], -1).to(context.dtype)
-        self._probabilities, self._prefix_probabilities, self.applied = set(), None, True
+        self._probabilities, self._prefix_probabilities, self.applied = [], None, True
         return context + weights @ _heads(self.value, context).to(context.dtype)
 
     def _fused(
@@ -144,10 +143,10 @@ def widen(mask: Tensor, count: int) -> Tensor:
 
 
 def _heads(prefix: Tensor, like: Tensor) -> Tensor:
-    """A prefix (tokens, width) in the layout of `like`: (batch, heads, ...) or (batch * heads, ...).
+    """A prefix (tokens, width) as (..., tokens, head width) with the leading dimensions of `like`.
 
-    Returns:
-        (..., tokens, head width) with the leading dimensions of `like`.
+    Args:
+        like: (batch, heads, positions, head width) or (batch * heads, positions, head width).
     """
     depth = like.shape[-1]
     split = prefix.unflatten(-1, (-1, depth)).transpose(0, 1)  # (heads, tokens, depth)
@@ -157,8 +156,8 @@ def _heads(prefix: Tensor, like: Tensor) -> Tensor:
     return split.repeat(batch, 1, 1)
 
 
-def _storage(value: Any) -> int:
-    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else 0
+def _among(value: Any, tensors: list[Tensor]) -> bool:
+    return any(value is tensor for tensor in tensors)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opendelta.addressing.patterns import fold_numbers
 from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.inline_attention import InlineAttention, widen
-from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
+from opendelta.exceptions import AddressingError, CheckpointError, ConfigError, InsertionError
 from opendelta.insertion import (
     Args,
     BeforeDispatcher,
-    Dispatcher,
     Kwargs,
     ModuleInsertion,
-    forget_compiled_code,
+    dotted,
     own_modules,
 )
 from opendelta.sizes import read_widths, run_pseudo_input
@@ -54,12 +54,10 @@ class ReparameterizationNetwork(nn.Module):
 
     def forward(self, start: int, stop: int) -> Tensor:
         """Columns `start` to `stop` of the output, shape (tokens, stop - start)."""
-        first, activation, last = self.control_trans
-        hidden = activation(first(self.wte.weight))
-        columns: Tensor = nn.functional.linear(
-            hidden, last.weight[start:stop], last.bias[start:stop]
-        )
-        return columns
+        hidden = self.control_trans[:2](self.wte.weight)
+        last = self.control_trans[2]
+        assert isinstance(last, nn.Linear)
+        return nn.functional.linear(hidden, last.weight[start:stop], last.bias[start:stop])
 
 
 class PrefixLayer(nn.Module):
@@ -94,6 +92,11 @@ class PrefixLayer(nn.Module):
             self.past_value = nn.Parameter(torch.randn(tokens, widths[1]))
         watch_attention_lookup()
 
+    def network_parameters(self) -> list[nn.Parameter]:
+        """The parameters of what generates this prefix."""
+        network = self.network[0]
+        return [] if network is None else list(network.parameters())
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         watch_attention_lookup()
@@ -106,6 +109,37 @@ class PrefixLayer(nn.Module):
         both = network(self.start, self.start + sum(self.widths))
         return both[:, : self.widths[0]], both[:, self.widths[0] :]
 
+    def attend(
+        self,
+        function: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        """What transformers' attention `function` computes with the prefix joined.
+
+        Args:
+            query: (batch, heads, queries, head width); `key`, `value`: (batch, key heads, keys,
+                head width).
+            attention_mask: boolean or additive, (batch, 1, queries, keys), or None.
+        """
+        past_key, past_value = self()
+        if attention_mask is None and query.shape[-2] > 1:
+            causal = kwargs.get("is_causal")
+            if getattr(module, "is_causal", False) if causal is None else causal:
+                attention_mask = _causal_mask(query, key)
+        if attention_mask is not None:
+            attention_mask = widen(attention_mask, self.tokens)
+        bias = kwargs.get("position_bias")
+        if bias is not None:
+            kwargs["position_bias"] = torch.cat([_prefix_bias(self, bias), bias], -1)
+        key = torch.cat([_to_heads(past_key, key), key], -2)
+        value = torch.cat([_to_heads(past_value, value), value], -2)
+        return function(module, query, key, value, attention_mask, **kwargs)
+
     def become_plain(self) -> None:
         """Hold the generated prefix as parameters of its own."""
         key, value = (part.detach().clone() for part in self())
@@ -113,9 +147,7 @@ class PrefixLayer(nn.Module):
         self.past_key, self.past_value = nn.Parameter(key), nn.Parameter(value)
 
 
-def enter(
-    layer: PrefixLayer, host: nn.Module, args: Args, kwargs: Kwargs
-) -> tuple[Args, Kwargs]:
+def enter(layer: PrefixLayer, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """Before an attention module: let its prefix act."""
     if layer.inline:
         mode = InlineAttention(*layer())
@@ -159,55 +191,27 @@ def watch_attention_lookup() -> None:
     def get_interface(self: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         function: Callable[..., Any] = lookup(self, *args, **kwargs)
         layer = getattr(_RUNNING, "layer", None)
-        return function if layer is None else functools.partial(attend, layer, function)
+        return function if layer is None else functools.partial(layer.attend, function)
 
     get_interface.regards_prefixes = True  # type: ignore[attr-defined]
     AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
 
 
-def attend(
-    layer: PrefixLayer,
-    function: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> Any:
-    """Attention with a prefix.
-
-    Args:
-        query: (batch, heads, queries, head width); `key`, `value`: (batch, key heads, keys, ...).
-        attention_mask: boolean or additive, (batch, 1, queries, keys), or None.
-    """
-    past_key, past_value = layer()
-    count, keys, queries = layer.tokens, key.shape[-2], query.shape[-2]
-    if attention_mask is None:
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", False) if causal is None else causal
-        if causal and queries > 1:
-            # SDPA's own causal mask starts at the top left, where the prefix now is.
-            hidden = torch.ones(queries, keys, dtype=torch.bool, device=key.device)
-            lowest = torch.finfo(query.dtype).min
-            attention_mask = torch.zeros(1, 1, queries, keys, dtype=query.dtype, device=key.device)
-            attention_mask = attention_mask.masked_fill(hidden.triu(keys - queries + 1), lowest)
-    if attention_mask is not None:
-        attention_mask = widen(attention_mask, count)
-    bias = kwargs.get("position_bias")
-    if bias is not None:
-        kwargs["position_bias"] = torch.cat([_prefix_bias(layer, bias, count), bias], -1)
-    key = torch.cat([_to_heads(past_key, key), key], -2)
-    value = torch.cat([_to_heads(past_value, value), value], -2)
-    return function(module, query, key, value, attention_mask, **kwargs)
+def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
+    """An additive causal mask; SDPA's own starts at the top left, where the prefix will be."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    hidden = torch.ones(queries, keys, dtype=torch.bool, device=key.device).triu(keys - queries + 1)
+    mask = torch.zeros(1, 1, queries, keys, dtype=query.dtype, device=key.device)
+    return mask.masked_fill(hidden, torch.finfo(query.dtype).min)
 
 
-def _prefix_bias(layer: PrefixLayer, bias: Tensor, count: int) -> Tensor:
+def _prefix_bias(layer: PrefixLayer, bias: Tensor) -> Tensor:
     """Relative position bias of the prefix, as of the tokens right before the text.
 
     Args:
         bias: that of the text, (1 or batch, heads, queries, keys).
     """
+    count = layer.tokens
     if not layer.biased:
         return bias.new_zeros(*bias.shape[:-1], count)
     queries, keys = bias.shape[-2:]
@@ -227,12 +231,7 @@ def _to_heads(prefix: Tensor, like: Tensor) -> Tensor:
 class PrefixInsertion(ModuleInsertion):
     """A prefix on an attention module: entered before it runs, left after."""
 
-    def __init__(
-        self, host: nn.Module, host_name: str, module: nn.Module, name: str,
-        side: type[Dispatcher], action: Callable[..., Any],
-    ) -> None:
-        super().__init__(host, host_name, module, name, side, action)
-        self.leave_handle: RemovableHandle | None = None
+    leave_handle: RemovableHandle | None = None
 
     def insert(self) -> None:
         self.leave_handle = self.host.register_forward_hook(leave, always_call=True)
@@ -242,3 +241,298 @@ class PrefixInsertion(ModuleInsertion):
         super().remove()
         if self.leave_handle is not None:
             self.leave_handle.remove()
+
+
+class PrefixConfig(BaseDeltaConfig):
+    """Config of `PrefixModel`; its fields are that constructor's arguments."""
+
+
+@register
+class PrefixModel(DeltaBase):
+    """Trained keys and values before those of the text, in attention modules.
+
+    The prefix comes before the text with nothing else shifted: positions stay, every token sees
+    it, and it is never cached. Relative position biases (T5) treat it as the tokens right before
+    the text.
+
+    Args:
+        backbone_model: the model to modify, in place.
+        prefix_token_num: length of the prefix.
+        reparameterize: whether a network generates the prefixes while training; saving keeps
+            what it generates (see `save_finetuned`).
+        embed_dim: width of the network's input.
+        mid_dim: width of the network's hidden layer.
+        modified_modules: see `DeltaBase`, also for the arguments that follow; each must be an
+            attention module, and any choice of layers is fine.
+
+    Raises:
+        InsertionError: if a target computes no attention that a prefix can join.
+        ConfigError: for a length or width below 1.
+    """
+
+    delta_type: ClassVar[str] = "prefix"
+    config_class = PrefixConfig
+    default_modified_modules: ClassVar[list[str]] = ["attn"]
+
+    prefix_token_num: int
+    reparameterize: bool
+    embed_dim: int
+    mid_dim: int
+
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        prefix_token_num: int = 6,
+        reparameterize: bool = True,
+        embed_dim: int = 512,
+        mid_dim: int = 512,
+        modified_modules: list[str] | tuple[str, ...] | str | None = None,
+        exclude_modules: list[str] | tuple[str, ...] | str | None = None,
+        unfrozen_modules: list[str] | tuple[str, ...] | str | None = None,
+        common_structure: bool | None = None,
+        interactive_modify: bool | int | None = False,
+    ) -> None:
+        self._construct(locals())
+
+    # --- construction -----------------------------------------------------------------------
+
+    def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
+        """Put a prefix on every target; the network sits on the first."""
+        for name in ("prefix_token_num", "embed_dim", "mid_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}; expected 1 or more.")
+        addressed = {name for hits in self.find_targets(patterns) for name in hits}
+        hosts: dict[str, nn.Module] = {}
+        for name, module in own_modules(backbone):
+            if name in addressed:
+                inner, host = _attention_in(name, module)
+                hosts.setdefault(inner, host)
+        widths = self.attention_widths(hosts)
+        network = None
+        if self.reparameterize:
+            total = sum(sum(pair) for pair in widths.values())
+            network = ReparameterizationNetwork(
+                self.prefix_token_num, self.embed_dim, self.mid_dim, total
+            )
+        start = 0
+        for position, (name, host) in enumerate(hosts.items()):
+            layer = PrefixLayer(
+                self.prefix_token_num,
+                widths[name],
+                network,
+                start,
+                inline=not _looks_attention_up(host),
+                biased=_relative_bias_for(backbone, name),
+            )
+            start += sum(widths[name])
+            self.insert_action(host, layer, "prefix", BeforeDispatcher, enter, PrefixInsertion)
+            if position == 0 and network is not None:
+                self.insert_action(host, network, "reparams", BeforeDispatcher, idle)
+
+    def attention_widths(self, hosts: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
+        """(key width, value width) of each attention, all heads together.
+
+        Read off its projections where the common structure knows them, else measured by a forward.
+        """
+        try:
+            known = {name: self._projected_widths(name) for name in hosts}
+        except AddressingError:  # a backbone without a common structure
+            known = dict.fromkeys(hosts)
+        unknown = [name for name, widths in known.items() if widths is None]
+        if unknown:
+            known |= _measured_widths(self.backbone_model, {name: hosts[name] for name in unknown})
+        return {name: widths for name, widths in known.items() if widths is not None}
+
+    def _projected_widths(self, name: str) -> tuple[int, int] | None:
+        parts: dict[str, str] = {}  # role -> projection
+        for part_name, _ in self.named_inside(name):
+            for common in self.common_names_of(part_name):
+                parts.setdefault(common.rpartition(".")[2], part_name)
+        if not {"k", "v"} <= set(parts):
+            return None
+        widths = {
+            role: read_widths(self.backbone_model.get_submodule(part))
+            for role, part in parts.items()
+        }
+        key, value, output = widths["k"], widths["v"], widths.get("proj")
+        if key is None or value is None:
+            return None
+        if parts["k"] != parts["v"]:
+            return key[1], value[1]
+        if parts["k"] != parts.get("q"):
+            return key[1] // 2, key[1] // 2
+        if output is None:
+            return None
+        rest = (key[1] - output[0]) // 2  # a fused projection is as wide as queries, keys, values
+        return rest, rest
+
+    # --- files ------------------------------------------------------------------------------
+
+    @property
+    def prefixes(self) -> dict[str, PrefixLayer]:
+        """The prefix of each attention by its name in files."""
+        return {
+            dotted(i.host_name, i.lone_name): i.module
+            for i in self.insertions
+            if isinstance(i, ModuleInsertion) and isinstance(i.module, PrefixLayer)
+        }
+
+    def checkpoint_tensors(self, keep_reparameterization: bool = False) -> dict[str, Tensor]:
+        """What is saved: the generated prefixes, or the network that generates them."""
+        tensors = super().checkpoint_tensors()
+        if not self.reparameterize or keep_reparameterization:
+            return tensors
+        network = {id(p) for layer in self.prefixes.values() for p in layer.network_parameters()}
+        own = {name for name, tensor in self.own_tensors() if id(tensor) in network}
+        generated = {}
+        with torch.no_grad():
+            for name, layer in self.prefixes.items():
+                generated[f"{name}.past_key"], generated[f"{name}.past_value"] = layer()
+        return generated | {name: t for name, t in tensors.items() if name not in own}
+
+    def save_finetuned(
+        self, *args: Any, keep_reparameterization: bool = False, **kwargs: Any
+    ) -> None:
+        """Save the delta, see `DeltaBase.save_finetuned`.
+
+        Args:
+            keep_reparameterization: save the network that generates the prefixes, for further
+                training, instead of the prefixes.
+        """
+        if keep_reparameterization and kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = self.checkpoint_tensors(keep_reparameterization=True)
+        super().save_finetuned(*args, **kwargs)
+
+    def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Accept prefixes and the network that generates them, whichever this delta holds."""
+        tensors = {n: t for n, t in tensors.items() if not n.endswith("reparams.input_tokens")}
+        names = [name for name in tensors if ".reparams." in f".{name}"]
+        if names and not self.reparameterize:
+            return self._generated(tensors, names)
+        if (
+            not names
+            and self.reparameterize
+            and all(f"{name}.past_key" in tensors for name in self.prefixes)
+        ):
+            self.drop_network()
+        return tensors
+
+    def _generated(self, tensors: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        """The prefixes that a network in a file generates."""
+        by_end = {name.rpartition("reparams.")[2]: tensors[name] for name in names}
+        try:
+            wte, first = by_end["wte.weight"], by_end["control_trans.0.weight"]
+            last = by_end["control_trans.2.weight"]
+            tokens, embed_dim = wte.shape
+            network = ReparameterizationNetwork(tokens, embed_dim, first.shape[0], last.shape[0])
+            network.load_state_dict(by_end)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"The file's prefix network is not whole: {error}") from error
+        result = {name: t for name, t in tensors.items() if name not in names}
+        start = 0
+        with torch.no_grad():
+            for name, layer in self.prefixes.items():
+                middle, stop = start + layer.widths[0], start + sum(layer.widths)
+                result[f"{name}.past_key"] = network(start, middle)
+                result[f"{name}.past_value"] = network(middle, stop)
+                start = stop
+        return result
+
+    def drop_network(self) -> None:
+        """Hold the generated prefixes as parameters, without the network, from now on."""
+        for layer in self.prefixes.values():
+            layer.become_plain()
+        for insertion in list(self.insertions):
+            module = getattr(insertion, "module", None)
+            if isinstance(module, ReparameterizationNetwork):
+                insertion.remove()
+                self.insertions.remove(insertion)
+                del self._node(insertion.host_name)._modules["reparams"]
+        self.reparameterize = self.config.reparameterize = False  # type: ignore[attr-defined]
+        self._label(self.insertions)
+
+
+def _attention_in(name: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """The attention module itself inside a unit that adds a norm around it (T5's ``layer.0``)."""
+    own = dict(own_modules(module))
+    linears = [part for part, inner in own.items() if part and read_widths(inner) is not None]
+    linears = [part for part in linears if not hasattr(own[part], "normalized_shape")]
+    tops = {part.partition(".")[0] for part in linears}
+    if len(tops) != 1 or not any("." in part for part in linears):
+        return name, module
+    (top,) = tops
+    return _attention_in(dotted(name, top), own[top])
+
+
+def _looks_attention_up(module: nn.Module) -> bool:
+    """Whether the forward of `module`, or of one inside, asks transformers' attention lookup."""
+    return any(
+        "get_interface" in inspect.unwrap(type(part).forward).__code__.co_names
+        for _, part in own_modules(module)
+        if hasattr(inspect.unwrap(type(part).forward), "__code__")
+    )
+
+
+def _relative_bias_for(backbone: nn.Module, name: str) -> list[nn.Module]:
+    """The module that computes relative positions for the attention called `name`.
+
+    It is the attention itself, or the one in the same place of another block (T5: the first).
+    """
+    (place,) = fold_numbers([name])
+    owners = {
+        other: module
+        for other, module in own_modules(backbone)
+        if hasattr(module, "compute_bias") and getattr(module, "has_relative_attention_bias", False)
+    }
+    if name in owners:
+        return [owners[name]]
+    return [m for other, m in owners.items() if fold_numbers([other]) == [place]][:1]
+
+
+class _Recorder:
+    """Stands in for a prefix once, to see the widths of keys and values."""
+
+    def __init__(self) -> None:
+        self.widths: tuple[int, int] | None = None
+
+    def attend(
+        self,
+        function: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        self.widths = (key.shape[1] * key.shape[3], value.shape[1] * value.shape[3])
+        return function(module, query, key, value, *args, **kwargs)
+
+
+def _measured_widths(
+    backbone: nn.Module, hosts: dict[str, nn.Module]
+) -> dict[str, tuple[int, int] | None]:
+    """Widths of keys and values, seen in one forward of a pseudo input."""
+    watch_attention_lookup()
+    seen: dict[str, _Recorder] = {name: _Recorder() for name in hosts}
+    handles: list[RemovableHandle] = []
+
+    def begin(recorder: _Recorder) -> Callable[..., None]:
+        return lambda *_: setattr(_RUNNING, "layer", recorder)
+
+    for name, host in hosts.items():
+        handles.append(host.register_forward_pre_hook(begin(seen[name])))
+        handles.append(host.register_forward_hook(leave, always_call=True))
+    try:
+        run_pseudo_input(backbone, hosts)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, recorder in seen.items():
+        if recorder.widths is None:
+            raise InsertionError(
+                f"{name!r} ({type(hosts[name]).__name__}) is no attention module that a prefix can "
+                "join: it has no key and value projections that could be recognised, and does not "
+                "use transformers' attention lookup."
+            )
+    return {name: recorder.widths for name, recorder in seen.items()}
