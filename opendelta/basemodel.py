@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import nn
@@ -16,7 +18,8 @@ from opendelta.backends import check_backend
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import ConfigError, InsertionError, UnmatchedPatternWarning
 from opendelta.freezing import EVERY_DELTA, freeze
-from opendelta.insertion import Insertion, uncompiled
+from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, uncompiled
+from opendelta.inspection import Summary, num_total_parameters, print_log, summary
 from opendelta.saving.checkpoint import SaveLoadMixin, check_backbone
 
 INTERACTIVE_PORT = 8888
@@ -309,6 +312,28 @@ class DeltaBase(SaveLoadMixin):
             state.held = state.trims
         return state
 
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Within a ``with`` block the backbone computes without this delta."""
+        before = [i for i in self.insertions if i.attached]
+        self.detach()
+        try:
+            yield
+        finally:
+            for insertion in before:
+                insertion.attach()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within a ``with`` block this delta acts, wholly."""
+        before = [i for i in self.insertions if not i.attached]
+        self.attach()
+        try:
+            yield
+        finally:
+            for insertion in reversed(before):
+                insertion.detach()
+
     def _require_presence(self) -> None:
         if self._removed:
             raise InsertionError(
@@ -334,6 +359,15 @@ class DeltaBase(SaveLoadMixin):
 
     # --- looking ----------------------------------------------------------------------------
 
+    def summary(self) -> Summary:
+        """A table of what this delta added, which prints itself in terminals and notebooks."""
+        entries = [
+            (i.host_name, i.name, i.module if isinstance(i, ModuleInsertion) else i.parameter)
+            for i in self.insertions
+            if isinstance(i, (ModuleInsertion, ParameterInsertion))
+        ]
+        return summary(entries, num_total_parameters(self.backbone_model))
+
     def log(
         self,
         module: nn.Module | None = None,
@@ -351,8 +385,6 @@ class DeltaBase(SaveLoadMixin):
             visualization: the tree.
             cuda_memory: memory in use.
         """
-        from opendelta.inspection import print_log
-
         print_log(
             self.backbone_model if module is None else module,
             delta_ratio=delta_ratio,

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opendelta.addressing.graph import Graph, join
+from opendelta.addressing.graph import Graph, join, parent_of
 
 Tree = Mapping[str, Any]
 
@@ -265,10 +265,12 @@ def apply_tree(tree: Tree, graph: Graph, path: str, common: str) -> dict[str, st
 def family_at(graph: Graph, path: str) -> tuple[Family, dict[str, str]] | None:
     """The family whose base model is the module called `path`, and the names that it gives."""
     for family in FAMILIES:
+        if family.signature[0].split(".")[0] not in graph.children[path]:
+            continue  # spares most modules the paths below
         if all(join(path, entry) in graph.modules for entry in family.signature):
             names = apply_tree(family.body, graph, path, path)
             if _covers(graph, names):
-                outside = path.rpartition(".")[0]
+                outside = parent_of(path)
                 for place in dict.fromkeys((outside, path)):
                     names.update(apply_tree(family.head, graph, place, place))
                 return family, names
@@ -281,7 +283,7 @@ def _covers(graph: Graph, names: dict[str, str]) -> bool:
     for name in names:
         while name and name not in named:
             named.add(name)
-            name = name.rpartition(".")[0]
+            name = parent_of(name)
     blocks = [name for name, common in names.items() if common.rpartition(".")[2].isdigit()]
     return bool(blocks) and all(
         linear in named for block in blocks for linear in graph.linears_below(block)

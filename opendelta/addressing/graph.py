@@ -102,11 +102,12 @@ class Graph:
 
 def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
     holds_numbers = module._parameters or module._buffers or "in_features" in vars(module)
-    if not holds_numbers or is_depthwise(module):
+    if not holds_numbers or hasattr(module, "num_embeddings"):
         return None
-    if hasattr(module, "normalized_shape") or hasattr(module, "num_embeddings"):
+    widths = read_widths(module)
+    if widths is None or hasattr(module, "normalized_shape") or is_depthwise(module):
         return None
-    return read_widths(module)
+    return widths
 
 
 def is_depthwise(module: nn.Module) -> bool:

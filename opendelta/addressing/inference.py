@@ -138,7 +138,7 @@ def find_blocks(graph: Graph, named: set[str]) -> list[Block]:
         graph: the backbone.
         named: blocks that got their names elsewhere; nothing inside them is looked at.
     """
-    experts = [name for name in graph.modules if _holds_experts(graph, name)]
+    experts = _fused_experts(graph)
     attentions = [a for a in _attentions(graph) if not _within(a.holder, named)]
     blocks: dict[str, Block] = {}
     inhabitants: dict[str, list[_Attention]] = defaultdict(list)
@@ -563,23 +563,27 @@ def _name_feed_forward(block: Block, chains: Sequence[tuple[str, dict[str, Site]
                 block.sites.setdefault(home, Site("ff", "holds a part of a feed-forward"))
 
 
-def _holds_experts(graph: Graph, name: str) -> bool:
-    """Whether a module's parameters, or those of its leaves, stack experts in three dimensions."""
-    said = {*words(leaf_of(name)), *words(type(graph.modules[name]).__name__)}
-    if said.isdisjoint(_FEED_FORWARD | {"attention"}):
-        return False
-    stacked = list(_stacked(graph.modules[name]))
-    for child in graph.children[name]:
-        if not graph.children[join(name, child)]:
-            stacked += _stacked(graph.modules[join(name, child)])
-    return len(stacked) >= 2 and len(set(stacked)) == 1 and stacked[0] > 1
-
-
-def _stacked(module: nn.Module) -> Iterable[int]:
-    if module._parameters and not hasattr(module, "kernel_size"):
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() == 3 and not letters_of(name):
-                yield parameter.shape[0]
+def _fused_experts(graph: Graph) -> list[str]:
+    """Modules whose parameters, or those of their leaves, stack experts in three dimensions."""
+    stacks: dict[str, list[int]] = defaultdict(list)
+    for name, module in graph.modules.items():
+        if not module._parameters or hasattr(module, "kernel_size"):
+            continue
+        sizes = [p.shape[0] for p in module._parameters.values() if p is not None and p.dim() == 3]
+        if sizes:
+            stacks[name] += sizes
+            if not graph.children[name]:
+                stacks[parent_of(name)] += sizes
+    return [
+        name
+        for name, sizes in stacks.items()
+        if len(sizes) >= 2
+        and len(set(sizes)) == 1
+        and sizes[0] > 1
+        and not _FEED_FORWARD.isdisjoint(
+            (*words(leaf_of(name)), *words(type(graph.modules[name]).__name__))
+        )
+    ]
 
 
 # --- norms ----------------------------------------------------------------------------------------
