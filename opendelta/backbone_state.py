@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opendelta.exceptions import DeltaWarning, warn
 from opendelta.insertion import (
     Insertion,
+    ModuleInsertion,
     ParameterSlot,
     dotted,
     forget_compiled_code,
@@ -49,6 +51,7 @@ class BackboneState:
         self.held: bool | None = None
         self.told_ties: set[str] = set()
         self.handles: list[RemovableHandle] = []
+        self.first_forward: RemovableHandle | None = None
 
     @classmethod
     def of(cls, backbone: nn.Module) -> BackboneState | None:
@@ -84,10 +87,36 @@ class BackboneState:
         for name, p in backbone.named_parameters(remove_duplicate=False):
             if name in self.was_trainable:
                 p.requires_grad_(self.was_trainable[name])
+        if self.first_forward is not None:
+            self.handles.append(self.first_forward)
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
         forget_compiled_code()
+
+    # --- the first forward --------------------------------------------------------------------
+
+    def watch_first_forward(self, backbone: nn.Module) -> None:
+        """After the next forward, tell which deltas it never reached."""
+        if self.first_forward is None:
+            self.first_forward = backbone.register_forward_hook(self.report_unreached)
+
+    def report_unreached(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Hook of the root that acts once, outside of compiled code."""
+        if torch.compiler.is_compiling() or self.first_forward is None:
+            return
+        self.first_forward.remove()
+        self.first_forward = None
+        attached = [i for i in self.insertions if i.attached and isinstance(i, ModuleInsertion)]
+        missed = [dotted(i.host_name, i.name) for i in attached if not i.reached]
+        if missed:
+            shown = ", ".join(missed[:5]) + f" and {len(missed) - 5} more" * (len(missed) > 5)
+            warn(
+                f"The first forward never called the modules that carry these deltas, so they have "
+                f"no effect on it: {shown}. The model may read their weights instead of calling "
+                "them, or this input takes another way; leave them out with exclude_modules.",
+                DeltaWarning,
+            )
 
     @property
     def insertions(self) -> Iterator[Insertion]:

@@ -477,6 +477,7 @@ class Construction(nn.Module):
         state = BackboneState.create(self.backbone_model)
         if not any(delta is self for delta in state.deltas):
             state.deltas.append(cast("DeltaBase", self))
+        state.watch_first_forward(self.backbone_model)
         for insertion in planned:
             if isinstance(insertion, ParameterInsertion):
                 state.slots[insertion.full_name] = insertion.slot

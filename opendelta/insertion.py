@@ -110,11 +110,13 @@ class Dispatcher:
         entries: ``(name, action)`` in order of execution.
         handle: kept for `remove`, and in pickles, where it keeps torch's hook counter from
             handing out the same id again in another process.
+        fired: whether its module was called since it was registered (outside compiled code).
     """
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, Callable[..., Any]]] = []
         self.handle: RemovableHandle | None = None
+        self.fired = False
 
     @classmethod
     def on(cls, module: nn.Module) -> Dispatcher | None:
@@ -154,6 +156,8 @@ class BeforeDispatcher(Dispatcher):
         self.entries.insert(0, (name, action))
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if not torch.compiler.is_compiling():
+            self.fired = True
         for name, action in self.entries:
             delta = module._modules.get(name)
             if delta is not None:
@@ -172,6 +176,8 @@ class AfterDispatcher(Dispatcher):
         self.handle = module.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            self.fired = True
         for name, action in self.entries:
             delta = module._modules.get(name)
             if delta is not None:
@@ -347,6 +353,12 @@ class ModuleInsertion:
         if self.module.training != self.host.training:
             self.module.train(self.host.training)
         self.host._modules[self.name] = self.module
+
+    @property
+    def reached(self) -> bool:
+        """Whether a forward called the host."""
+        dispatcher = self.side.on(self.host)
+        return dispatcher is not None and dispatcher.fired
 
     def remove(self) -> None:
         self.host._modules.pop(self.name, None)

@@ -101,13 +101,16 @@ class Graph:
 
 
 def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
-    holds_numbers = module._parameters or module._buffers or "in_features" in vars(module)
-    if not holds_numbers or hasattr(module, "num_embeddings"):
+    if not any(_has(module, name) for name in ("in_features", "in_channels", "nx")):
         return None
-    widths = read_widths(module)
-    if widths is None or hasattr(module, "normalized_shape") or is_depthwise(module):
+    if not (module._parameters or module._buffers or _has(module, "in_features")):
         return None
-    return widths
+    return None if is_depthwise(module) else read_widths(module)
+
+
+def _has(module: nn.Module, attribute: str) -> bool:
+    """`hasattr` for plain attributes, without the slow search of parameters and submodules."""
+    return attribute in vars(module) or hasattr(type(module), attribute)
 
 
 def is_depthwise(module: nn.Module) -> bool:

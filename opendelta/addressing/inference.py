@@ -567,10 +567,8 @@ def _fused_experts(graph: Graph) -> list[str]:
     """Modules whose parameters, or those of their leaves, stack experts in three dimensions."""
     stacks: dict[str, list[int]] = defaultdict(list)
     for name, module in graph.modules.items():
-        if not module._parameters or hasattr(module, "kernel_size"):
-            continue
         sizes = [p.shape[0] for p in module._parameters.values() if p is not None and p.dim() == 3]
-        if sizes:
+        if sizes and not hasattr(module, "kernel_size"):
             stacks[name] += sizes
             if not graph.children[name]:
                 stacks[parent_of(name)] += sizes
