@@ -32,6 +32,7 @@ _LEGACY_KEYS = frozenset({"sequential", "scaled", "bottleneck_dim", "registracti
 # What a saved config says beyond its fields.
 _FACTS = (
     "backbone_hash_excludes",
+    "weights_file",
     "weights_sha256",
     "opendelta_version",
     "transformers_version",
@@ -61,6 +62,7 @@ class BaseDeltaConfig:
     derived: ClassVar[bool] = False
 
     backbone_hash_excludes: list[str] | None
+    weights_file: str | None
     weights_sha256: str | None
 
     def __init__(
@@ -74,9 +76,9 @@ class BaseDeltaConfig:
         backbone_hash: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.modified_modules = modified_modules
-        self.exclude_modules = exclude_modules
-        self.unfrozen_modules = copy.copy(unfrozen_modules) if unfrozen_modules else ["deltas"]
+        self.modified_modules = _as_list(modified_modules)
+        self.exclude_modules = _as_list(exclude_modules)
+        self.unfrozen_modules = _as_list(unfrozen_modules) or ["deltas"]
         self.common_structure = common_structure
         self.backbone_class = backbone_class
         self.backbone_checkpoint_name = backbone_checkpoint_name
@@ -258,6 +260,11 @@ def canonical_type(delta_type: str) -> str:
 
     model = REGISTRY.get(delta_type)
     return model.delta_type if model is not None else delta_type
+
+
+def _as_list(patterns: Any) -> Any:
+    """A sequence as a new list, which is what JSON gives back; anything else as it is."""
+    return list(patterns) if isinstance(patterns, (list, tuple)) else patterns
 
 
 def _without_marks(patterns: Any) -> Any:

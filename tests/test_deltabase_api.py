@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The first things a newcomer runs: the quick start, here on a tiny encoder, and the README."""
+"""What a newcomer runs first: the quick start, here on a tiny encoder; and the README's figures."""
 
 from __future__ import annotations
 
@@ -167,17 +167,6 @@ def test_quickstart_on_real_weights_and_text(tmp_path: Path) -> None:
     assert float(found) > 0.78  # the frozen encoder stays below
     assert re.search(r"positive \(\d+%\)  A warm, funny film", done.stdout)
     assert re.search(r"negative \(\d+%\)  A dull, lifeless mess", done.stdout)
-
-
-def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All Python blocks, in one namespace, from an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert blocks
-    namespace: dict[str, Any] = {}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md, Python block {number}", "exec"), namespace)
 
 
 def test_readme_counts_parameters_right() -> None:

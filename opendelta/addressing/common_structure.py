@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from opendelta.addressing.family_trees import family_at
-from opendelta.addressing.graph import Graph, ancestors, inside, join, leaf_of, parent_of, words
+from opendelta.addressing.graph import (
+    Graph,
+    ancestors,
+    below,
+    inside,
+    join,
+    leaf_of,
+    parent_of,
+    words,
+)
 from opendelta.addressing.inference import FUSED, Block, find_blocks, is_norm
 from opendelta.addressing.towers import find_towers, input_embeddings, output_embeddings
 from opendelta.exceptions import AddressingError, DeltaWarning, nearest
@@ -79,6 +88,7 @@ class CommonStructureMap:
         self._graph = Graph(backbone_model)
         self._named: dict[str, _Named] = {}
         self.towers: dict[str, str] = {}
+        self._scoped: dict[str, CommonStructureMap] = {}
         self._build(scope)
         self.matched_pairs: dict[str, str] = {
             name: self._named[name].common for name in self._graph.modules if name in self._named
@@ -88,7 +98,9 @@ class CommonStructureMap:
         if warning:
             self._warn_of_gaps()
         if visualize and logger.isEnabledFor(logging.DEBUG):
-            logger.debug("common structure of %s\n%s", type(backbone_model).__name__, self.explain())
+            logger.debug(
+                "common structure of %s\n%s", type(backbone_model).__name__, self.explain()
+            )
 
     # --- asking -----------------------------------------------------------------------------------
 
@@ -123,7 +135,7 @@ class CommonStructureMap:
                 return None
         for place in (org_key, *ancestors(org_key)):
             if place in self._named:
-                return join(self._named[place].common, org_key[len(place) + 1 :])
+                return join(self._named[place].common, below(org_key, place))
         return org_key
 
     def names(self, org_key: str) -> tuple[str, ...]:
@@ -139,30 +151,26 @@ class CommonStructureMap:
         return tuple(join(home, part) for part in FUSED.get(end, (end,)))
 
     def roles(self) -> list[str]:
-        """The roles that this backbone has, such as ``attn``, ``attn.q``, ``ff.w1``, ``lm_head``."""
-        found = set()
+        """The roles that this backbone has: ``attn``, ``attn.q``, ``ff.w1``, ``embeddings`` ..."""
+        found: set[str] = set()
         for named in self._named.values():
             home, _, end = named.role.rpartition(".")
             found.update(join(home, part) for part in FUSED.get(end, (end,)))
         return sorted(found - {""})
 
-    def attentions(self, role: str = "attn") -> list[str]:
-        """The attentions, each as the innermost module that holds its projections.
+    def scoped(self, pattern: str) -> tuple[CommonStructureMap, str]:
+        """What a pattern that begins with a tower's name stands for.
 
-        Args:
-            role: ``"attn"`` or ``"crossattn"``.
+        Returns:
+            The map of that tower and the rest of the pattern: ``vision.attn.q`` is ``attn.q`` in
+            the map of ``vision``. For any other pattern, this map and the pattern as it is.
         """
-        found = []
-        for root, parts in self._parts(role).items():
-            inner = root
-            while parts and inner not in parts:
-                narrower = [c for c in self._graph.children[inner] if
-                            all(inside(part, join(inner, c)) for part in parts)]
-                if not narrower:
-                    break
-                inner = join(inner, narrower[0])
-            found.append(inner)
-        return found
+        tower, _, rest = pattern.partition(".")
+        if tower not in self.towers or not rest:
+            return self, pattern
+        if tower not in self._scoped:
+            self._scoped[tower] = CommonStructureMap(self._backbone, strict=False, scope=tower)
+        return self._scoped[tower], rest
 
     def outputs(self, role: str) -> list[str]:
         """The modules whose output is the output of a role, wherever the backbone plays it.
@@ -208,7 +216,7 @@ class CommonStructureMap:
                 )
             kept = [stack for stack in stacks if inside(stack, self.towers[scope])]
         in_scope = set(kept)
-        for place, family, names in trees:
+        for _, family, names in trees:
             stacks_here = {_stack_of(name) for name, common in names.items() if _is_block(common)}
             if stacks_here & in_scope:
                 self._add_tree(names, f"by the tree of {family}")
@@ -226,14 +234,9 @@ class CommonStructureMap:
         """Take over the names that a family's tree gives."""
         for name, common in names.items():
             block = next((p for p in (name, *ancestors(name)) if _is_block(names.get(p, ""))), None)
-            if block is None:
-                role = common.rpartition("embeddings")[1] or common.partition("lm_head")[1]
-                tail = common.rpartition("lm_head")[2] if "lm_head" in common else ""
-                role = "layer_norm" if leaf_of(common) == "layer_norm" else role + tail
-                self._named[name] = _Named(common, "", role, why)
-            else:
-                home = names[block]
-                self._named[name] = _Named(common, home, common[len(home) + 1 :], why)
+            home = names[block] if block is not None else ""
+            role = below(common, home) if home else _outer_role(common)
+            self._named[name] = _Named(common, home, role, why)
 
     def _add_block(self, block: Block, lists: dict[str, str]) -> None:
         """Name an inferred block and what has a role in it."""
@@ -266,12 +269,11 @@ class CommonStructureMap:
         self._named[home] = _Named(common, "", "", "the list of blocks")
         for child in self._graph.children[outer]:
             name = join(outer, child)
-            if name not in self._named and is_norm(name, self._graph.modules[name]):
-                if not any(word.startswith("emb") for word in words(child)):
-                    common_norm = join(stack, "layer_norm")
-                    self._named[name] = _Named(
-                        common_norm, "", "layer_norm", "a norm beside the list of blocks"
-                    )
+            of_embeddings = any(word.startswith("emb") for word in words(child))
+            norm = name not in self._named and is_norm(name, self._graph.modules[name])
+            if norm and not of_embeddings:
+                why = "a norm beside the list of blocks"
+                self._named[name] = _Named(join(stack, "layer_norm"), "", "layer_norm", why)
         return common
 
     def _add_outer(self, name: str, role: str, why: str) -> None:
@@ -338,6 +340,13 @@ class CommonStructureMap:
                     DeltaWarning,
                     stacklevel=3,
                 )
+
+
+def _outer_role(common: str) -> str:
+    """The role in the common name of a module outside all blocks; empty for a mere container."""
+    parts = common.split(".")
+    starts = [n for n, part in enumerate(parts) if part in ("embeddings", "layer_norm", "lm_head")]
+    return ".".join(parts[starts[0] :]) if starts else ""
 
 
 def _is_block(common: str) -> bool:

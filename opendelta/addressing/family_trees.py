@@ -278,7 +278,7 @@ def family_at(graph: Graph, path: str) -> tuple[Family, dict[str, str]] | None:
 
 
 def _covers(graph: Graph, names: dict[str, str]) -> bool:
-    """Whether every part of every block that has linear layers has got a name, or parts with one."""
+    """Whether `names` holds every linear layer of every block, or a module around or inside it."""
     named = set()
     for name in names:
         while name and name not in named:

@@ -47,7 +47,7 @@ def below(name: str, place: str) -> str:
 
 @lru_cache(maxsize=65536)
 def words(part: str) -> tuple[str, ...]:
-    """The lower-case words of one part of a name: ``EncDecAttention1`` -> enc, dec, attention, 1."""
+    """The lower-case words of one part of a name: ``EncDecAttn1`` -> enc, dec, attn, 1."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", part)
     return tuple(re.findall(r"[a-z]+|\d+", spaced.lower()))
 

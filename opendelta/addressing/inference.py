@@ -39,6 +39,11 @@ from opendelta.addressing.graph import (
     words,
 )
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Projections fused in one module, and the roles that it plays.
 FUSED = {
     "qkv": ("q", "k", "v"),
@@ -57,22 +62,22 @@ _LETTERS = {
     "qk": "qk",
 }
 # Words that say that "q", "key" ... mean something other than a projection of the hidden state.
-_NOT_PROJECTION = frozenset(
-    "pos position positional rel relative gate norm conv sconv global layout router".split()
+_NOT_PROJECTION = _words(
+    "pos position positional rel relative gate norm conv sconv global layout router"
 )
 # What holds such layers without being an attention, or sits inside one for another purpose.
-_NOT_ATTENTION = frozenset("indexer compressor router ffn ff mlp feed".split())
-_PLAIN = frozenset("linear proj projection dense layer fc c weight conv convolution".split())
-_OUT = frozenset("o out output wo post final".split())
-_FEED_FORWARD = frozenset(
-    "mlp mlps ffn ffns ff ffw feed forward moe experts expert intermediate inter fc".split()
+_NOT_ATTENTION = _words("indexer compressor router ffn ff mlp feed")
+_PLAIN = _words("linear proj projection dense layer fc c weight conv convolution")
+_OUT = _words("o out output wo post final")
+_FEED_FORWARD = _words(
+    "mlp mlps ffn ffns ff ffw feed forward moe experts expert intermediate inter fc"
 )
-_DOWN = frozenset("down out output wo reduce".split())
-_UP = frozenset("up gate in input intermediate inter wi expand".split())
-_SIDE_BRANCH = frozenset("shortcut downsample se squeeze excite excitation".split())
+_DOWN = _words("down out output wo reduce")
+_UP = _words("up gate in input intermediate inter wi expand")
+_SIDE_BRANCH = _words("shortcut downsample se squeeze excite excitation")
 _NOT_MIXER = _SIDE_BRANCH | _FEED_FORWARD
 # Small networks in a block that compute something other than the next hidden state.
-_NOT_FEED_FORWARD = frozenset("pos position positional rel relative router".split()) | _SIDE_BRANCH
+_NOT_FEED_FORWARD = _words("pos position positional rel relative router") | _SIDE_BRANCH
 
 
 @dataclass
@@ -154,9 +159,10 @@ def find_blocks(graph: Graph, named: set[str]) -> list[Block]:
     homes = dict.fromkeys(parent_of(name) for name in taken)
     beside = [join(home, child) for home in homes for child in graph.children[home]]
     for place in beside if taken else _elements(graph):
-        if place not in taken and place not in outer and graph.is_element(place):
-            if place in graph.linears or graph.linears_below(place):
-                blocks[place] = Block(place, (), "an element of a list of blocks")
+        if place in taken or place in outer or not graph.is_element(place):
+            continue
+        if place in graph.linears or graph.linears_below(place):
+            blocks[place] = Block(place, (), "an element of a list of blocks")
     everything = {member for block in blocks.values() for member in block.members}
     for place, block in blocks.items():
         _name_block(graph, block, inhabitants[place], everything, experts)
@@ -186,7 +192,10 @@ def _attentions(graph: Graph) -> list[_Attention]:
         if name in held or not _says_attention(name):
             continue
         fused = _nameless_fusion(graph, name)
-        raw = {letters_of(p) for p, v in module._parameters.items() if v is not None and v.dim() > 1}
+        own = [
+            p for p, value in module._parameters.items() if value is not None and value.dim() > 1
+        ]
+        raw = {letters_of(parameter) for parameter in own}
         if isinstance(module, nn.MultiheadAttention) or {"q", "v"} <= raw:
             held[name] = {}
         elif fused:
@@ -209,19 +218,19 @@ def _says_attention(name: str) -> bool:
 
 def _nameless_fusion(graph: Graph, holder: str) -> str | None:
     """The layer of an attention without named projections that computes q, k and v at once."""
-    direct = [linear for c in graph.children[holder] if (linear := join(holder, c)) in graph.linears]
-    widths = {linear: graph.linears[linear] for linear in direct}
+    direct = (join(holder, child) for child in graph.children[holder])
+    widths = {linear: graph.linears[linear] for linear in direct if linear in graph.linears}
     for linear, (width_in, width_out) in widths.items():
         if width_out == 3 * width_in:
             return linear
     for linear, (width_in, width_out) in widths.items():
-        if width_out > width_in and len(direct) > 1:  # grouped-query attention
+        if width_out > width_in and len(widths) > 1:  # grouped-query attention
             return linear
     return None
 
 
 def _second_factors(projections: Mapping[str, str]) -> dict[str, str]:
-    """`projections` without the first factors ("a") of low-rank chains whose second ("b") is there."""
+    """`projections` without the first factors ("a") of low-rank chains that have a second ("b")."""
     seconds = {letters for linear, letters in projections.items() if "b" in words(leaf_of(linear))}
     return {
         linear: letters
@@ -281,10 +290,10 @@ def _elements(graph: Graph) -> list[str]:
         found: list[str] = []
         outer: set[str] = set()
         for name in reversed(graph.modules):  # children before parents
-            if name not in outer and graph.is_element(name):
-                if len(graph.linears_below(name)) + (name in graph.linears) >= least:
-                    found.append(name)
-                    outer.update(ancestors(name))
+            count = len(graph.linears_below(name)) + (name in graph.linears)
+            if count >= least and name not in outer and graph.is_element(name):
+                found.append(name)
+                outer.update(ancestors(name))
         if found:
             return found
     return []
@@ -321,9 +330,8 @@ def _name_block(
         _find_chains(graph, member, hidden, free, chains)
     _name_feed_forward(block, chains)
     for place in experts:
-        attending = any(
-            around in block.sites and block.sites[around].role != "ff" for around in ancestors(place)
-        )
+        owner = next((a for a in ancestors(place) if a in block.sites), None)
+        attending = owner is not None and block.sites[owner].role != "ff"
         if _innermost(place, everything) in block.members and not attending:
             block.sites.setdefault(place, Site("ff", "experts fused in 3-D parameters"))
 
@@ -544,11 +552,9 @@ def _is_down(graph: Graph, linear: str, linears: Sequence[str], hidden: int | No
 
 
 def _name_feed_forward(block: Block, chains: Sequence[tuple[str, dict[str, Site]]]) -> None:
-    """Give feed-forwards their roles; if some are called so, those that are not are something else."""
+    """Give feed-forwards their roles; where some are called so, only they are."""
     called = [
-        any(
-            not _FEED_FORWARD.isdisjoint(block.words_of(linear)) for linear in chain
-        )
+        any(not _FEED_FORWARD.isdisjoint(block.words_of(linear)) for linear in chain)
         for _, chain in chains
     ]
     for (place, chain), said in zip(chains, called, strict=True):

@@ -13,6 +13,11 @@ from torch import nn
 
 from opendelta.addressing.graph import Graph, ancestors, below, inside, join, leaf_of, words
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _MODALITIES = {
     "vision": "vision visual vit image images img pixel pixels video",
     "audio": "audio speech acoustic sound wav mel",
@@ -20,10 +25,8 @@ _MODALITIES = {
 }
 _MODALITY = {word: name for name, said in _MODALITIES.items() for word in said.split()}
 # What translates between modalities, or between codes and signals.
-_BRIDGES = frozenset(
-    "resampler perceiver qformer projector connector aligner vocoder codec".split()
-)
-_GENERIC = frozenset("model module tower encoder decoder transformer backbone net".split())
+_BRIDGES = _words("resampler perceiver qformer projector connector aligner vocoder codec")
+_GENERIC = _words("model module tower encoder decoder transformer backbone net")
 
 
 def input_embeddings(graph: Graph) -> str | None:

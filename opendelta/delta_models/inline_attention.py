@@ -3,8 +3,8 @@
 `InlineAttention` watches the torch functions that run inside one attention module. It joins the
 prefix's logits to the scores at the softmax, and adds the prefix's values at the product that
 follows; calls of `F.scaled_dot_product_attention` get longer keys, values and masks. Masks and
-relative positions of the text need no change: they act on scores before the softmax, and prefix
-positions take no part in them. (DeBERTa-v2 is the documented family that needs this path.)
+relative positions of the text (DeBERTa-v2's, ALiBi) need no change: they act on scores before the
+softmax, and are zero at prefix positions.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+from opendelta.delta_models.prefixed_call import PrefixedCall
 
 _PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
+_PRODUCTS_ONTO = {torch.baddbmm, Tensor.baddbmm}  # (onto, query, key, *, beta, alpha)
 _SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
 _SCALINGS: dict[Any, int] = {
     torch.mul: 1,
@@ -31,23 +34,35 @@ _SCALINGS: dict[Any, int] = {
 }
 
 
-class InlineAttention(TorchFunctionMode):
-    """Joins a prefix to the attention computed while this mode is on.
+class InlineAttention(PrefixedCall, TorchFunctionMode):
+    """Joins a prefix to the attention computed inline in one call of a module.
 
     Args:
-        key: prefix keys of shape (tokens, width); `value`: prefix values, likewise.
+        host, key, value: see `PrefixedCall`.
     """
 
-    def __init__(self, key: Tensor, value: Tensor) -> None:
-        super().__init__()
-        self.key, self.value = key, value
-        self.applied = False
+    def __init__(self, host: nn.Module, key: Tensor, value: Tensor) -> None:
+        PrefixedCall.__init__(self, host, key, value)
+        TorchFunctionMode.__init__(self)
         self._scaled: list[tuple[Tensor, Any]] = []  # what was multiplied, and by what factor
         self._query: Tensor | None = None
         self._factor: Any = 1.0
         self._scores: list[Tensor] = []  # the scores on their way to the softmax
         self._probabilities: list[Tensor] = []  # ... and from there to the product with values
         self._prefix_probabilities: Tensor | None = None
+
+    def start(self) -> None:
+        """Act from now on."""
+        self.__enter__()
+
+    def stop(self) -> None:
+        """Act no longer."""
+        self.__exit__(None, None, None)
+
+    def abandon(self) -> None:
+        """`stop`, unless something else was put on top meanwhile."""
+        if _get_current_function_mode() is self:
+            self.stop()
 
     def __torch_function__(
         self,
@@ -57,6 +72,8 @@ class InlineAttention(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self.is_over:
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._fused(*args, **kwargs)
         if func in _SOFTMAXES and args and _among(args[0], self._scores):
@@ -72,7 +89,10 @@ class InlineAttention(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, result: Tensor
     ) -> None:
         """Note what became of keys, scores and probabilities."""
-        if func in _PRODUCTS and result.dim() >= 3 and self._query is None:
+        if func in _PRODUCTS_ONTO and self._query is None:
+            self._query, self._scores = args[1], [result]
+            self._factor = kwargs.get("alpha", 1.0)
+        elif func in _PRODUCTS and _are_stacks(args) and self._query is None:
             self._query, self._scores = args[0], [result]
             self._factor = next((f for t, f in self._scaled if t is args[1]), 1.0)
         elif func in _SCALINGS and len(args) > 1 and _is_scalar(args[1]):
@@ -101,8 +121,8 @@ class InlineAttention(TorchFunctionMode):
         logits = (query @ _heads(self.key, query).transpose(-1, -2)) * self._factor
         logits = logits.to(scores.dtype).reshape(*scores.shape[:-1], -1)
         both = func(torch.cat([logits, scores], -1), *args[1:], **kwargs)
-        count = self.key.shape[0]
-        self._prefix_probabilities, result = both[..., :count], both[..., count:]
+        self._prefix_probabilities = both[..., : self.tokens]
+        result = both[..., self.tokens :]
         self._probabilities, self._scores, self._query = [result], [], None
         return result
 
@@ -111,7 +131,7 @@ class InlineAttention(TorchFunctionMode):
         weights = self._prefix_probabilities
         assert weights is not None
         weights = weights.reshape(*context.shape[:-1], -1).to(context.dtype)
-        self._probabilities, self._prefix_probabilities, self.applied = [], None, True
+        self._probabilities, self._prefix_probabilities, self.joined = [], None, True
         return context + weights @ _heads(self.value, context).to(context.dtype)
 
     def _fused(
@@ -124,10 +144,10 @@ class InlineAttention(TorchFunctionMode):
         is_causal: bool = False,
         **options: Any,
     ) -> Tensor:
-        self.applied = True
+        self.joined = True
         key = torch.cat([_heads(self.key, key).to(key.dtype), key], -2)
         value = torch.cat([_heads(self.value, value).to(value.dtype), value], -2)
-        count = self.key.shape[0]
+        count = self.tokens
         if is_causal:
             lengths = query.shape[-2], key.shape[-2] - count
             attn_mask = torch.ones(lengths, dtype=torch.bool, device=query.device).tril()
@@ -149,15 +169,21 @@ def _heads(prefix: Tensor, like: Tensor) -> Tensor:
         like: (batch, heads, positions, head width) or (batch * heads, positions, head width).
     """
     depth = like.shape[-1]
-    split = prefix.unflatten(-1, (-1, depth)).transpose(0, 1)  # (heads, tokens, depth)
-    if like.dim() == 4:
-        return split.expand(like.shape[0], -1, -1, -1)
+    split = prefix.to(like.device).unflatten(-1, (-1, depth)).transpose(0, 1)  # heads first
+    if like.dim() == 4:  # where heads of queries share those of keys, each of these is repeated
+        heads = like.shape[1] // split.shape[0] if like.shape[1] % split.shape[0] == 0 else 1
+        return split.repeat_interleave(heads, 0).expand(like.shape[0], -1, -1, -1)
     batch = like.shape[0] // split.shape[0]
     return split.repeat(batch, 1, 1)
 
 
 def _among(value: Any, tensors: list[Tensor]) -> bool:
     return any(value is tensor for tensor in tensors)
+
+
+def _are_stacks(factors: tuple[Any, ...]) -> bool:
+    """Whether two tensors are stacks of matrices: a weight, shared by the batch, is none."""
+    return all(isinstance(f, Tensor) and f.dim() >= 3 for f in factors[:2])
 
 
 def _is_scalar(value: Any) -> bool:

@@ -1,17 +1,15 @@
 """Prefix tuning: trained keys and values before the text (Li & Liang 2021).
 
-https://arxiv.org/abs/2101.00190. While a prefixed attention module runs, transformers' attention
-lookup hands out a function that joins the prefix to keys and values and widens the mask; the
-backbone's config, cache and positions know nothing of it. Attention that is computed inline, not
-by that lookup, is served by `opendelta.delta_models.inline_attention`.
+https://arxiv.org/abs/2101.00190. The prefix joins at transformers' attention lookup
+(`opendelta.delta_models.lookup_attention`); attention that is computed inline is served by
+`opendelta.delta_models.inline_attention`.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +20,13 @@ from opendelta.addressing.patterns import fold_numbers
 from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
-from opendelta.delta_models.inline_attention import InlineAttention, widen
+from opendelta.delta_models.inline_attention import InlineAttention
+from opendelta.delta_models.lookup_attention import (
+    LookupAttention,
+    cached_tokens,
+    watch_attention_lookup,
+)
+from opendelta.delta_models.prefixed_call import begin, end, running_call
 from opendelta.exceptions import AddressingError, CheckpointError, ConfigError, InsertionError
 from opendelta.insertion import (
     Args,
@@ -33,8 +37,6 @@ from opendelta.insertion import (
     own_modules,
 )
 from opendelta.sizes import read_widths, run_pseudo_input
-
-_RUNNING = threading.local()  # .layer: the prefix of the attention module that runs now
 
 
 class ReparameterizationNetwork(nn.Module):
@@ -71,6 +73,8 @@ class PrefixLayer(nn.Module):
         widths: (key width, value width), all heads together.
         network: what generates the prefix, and `start`, the first of its columns for this module.
         inline: whether the module computes attention inline.
+        relative: the module that computes its relative positions, or none; in a list, as is the
+            network: a child of another module, not of this one.
     """
 
     def __init__(
@@ -80,13 +84,11 @@ class PrefixLayer(nn.Module):
         network: ReparameterizationNetwork | None,
         start: int,
         inline: bool,
-        biased: list[nn.Module],
+        relative: list[nn.Module],
     ) -> None:
         super().__init__()
         self.tokens, self.widths, self.start, self.inline = tokens, widths, start, inline
-        self.network = [network]  # in a list: the module of the first layer, not a child here
-        self.biased = biased  # likewise: the module that computes relative positions for this one
-        self.mode: list[InlineAttention] = []
+        self.network, self.relative = [network], relative
         if network is None:
             self.past_key = nn.Parameter(torch.randn(tokens, widths[0]))
             self.past_value = nn.Parameter(torch.randn(tokens, widths[1]))
@@ -109,37 +111,6 @@ class PrefixLayer(nn.Module):
         both = network(self.start, self.start + sum(self.widths))
         return both[:, : self.widths[0]], both[:, self.widths[0] :]
 
-    def attend(
-        self,
-        function: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> Any:
-        """What transformers' attention `function` computes with the prefix joined.
-
-        Args:
-            query: (batch, heads, queries, head width); `key`, `value`: (batch, key heads, keys,
-                head width).
-            attention_mask: boolean or additive, (batch, 1, queries, keys), or None.
-        """
-        past_key, past_value = self()
-        if attention_mask is None and query.shape[-2] > 1:
-            causal = kwargs.get("is_causal")
-            if getattr(module, "is_causal", False) if causal is None else causal:
-                attention_mask = _causal_mask(query, key)
-        if attention_mask is not None:
-            attention_mask = widen(attention_mask, self.tokens)
-        bias = kwargs.get("position_bias")
-        if bias is not None:
-            kwargs["position_bias"] = torch.cat([_prefix_bias(self, bias), bias], -1)
-        key = torch.cat([_to_heads(past_key, key), key], -2)
-        value = torch.cat([_to_heads(past_value, value), value], -2)
-        return function(module, query, key, value, attention_mask, **kwargs)
-
     def become_plain(self) -> None:
         """Hold the generated prefix as parameters of its own."""
         key, value = (part.detach().clone() for part in self())
@@ -149,83 +120,35 @@ class PrefixLayer(nn.Module):
 
 def enter(layer: PrefixLayer, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """Before an attention module: let its prefix act."""
-    if layer.inline:
-        mode = InlineAttention(*layer())
-        layer.mode.append(mode)
-        mode.__enter__()
+    key, value = layer()
+    call = running_call()
+    if call is not None and call.host is host:
+        call.put_in_front(key, value)
+    elif layer.inline:
+        begin(InlineAttention(host, key, value))
+    elif layer.relative:
+        past = cached_tokens(host, kwargs.get("past_key_values"))
+        begin(LookupAttention(host, key, value, layer.relative[0], past))
     else:
-        _RUNNING.layer = layer
+        begin(LookupAttention(host, key, value))
     return args, kwargs
 
 
 def leave(host: nn.Module, args: Args, output: Any) -> None:
     """After an attention module, also after an error: its prefix acts no longer."""
-    _RUNNING.layer = None
-    layer = host._modules.get("prefix")
-    if isinstance(layer, PrefixLayer) and layer.mode:
-        mode = layer.mode.pop()
-        mode.__exit__(None, None, None)
-        if output is not None and not mode.applied:
-            raise InsertionError(
-                f"The attention of {type(host).__name__} is computed in a way that takes no "
-                "prefix: neither by transformers' attention lookup, nor by a softmax of query-key "
-                "products, nor by F.scaled_dot_product_attention. Leave it out with "
-                "exclude_modules, or choose another method."
-            )
+    call = end(host)
+    if call is not None and output is not None and not call.joined:
+        raise InsertionError(
+            f"The attention of {type(host).__name__} is computed in a way that takes no prefix: "
+            "neither by transformers' attention lookup, nor by a softmax of query-key products, "
+            "nor by F.scaled_dot_product_attention. Leave it out with exclude_modules, or choose "
+            "another method."
+        )
 
 
 def idle(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """Action of a module that is only held by its host."""
     return args, kwargs
-
-
-def watch_attention_lookup() -> None:
-    """Make transformers' attention lookup regard the prefix of the module that runs."""
-    from transformers.modeling_utils import AttentionInterface
-
-    lookup = AttentionInterface.get_interface
-    if getattr(lookup, "regards_prefixes", False):
-        return
-
-    @functools.wraps(lookup)
-    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        function: Callable[..., Any] = lookup(self, *args, **kwargs)
-        layer = getattr(_RUNNING, "layer", None)
-        return function if layer is None else functools.partial(layer.attend, function)
-
-    get_interface.regards_prefixes = True  # type: ignore[attr-defined]
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
-
-
-def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
-    """An additive causal mask; SDPA's own starts at the top left, where the prefix will be."""
-    queries, keys = query.shape[-2], key.shape[-2]
-    hidden = torch.ones(queries, keys, dtype=torch.bool, device=key.device).triu(keys - queries + 1)
-    mask = torch.zeros(1, 1, queries, keys, dtype=query.dtype, device=key.device)
-    return mask.masked_fill(hidden, torch.finfo(query.dtype).min)
-
-
-def _prefix_bias(layer: PrefixLayer, bias: Tensor) -> Tensor:
-    """Relative position bias of the prefix, as of the tokens right before the text.
-
-    Args:
-        bias: that of the text, (1 or batch, heads, queries, keys).
-    """
-    count = layer.tokens
-    if not layer.biased:
-        return bias.new_zeros(*bias.shape[:-1], count)
-    queries, keys = bias.shape[-2:]
-    columns: Tensor = layer.biased[0].compute_bias(  # type: ignore[operator]
-        queries, count, device=bias.device, past_seen_tokens=keys - queries + count
-    )
-    return columns.to(bias.dtype).expand(bias.shape[0], -1, -1, -1)
-
-
-def _to_heads(prefix: Tensor, like: Tensor) -> Tensor:
-    """(tokens, width) as (batch, heads, tokens, head width), the layout of `like`."""
-    batch, heads, _, depth = like.shape
-    split = prefix.to(like.dtype).view(-1, heads, depth).transpose(0, 1)
-    return split.expand(batch, -1, -1, -1)
 
 
 class PrefixInsertion(ModuleInsertion):
@@ -278,6 +201,7 @@ class PrefixModel(DeltaBase):
     reparameterize: bool
     embed_dim: int
     mid_dim: int
+    _saves_network = False
 
     def __init__(
         self,
@@ -322,7 +246,7 @@ class PrefixModel(DeltaBase):
                 network,
                 start,
                 inline=not _looks_attention_up(host),
-                biased=_relative_bias_for(backbone, name),
+                relative=_relative_bias_for(backbone, name),
             )
             start += sum(widths[name])
             self.insert_action(host, layer, "prefix", BeforeDispatcher, enter, PrefixInsertion)
@@ -345,9 +269,17 @@ class PrefixModel(DeltaBase):
 
     def _projected_widths(self, name: str) -> tuple[int, int] | None:
         parts: dict[str, str] = {}  # role -> projection
+        units: set[str] = set()
         for part_name, _ in self.named_inside(name):
             for common in self.common_names_of(part_name):
-                parts.setdefault(common.rpartition(".")[2], part_name)
+                unit, _, role = common.rpartition(".")
+                parts.setdefault(role, part_name)
+                units |= {unit} if role == "k" else set()
+        if len(units) > 1:
+            raise InsertionError(
+                f"{name!r} holds {len(units)} attention modules ({', '.join(sorted(units))}); a "
+                "prefix goes on one: name them one by one."
+            )
         if not {"k", "v"} <= set(parts):
             return None
         widths = {
@@ -377,10 +309,10 @@ class PrefixModel(DeltaBase):
             if isinstance(i, ModuleInsertion) and isinstance(i.module, PrefixLayer)
         }
 
-    def checkpoint_tensors(self, keep_reparameterization: bool = False) -> dict[str, Tensor]:
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
         """What is saved: the generated prefixes, or the network that generates them."""
         tensors = super().checkpoint_tensors()
-        if not self.reparameterize or keep_reparameterization:
+        if not self.reparameterize or self._saves_network:
             return tensors
         network = {id(p) for layer in self.prefixes.values() for p in layer.network_parameters()}
         own = {name for name, tensor in self.own_tensors() if id(tensor) in network}
@@ -399,23 +331,57 @@ class PrefixModel(DeltaBase):
             keep_reparameterization: save the network that generates the prefixes, for further
                 training, instead of the prefixes.
         """
-        if keep_reparameterization and kwargs.get("state_dict") is None:
-            kwargs["state_dict"] = self.checkpoint_tensors(keep_reparameterization=True)
-        super().save_finetuned(*args, **kwargs)
+        with self._saving_network(keep_reparameterization):
+            super().save_finetuned(*args, **kwargs)
+
+    def save_checkpoint(
+        self, *args: Any, keep_reparameterization: bool = False, **kwargs: Any
+    ) -> None:
+        """Save the weights alone, see `DeltaBase.save_checkpoint`.
+
+        Args:
+            keep_reparameterization: as in `save_finetuned`.
+        """
+        with self._saving_network(keep_reparameterization):
+            super().save_checkpoint(*args, **kwargs)
+
+    @contextmanager
+    def _saving_network(self, wanted: bool) -> Iterator[None]:
+        self._saves_network = wanted
+        try:
+            yield
+        finally:
+            self._saves_network = False
 
     def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Accept prefixes and the network that generates them, whichever this delta holds."""
+        """Accept prefixes and the network that generates them, whichever this delta holds.
+
+        Raises:
+            CheckpointError: if the file's network is not whole, or its prefixes do not fit.
+        """
         tensors = {n: t for n, t in tensors.items() if not n.endswith("reparams.input_tokens")}
         names = [name for name in tensors if ".reparams." in f".{name}"]
         if names and not self.reparameterize:
             return self._generated(tensors, names)
-        if (
-            not names
-            and self.reparameterize
-            and all(f"{name}.past_key" in tensors for name in self.prefixes)
-        ):
+        shapes = self.plain_shapes
+        if not names and self.reparameterize and shapes.keys() <= tensors.keys():
+            for name, shape in shapes.items():
+                if tensors[name].shape != shape:
+                    raise CheckpointError(
+                        f"The file's {name} has shape {tuple(tensors[name].shape)}; this prefix "
+                        f"needs {shape} (tokens, width)."
+                    )
             self.drop_network()
         return tensors
+
+    @property
+    def plain_shapes(self) -> dict[str, tuple[int, int]]:
+        """Names and shapes of the prefixes in files."""
+        return {
+            f"{name}.{part}": (layer.tokens, width)
+            for name, layer in self.prefixes.items()
+            for part, width in zip(("past_key", "past_value"), layer.widths, strict=True)
+        }
 
     def _generated(self, tensors: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         """The prefixes that a network in a file generates."""
@@ -489,14 +455,16 @@ def _relative_bias_for(backbone: nn.Module, name: str) -> list[nn.Module]:
     return [m for other, m in owners.items() if fold_numbers([other]) == [place]][:1]
 
 
-class _Recorder:
-    """Stands in for a prefix once, to see the widths of keys and values."""
+class _WidthRecorder(LookupAttention):
+    """Stands in for a prefix to see the widths of keys and values."""
 
-    def __init__(self) -> None:
-        self.widths: tuple[int, int] | None = None
+    def __init__(self, host: nn.Module, name: str, widths: dict[str, tuple[int, int]]) -> None:
+        super().__init__(host, torch.empty(0), torch.empty(0))
+        self.name, self.widths = name, widths
 
     def attend(
         self,
+        implementation: str,
         function: Callable[..., Any],
         module: nn.Module,
         query: Tensor,
@@ -505,34 +473,34 @@ class _Recorder:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        self.widths = (key.shape[1] * key.shape[3], value.shape[1] * value.shape[3])
+        self.widths[self.name] = tuple(t.shape[1] * t.shape[3] for t in (key, value))  # type: ignore[assignment]
         return function(module, query, key, value, *args, **kwargs)
 
 
 def _measured_widths(
     backbone: nn.Module, hosts: dict[str, nn.Module]
-) -> dict[str, tuple[int, int] | None]:
+) -> dict[str, tuple[int, int]]:
     """Widths of keys and values, seen in one forward of a pseudo input."""
     watch_attention_lookup()
-    seen: dict[str, _Recorder] = {name: _Recorder() for name in hosts}
+    widths: dict[str, tuple[int, int]] = {}
     handles: list[RemovableHandle] = []
 
-    def begin(recorder: _Recorder) -> Callable[..., None]:
-        return lambda *_: setattr(_RUNNING, "layer", recorder)
+    def recording(name: str) -> Callable[..., None]:
+        return lambda host, args: begin(_WidthRecorder(host, name, widths))
 
     for name, host in hosts.items():
-        handles.append(host.register_forward_pre_hook(begin(seen[name])))
-        handles.append(host.register_forward_hook(leave, always_call=True))
+        handles.append(host.register_forward_pre_hook(recording(name)))
+        handles.append(host.register_forward_hook(lambda host, *_: end(host), always_call=True))
     try:
         run_pseudo_input(backbone, hosts)
     finally:
         for handle in handles:
             handle.remove()
-    for name, recorder in seen.items():
-        if recorder.widths is None:
+    for name, host in hosts.items():
+        if name not in widths:
             raise InsertionError(
-                f"{name!r} ({type(hosts[name]).__name__}) is no attention module that a prefix can "
-                "join: it has no key and value projections that could be recognised, and does not "
-                "use transformers' attention lookup."
+                f"{name!r} ({type(host).__name__}) is no attention module that a prefix can join: "
+                "it has no key and value projections that could be recognised, and does not use "
+                "transformers' attention lookup."
             )
-    return {name: recorder.widths for name, recorder in seen.items()}
+    return widths

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -32,6 +33,7 @@ from opendelta.saving.files import (
     require_tensors,
     sha256_of,
     weights_in,
+    write_atomically,
     write_tensors,
 )
 from opendelta.saving.hashing import gen_model_hash
@@ -106,13 +108,12 @@ class SaveLoadMixin(Construction):
         tensors = self.checkpoint_tensors() if state_dict is None else state_dict
         name = SAFETENSORS_FILE if save_function is None else TORCH_FILE
         digest = write_tensors(folder / name, tensors, save_function)
-        for other in WEIGHT_FILES:
-            if other != name:  # else a reader could find the weights of an earlier save
-                (folder / other).unlink(missing_ok=True)
         if save_config and not state_dict_only:
-            self.describe_backbone()
-            self.config.weights_sha256 = digest
+            self.describe_backbone(tensors)
+            self.config.weights_file, self.config.weights_sha256 = name, digest
             self.config.save_finetuned(folder)
+        else:
+            _note_weights(folder / name, digest)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """What `save_finetuned` writes: name -> tensor, this delta's first."""
@@ -123,16 +124,19 @@ class SaveLoadMixin(Construction):
                 tensors.setdefault(name, p)
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
-    def describe_backbone(self) -> None:
-        """Write into the config on which backbone this delta stands."""
+    def describe_backbone(self, carried: Collection[str]) -> None:
+        """Write into the config on which backbone this delta stands.
+
+        Args:
+            carried: names of the tensors that the file holds.
+        """
         backbone = self.backbone_model
         with bare(backbone):
             own = {name for name, _ in backbone.named_parameters()}
-        carried = set(self.checkpoint_tensors())
         self.config.backbone_class = type(backbone).__name__
         source = getattr(getattr(backbone, "config", None), "_name_or_path", None)
         self.config.backbone_checkpoint_name = source or self.config.backbone_checkpoint_name or ""
-        self.config.backbone_hash_excludes = sorted(carried & own)
+        self.config.backbone_hash_excludes = sorted(own.intersection(carried))
         self.config.backbone_hash = gen_model_hash(
             backbone, excludes=self.config.backbone_hash_excludes
         )
@@ -155,7 +159,9 @@ class SaveLoadMixin(Construction):
         file = Path(path)
         if file.is_dir() or not file.suffix:
             file = file / SAFETENSORS_FILE
-        write_tensors(file, self.checkpoint_tensors(), save_func)
+        digest = write_tensors(file, self.checkpoint_tensors(), save_func)
+        if file.name in WEIGHT_FILES:
+            _note_weights(file, digest)
 
     def load_checkpoint(
         self,
@@ -262,7 +268,7 @@ class SaveLoadMixin(Construction):
         config = model_class.config_from(delta_config, **kwargs)
         if state_dict is None:
             assert finetuned_delta_path is not None
-            file = weights_in(finetuned_delta_path)
+            file = weights_in(finetuned_delta_path, config.weights_file)
             expected = config.weights_sha256
             if expected and sha256_of(file) != expected:
                 raise CheckpointError(
@@ -279,7 +285,7 @@ class SaveLoadMixin(Construction):
             except BaseException:
                 delta.remove()
                 raise
-        delta.left_trainable = list(config.backbone_hash_excludes or ())
+        delta.left_trainable = [n for n, _ in own_parameters(backbone_model) if n in state_dict]
         backbone_model.eval()
         return delta  # type: ignore[return-value]
 
@@ -304,6 +310,17 @@ class SaveLoadMixin(Construction):
                 "AutoDeltaModel loads any."
             )
         return found
+
+
+def _note_weights(file: Path, digest: str) -> None:
+    """Let the delta's config that lies beside new weights, if any, vouch for them."""
+    try:
+        values = read_config(file.parent)
+    except CheckpointError:
+        return
+    values |= {"weights_file": file.name, "weights_sha256": digest}
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    write_atomically(file.parent / CONFIG_FILE, text.encode())
 
 
 def _refuse_foreign(folder: Path) -> None:

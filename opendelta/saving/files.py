@@ -36,8 +36,12 @@ def resolve_folder(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def weights_in(path: str | os.PathLike[str]) -> Path:
+def weights_in(path: str | os.PathLike[str], preferred: str | None = None) -> Path:
     """The weights file that `path` is, or that lies in the folder `path`.
+
+    Args:
+        path: a file or folder.
+        preferred: the one of `WEIGHT_FILES` to take where a folder holds both.
 
     Raises:
         CheckpointError: if there is none.
@@ -46,7 +50,8 @@ def weights_in(path: str | os.PathLike[str]) -> Path:
     if file.is_file():
         return file
     folder = resolve_folder(file)
-    for name in WEIGHT_FILES:
+    first = (preferred,) if preferred in WEIGHT_FILES else ()  # names in configs are no paths
+    for name in (*first, *WEIGHT_FILES):
         if (folder / name).is_file():
             return folder / name
     raise CheckpointError(f"{folder} holds neither {SAFETENSORS_FILE} nor {TORCH_FILE}.")
