@@ -72,7 +72,9 @@ class BackboneState:
                 backbone.register_load_state_dict_pre_hook(state.accept_trimmed),
             ]
             for _, module in own_modules(backbone):
-                if hasattr(module, "gradient_checkpointing"):
+                if "gradient_checkpointing" in module.__dict__ or hasattr(
+                    type(module), "gradient_checkpointing"
+                ):
                     state.handles.append(
                         module.register_forward_pre_hook(let_gradients_in, prepend=True)
                     )

@@ -93,7 +93,7 @@ class DeltaBase(SaveLoadMixin):
         self.from_file = False
         self._planned, self._planned_on = None, {}
         self._excluded = set()
-        self._module_names, self._target_names, self._measured = {}, [], {}
+        self._own, self._module_names, self._target_names, self._measured = [], {}, [], {}
 
         patterns = as_patterns(modified_modules, "modified_modules")
         self.exclude_modules = as_patterns(exclude_modules, "exclude_modules")
@@ -261,11 +261,12 @@ class DeltaBase(SaveLoadMixin):
         Args:
             module: the backbone or a part of it.
         """
-        self.name_of(module)
         state = BackboneState.create(self.backbone_model)
         if module is self.backbone_model:
             state.trimmed, state.held = True, None
-        elif not any(type(hook) is SubmoduleTrim for hook in module._state_dict_hooks.values()):
+            return
+        self.name_of(module)  # raises for a module of another model
+        if not any(type(hook) is SubmoduleTrim for hook in module._state_dict_hooks.values()):
             state.handles.append(module.register_state_dict_post_hook(SubmoduleTrim(state)))
 
     # --- on and off -------------------------------------------------------------------------

@@ -109,6 +109,7 @@ class Construction(nn.Module):
     _planned: list[Insertion] | None
     _planned_on: dict[int, list[ModuleInsertion]]
     _excluded: set[str]
+    _own: list[tuple[str, nn.Module]]
     _module_names: dict[int, str]
     _target_names: list[str]
     _measured: dict[str, tuple[int, int]]
@@ -165,11 +166,7 @@ class Construction(nn.Module):
 
         A module that is registered twice may be addressed by either name; the first is returned.
         """
-        first: dict[int, str] = {}
-        known_as = {
-            name: first.setdefault(id(module), name)
-            for name, module in own_modules(self.backbone_model, remove_duplicate=False)
-        }
+        known_as = {name: self._module_names[id(module)] for name, module in self._own}
         names = list(known_as)
         if self.common_structure and not any(True for n in names for _ in self.common_names_of(n)):
             CommonStructureMap(self.backbone_model)  # raises, saying what it found and what to do
@@ -227,7 +224,10 @@ class Construction(nn.Module):
             The backbone.
         """
         self._planned, self._planned_on = [], {}
-        self._module_names = {id(module): name for name, module in own_modules(backbone)}
+        self._own = list(own_modules(backbone, remove_duplicate=False))
+        self._module_names = {}
+        for name, module in self._own:
+            self._module_names.setdefault(id(module), name)
         with random_state_kept_on_error():
             try:
                 self.plan(backbone, modified_modules)
@@ -240,7 +240,7 @@ class Construction(nn.Module):
             finally:
                 self._planned, self._planned_on = None, {}
             self._carry_out(planned)
-        self._module_names, self._target_names, self._measured = {}, [], {}
+        self._own, self._module_names, self._target_names, self._measured = [], {}, [], {}
         self.__dict__.setdefault("arguments", {})
         self.config = self.config_class(**self.arguments)
         if self.uses_defaults:

@@ -598,6 +598,14 @@ def test_a_tie_that_nobody_names_is_frozen() -> None:
     assert trainable(model) == delta_names(model)
 
 
+def test_freezing_one_end_of_a_tie_freezes_the_parameter() -> None:
+    model: Any = backbones.build("gpt2")
+    delta = place("LoraModel", "gpt2", model)
+    delta.freeze_module(model.lm_head)
+    assert not model.transformer.wte.weight.requires_grad
+    assert model.transformer.wpe.weight.requires_grad
+
+
 def test_a_tie_is_in_the_trimmed_state_dict_once() -> None:
     model = backbones.build("gpt2")
     delta = place("LoraModel", "gpt2", model)

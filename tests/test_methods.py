@@ -253,6 +253,7 @@ def test_pairs_are_formed_in_module_order() -> None:
     delta = ParallelAdapterModel(
         model, bottleneck_dim=2, modified_modules=["[r][12].a", "[r][12].b", "0.a", "0.b"]
     )
+    assert [name.split(".")[0] for name, _ in delta.named_parameters()] == list("000011112222")
     randomise(delta)
     expected = X
     for i, block in enumerate(model):

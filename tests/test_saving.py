@@ -237,8 +237,12 @@ def test_what_was_left_trainable_is_saved_and_loaded(method: str, how: str, tmp_
 def test_the_last_freeze_decides(tmp_path: Path) -> None:
     delta = trained("LoraModel", "bert_cls", exclude=["deltas", "pooler"])
     delta.freeze_module(exclude=["deltas", "classifier"])
-    delta.save_finetuned(tmp_path)
-    assert set(load_file(tmp_path / "model.safetensors")) == names(delta) | CLASSIFIER
+    delta.save_finetuned(tmp_path / "one")
+    assert set(load_file(tmp_path / "one" / "model.safetensors")) == names(delta) | CLASSIFIER
+    delta = trained("LoraModel", "bert_cls", unfrozen_modules=["deltas", "classifier"])
+    delta.freeze_module(exclude=["deltas"])
+    delta.save_finetuned(tmp_path / "two")
+    assert set(load_file(tmp_path / "two" / "model.safetensors")) == names(delta)
 
 
 def test_parts_frozen_one_by_one_are_all_saved(tmp_path: Path) -> None:

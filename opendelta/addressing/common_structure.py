@@ -29,6 +29,7 @@ from opendelta.addressing.graph import (
 from opendelta.addressing.inference import FUSED, Block, find_blocks, is_norm
 from opendelta.addressing.towers import find_towers, input_embeddings, output_embeddings
 from opendelta.exceptions import AddressingError, DeltaWarning, nearest
+from opendelta.insertion import own_modules
 
 logger = logging.getLogger(__name__)
 
@@ -220,10 +221,11 @@ class CommonStructureMap:
             stacks_here = {_stack_of(name) for name, common in names.items() if _is_block(common)}
             if stacks_here & in_scope:
                 self._add_tree(names, f"by the tree of {family}")
+        causal = self._causal(inferred)
         lists: dict[str, str] = {}
         for block in inferred:
             if _stack_of(block.place) in in_scope:
-                self._add_block(block, lists)
+                self._add_block(block, lists, causal)
         in_a_tree = any(inside(embeddings or "", place) for place, _, _ in trees)
         if embeddings is not None and not in_a_tree:
             self._add_outer(embeddings, "embeddings", "get_input_embeddings() returns it")
@@ -238,11 +240,22 @@ class CommonStructureMap:
             role = below(common, home) if home else _outer_role(common)
             self._named[name] = _Named(common, home, role, why)
 
-    def _add_block(self, block: Block, lists: dict[str, str]) -> None:
+    def _causal(self, blocks: list[Block]) -> dict[str, bool]:
+        """Stack -> whether its attentions say that they look at the past alone, where they say."""
+        causal: dict[str, bool] = {}
+        for block in blocks:
+            for name, site in block.sites.items():
+                if site.role == "attn":
+                    said = getattr(self._graph.modules[name], "is_causal", None)
+                    if isinstance(said, bool):
+                        causal.setdefault(_stack_of(block.place), said)
+        return causal
+
+    def _add_block(self, block: Block, lists: dict[str, str], causal: dict[str, bool]) -> None:
         """Name an inferred block and what has a role in it."""
         home = _stack_of(block.place)
         if home not in lists:
-            lists[home] = self._name_list(home, block, lists)
+            lists[home] = self._name_list(home, block, lists, causal.get(home))
         common = lists[home]
         if home != block.place:
             common = join(common, leaf_of(block.place))
@@ -251,18 +264,17 @@ class CommonStructureMap:
         for name, site in block.sites.items():
             self._named[name] = _Named(join(common, site.role), common, site.role, site.why)
 
-    def _name_list(self, home: str, block: Block, lists: dict[str, str]) -> str:
+    def _name_list(
+        self, home: str, block: Block, lists: dict[str, str], causal: bool | None
+    ) -> str:
         """Name a list of blocks and the norms beside it; the common name of the list."""
         outer = parent_of(home)
         stack = self.transform(outer, strict=False) or ""
         if home == block.place:  # an attention on its own
             return stack
         said = {word for part in home.split(".") for word in words(part)}
-        if said.isdisjoint({"encoder", "decoder"}):
-            roots = (self._graph.modules[n] for n, s in block.sites.items() if s.role == "attn")
-            causal = next((getattr(module, "is_causal", None) for module in roots), None)
-            if isinstance(causal, bool):
-                stack = join(stack, "decoder" if causal else "encoder")
+        if causal is not None and said.isdisjoint({"encoder", "decoder"}):
+            stack = join(stack, "decoder" if causal else "encoder")
         common = join(stack, "block")
         if common in lists.values():
             common = join(stack, leaf_of(home), "block")
@@ -301,12 +313,10 @@ class CommonStructureMap:
 
     def _holds(self, key: str) -> bool:
         """Whether `key` is a parameter, a buffer, or another name of a shared module."""
-        try:
-            owner = self._backbone.get_submodule(parent_of(key))
-        except AttributeError:
-            return False
-        leaf = leaf_of(key)
-        return leaf in owner._parameters or leaf in owner._buffers or leaf in owner._modules
+        modules = dict(own_modules(self._backbone, remove_duplicate=False))
+        owner, leaf = modules.get(parent_of(key)), leaf_of(key)
+        inner = owner is not None and (leaf in owner._parameters or leaf in owner._buffers)
+        return inner or key in modules
 
     def _nothing_found(self) -> str:
         linears = list(self._graph.linears)

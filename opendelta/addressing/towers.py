@@ -11,7 +11,16 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from opendelta.addressing.graph import Graph, ancestors, below, inside, join, leaf_of, words
+from opendelta.addressing.graph import (
+    Graph,
+    ancestors,
+    below,
+    inside,
+    join,
+    leaf_of,
+    parent_of,
+    words,
+)
 
 
 def _words(text: str) -> frozenset[str]:
@@ -80,8 +89,8 @@ def find_towers(
     """
     towers: dict[str, str] = {}
     kept = list(dict.fromkeys(stacks))
-    path = ["", *reversed([a for a in ancestors(embeddings or "") if a])]
-    for place in path:
+    deepest = _around_all(stacks) if embeddings is None else parent_of(embeddings)
+    for place in reversed([deepest, *ancestors(deepest)]):
         parts = dict.fromkeys(
             join(place, below(stack, place).split(".")[0])
             for stack in kept
@@ -90,20 +99,28 @@ def find_towers(
         branches = [part for part in parts if part not in stacks]
         if len(parts) < 2 or not branches:
             continue
-        home = next((p for p in branches if embeddings and inside(embeddings, p)), None)
-        dropped = []
-        for part in branches:
-            if embeddings is None:
-                apart = not _MODALITY.keys().isdisjoint(words(leaf_of(part)))
-            else:
-                apart = part != home and _is_apart(graph, part, home, len(branches) < len(parts))
-                dropped += [part] if apart else []
-            if apart:
-                towers[_tower_name(part, towers)] = part
-        if dropped and home:
-            towers[_tower_name(home, towers)] = home
+        if embeddings is None:  # nothing is known of the input, so all are in scope
+            for part in branches:
+                if not _MODALITY.keys().isdisjoint(words(leaf_of(part))):
+                    towers[_tower_name(part, towers)] = part
+            continue
+        home = next((part for part in branches if inside(embeddings, part)), None)
+        beside_a_stack = len(branches) < len(parts)
+        dropped = [
+            part
+            for part in branches
+            if part != home and _is_apart(graph, part, home, beside_a_stack)
+        ]
+        for part in [home, *dropped] if home and dropped else dropped:
+            towers[_tower_name(part, towers)] = part
         kept = [s for s in kept if not any(inside(s, part) for part in dropped)]
     return towers, kept
+
+
+def _around_all(names: Sequence[str]) -> str:
+    """The innermost module around all of `names`."""
+    first, *others = names or [""]
+    return next(a for a in ancestors(first + ".") if all(inside(other, a) for other in others))
 
 
 def _is_apart(graph: Graph, part: str, home: str | None, beside_a_stack: bool) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from opendelta.addressing.graph import words
 from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
@@ -28,6 +29,8 @@ from opendelta.insertion import (
 
 ROOT = "root"
 IGNORED_LABEL = -100  # what transformers' and torch's losses leave out
+_NO_TOKENS = {"pos", "position", "positional", "positions", "type", "segment", "relative"}
+SPANS = ("start_positions", "end_positions")  # labels that count positions
 
 
 class SoftPromptLayer(nn.Module):
@@ -40,35 +43,28 @@ class SoftPromptLayer(nn.Module):
         embedding: name of the token embedding below the host.
         names: names of the host's positional arguments, in order.
         expand: arguments of shape (batch, tokens) that get longer, and their value for the prompt.
-        trim: whether the host's outputs are cut to the length of the text.
     """
 
     def __init__(
-        self,
-        soft_embeds: Tensor,
-        embedding: str,
-        names: list[str],
-        expand: Mapping[str, int],
-        trim: bool,
+        self, soft_embeds: Tensor, embedding: str, names: list[str], expand: Mapping[str, int]
     ) -> None:
         super().__init__()
         self.soft_embeds = nn.Parameter(soft_embeds)
         self.embedding, self.names, self.expand = embedding, names, dict(expand)
-        self.trim = trim
-        self.length = 0  # of the text in the call that runs
+        self.count = soft_embeds.shape[0]
+        self.length = 0  # of the text in the call that runs; 0 where no prompt was put before it
 
     def forward(self, embeds: Tensor) -> Tensor:
         """The prompt before `embeds`, (batch, tokens, width) or (tokens, width)."""
-        prompt = self.soft_embeds.to(embeds.dtype)
+        prompt = self.soft_embeds.to(embeds)
         if embeds.dim() == 3:
             prompt = prompt.expand(embeds.shape[0], -1, -1)
         return torch.cat([prompt, embeds], -2)
 
 
 def longer(ids: Tensor, count: int, value: int) -> Tensor:
-    """`ids` (batch, tokens) with `count` times `value` in front, as a new tensor."""
-    front = ids.new_full((ids.shape[0], count), value)
-    return torch.cat([front, ids], 1)
+    """`ids` (..., tokens) with `count` times `value` in front, as a new tensor."""
+    return torch.cat([ids.new_full((*ids.shape[:-1], count), value), ids], -1)
 
 
 def prepend(
@@ -76,50 +72,141 @@ def prepend(
 ) -> tuple[Args, Kwargs]:
     """Before the model: hand it embeddings with the prompt in front, and all else as long."""
     given = {**dict(zip(layer.names, args, strict=False)), **kwargs}
-    count = layer.soft_embeds.shape[0]
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    layer.length = 0
     if ids is None and embeds is None:
         return args, kwargs
     text: Tensor = ids if embeds is None else embeds  # type: ignore[assignment]
-    length = text.shape[1]
-    cache = given.get("past_key_values")
-    cached = 0 if cache is None or not hasattr(cache, "get_seq_length") else cache.get_seq_length()
-    for name, value in layer.expand.items():
-        old = given.get(name)
-        if not isinstance(old, Tensor) or old.dim() != 2:
-            continue
-        # With a cache the mask covers all positions so far, the others only the new ones.
-        if not cached or (name.endswith("mask") and old.shape[1] < cached + length):
-            given[name] = longer(old, count, value)
+    cached = cached_positions(given)
+    lengthen(given, layer.count, layer.expand, text.shape[:2], cached)
     positions = given.get("position_ids")
     if positions is not None:
-        moved = positions + count
-        front = torch.arange(count, device=moved.device).expand(*moved.shape[:-1], -1)
+        moved = positions + layer.count
+        front = torch.arange(layer.count, device=moved.device).expand(*moved.shape[:-1], -1)
         given["position_ids"] = moved if cached else torch.cat([front, moved], -1)
-    layer.length = length
     if not cached:
         if embeds is None:
             embeds = host.get_submodule(layer.embedding)(ids)
         given["input_ids"], given["inputs_embeds"] = None, layer(embeds)
-        labels = given.get("labels")
-        if isinstance(labels, Tensor) and labels.shape == text.shape[:2]:
-            given["labels"] = longer(labels, count, IGNORED_LABEL)
+        layer.length = text.shape[1]
     return (), given
 
 
-def trim(layer: SoftPromptLayer, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+class Companion(nn.Module):
+    """On a model that takes no embeddings: what goes along with the text gets as long.
+
+    Args:
+        count: length of the prompt.
+        names, expand: see `SoftPromptLayer`.
+    """
+
+    def __init__(self, count: int, names: list[str], expand: Mapping[str, int]) -> None:
+        super().__init__()
+        self.count, self.names, self.expand = count, names, dict(expand)
+        self.length = 0
+
+    def pre_forward(self, *args: Any, **kwargs: Any) -> tuple[Args, Kwargs]:
+        """The model's arguments, all but the text longer by the prompt."""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        known = {*self.expand, "labels", *SPANS}
+        rest = (value for name, value in given.items() if name not in known)
+        text = next((value for value in rest if isinstance(value, Tensor)), None)
+        if text is None:
+            return args, kwargs
+        self.length = text.shape[1] if text.dim() > 1 else 0
+        lengthen(given, self.count, self.expand, text.shape[:2], 0)
+        return tuple(given.pop(name) for name in self.names[: len(args)]), given
+
+
+def lengthen(
+    given: Kwargs, count: int, expand: Mapping[str, int], shape: torch.Size, cached: int
+) -> None:
+    """Make the arguments that go along with the text as long as prompt and text.
+
+    Args:
+        given: the arguments, changed in place; their tensors are not.
+        count: length of the prompt.
+        expand: see `SoftPromptLayer`.
+        shape: (batch, tokens) of the text.
+        cached: how many positions a cache holds, prompt included.
+    """
+    for name, value in expand.items():
+        old, is_mask = given.get(name), name.endswith("mask")
+        if old is None or (cached and not is_mask):
+            continue  # with a cache the mask covers all positions so far, the others the new ones
+        if not isinstance(old, Tensor) or old.dim() > 2:
+            raise InsertionError(
+                f"{name} is not of shape (batch, tokens), so a soft prompt cannot make it longer. "
+                "Static caches bring such masks: leave cache_implementation at its default."
+            )
+        if old.shape[-1] < cached + shape[-1] or not cached:
+            given[name] = longer(old, count, value)
+    labels = given.get("labels")
+    if not cached and isinstance(labels, Tensor) and labels.shape == shape:
+        if not labels.is_floating_point():  # else they are targets of several classes
+            given["labels"] = longer(labels, count, IGNORED_LABEL)
+    for name in SPANS:
+        if isinstance(given.get(name), Tensor):
+            given[name] = given[name] + count
+
+
+def cached_positions(given: Kwargs) -> int:
+    """How many positions the cache among a model's arguments holds, prompt included.
+
+    A recurrent state does not count them: 1 stands for any number.
+    """
+    for name in ("past_key_values", "cache_params", "state", "mems"):
+        cache = given.get(name)
+        if cache is None:
+            continue
+        if getattr(cache, "is_linear", None) and all(cache.is_linear):
+            return int(cache.has_previous_state())
+        return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 1
+    return 0
+
+
+def trim(
+    layer: SoftPromptLayer | Companion, host: nn.Module, args: Args, kwargs: Kwargs, output: Any
+) -> Any:
     """After the model: cut outputs of shape (batch, prompt and text, ...) to the text."""
-    count = layer.soft_embeds.shape[0]
+    of_spans = SPANS[0] in layer.names  # such a model returns scores (batch, positions)
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
-            is_sequence = value.dim() >= 3 and value.shape[1] == count + layer.length
-            return value[:, count:] if is_sequence else value
+            is_sequence = value.dim() == 3 or (value.dim() == 2 and of_spans)
+            return value[:, layer.count :] if is_sequence and value.shape[1] == total else value
         return type(value)(map(cut, value)) if type(value) in (tuple, list) else value
 
+    if not layer.length:
+        return output
+    total = layer.count + layer.length
     if isinstance(output, Mapping):
         return type(output)(**{key: cut(value) for key, value in output.items()})
     return cut(output)
+
+
+class TrimEncoder(nn.Module):
+    """On an encoder-decoder: cuts the encoder's states that it returns to the text."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+
+def trim_encoder(
+    delta: TrimEncoder, host: nn.Module, args: Args, kwargs: Kwargs, output: Any
+) -> Any:
+    """After an encoder-decoder that ran its encoder: cut the encoder's states to the text."""
+    if not isinstance(output, Mapping) or kwargs.get("encoder_outputs") is not None:
+        return output
+    cut = dict(output)
+    if isinstance(cut.get("encoder_last_hidden_state"), Tensor):
+        cut["encoder_last_hidden_state"] = cut["encoder_last_hidden_state"][:, delta.count :]
+    if cut.get("encoder_hidden_states") is not None:
+        cut["encoder_hidden_states"] = tuple(
+            state[:, delta.count :] for state in cut["encoder_hidden_states"]
+        )
+    return type(output)(**cut)
 
 
 class CrossMask(nn.Module):
@@ -133,8 +220,9 @@ class CrossMask(nn.Module):
         """The decoder's arguments with `encoder_attention_mask` longer by the prompt."""
         mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if isinstance(mask, Tensor) and isinstance(states, Tensor) and mask.dim() == 2:
-            if mask.shape[1] + self.count == states.shape[1]:
-                kwargs = {**kwargs, "encoder_attention_mask": longer(mask, self.count, 1)}
+            missing = min(self.count, states.shape[1] - mask.shape[1])
+            if missing > 0:
+                kwargs = {**kwargs, "encoder_attention_mask": longer(mask, missing, 1)}
         return args, kwargs
 
 
@@ -145,6 +233,10 @@ class SoftPromptConfig(BaseDeltaConfig):
 @register
 class SoftPromptModel(DeltaBase):
     """Trained vectors before the token embeddings; encoder-decoders get them in the encoder.
+
+    What a model returns for each position it returns for the prompt's too, in front. An exception
+    are models that look for padding among the ids (decoders that classify sequences): the prompt
+    goes into their base model, whose output is cut to the text.
 
     Args:
         backbone_model: the model to modify, in place.
@@ -158,9 +250,11 @@ class SoftPromptModel(DeltaBase):
             itself (``"root"`` is the backbone).
         exclude_modules: see `DeltaBase`, also for the arguments that follow.
         trim_output: cut the returned sequences to the text, without the prompt's positions.
+            Attention weights stay whole; of an encoder-decoder the returned states of the encoder
+            are cut.
 
     Raises:
-        InsertionError: if no token embedding is found.
+        InsertionError: if no token embedding is found, or `modified_modules` names several models.
         ConfigError: for a length below 1, or above the vocabulary with `token_init`.
     """
 
@@ -198,28 +292,40 @@ class SoftPromptModel(DeltaBase):
         if list(patterns) == [ROOT]:
             name, host = _prompted(backbone)
         else:
-            (name, *_) = [n for hits in self.find_targets(patterns) for n in hits]
+            name, *others = [n for hits in self.find_targets(patterns) for n in hits]
+            if others:
+                raise InsertionError(
+                    f"modified_modules={list(patterns)} names {[name, *others]}; a soft prompt goes "
+                    "before the input of one model."
+                )
             host = backbone.get_submodule(name)
+        sites: dict[str, Any] = dict(own_modules(backbone))
+        inner = _base_of_pad_seeker(host)
+        if inner:
+            name = dotted(name, inner)
+            host = sites[name]
         embedding_name, embedding = _embedding_of(name, host)
-        arguments = inspect.signature(type(host).forward).parameters
-        layer = SoftPromptLayer(
-            self._initial(embedding),
-            embedding_name,
-            [n for n in arguments if n != "self"],
-            self.other_expand_ids,
-            self.trim_output,
-        )
-        if "inputs_embeds" in arguments:
+        names = [n for n in inspect.signature(type(host).forward).parameters if n != "self"]
+        expand, count = self.other_expand_ids, self.soft_token_num
+        layer = SoftPromptLayer(self._initial(embedding), embedding_name, names, expand)
+        trimmed: SoftPromptLayer | Companion = layer
+        if "inputs_embeds" in names:
             self.insert_action(host, layer, "soft_prompt_layer", BeforeDispatcher, prepend)
-            if self.trim_output:
-                self.insert_action(host, layer, "soft_prompt_layer", AfterDispatcher, trim)
-        else:  # a network without that argument: the prompt joins what its embedding returns
+        else:  # the prompt joins what the embedding returns
             self.insert_action(embedding, layer, "soft_prompt_layer", AfterDispatcher, after)
-        decoder = name.rpartition(".")[0]
-        decoder = dotted(decoder, "decoder") if name.rpartition(".")[2] == "encoder" else ""
-        if decoder and (module := dict(own_modules(backbone)).get(decoder)) is not None:
-            mask = CrossMask(self.soft_token_num)
-            self.insert_module(module, "before", mask, "soft_prompt_mask")
+            trimmed = Companion(count, names, expand)
+            self.insert_module(host, "before", trimmed, "soft_prompt_companion")
+        whole, _, leaf = name.rpartition(".")
+        decoder = sites.get(dotted(whole, "decoder")) if leaf == "encoder" else None
+        if decoder is not None:
+            self.insert_module(decoder, "before", CrossMask(count), "soft_prompt_mask")
+            if self.trim_output:
+                top = next(m for n, m in sites.items() if hasattr(m, "get_encoder"))
+                cut = TrimEncoder(count)
+                self.insert_action(top, cut, "soft_prompt_trim", AfterDispatcher, trim_encoder)
+        elif self.trim_output or inner:
+            site = "soft_prompt_layer" if trimmed is layer else "soft_prompt_companion"
+            self.insert_action(host, trimmed, site, AfterDispatcher, trim)
 
     def _initial(self, embedding: Any) -> Tensor:
         count, vocabulary = self.soft_token_num, embedding.num_embeddings
@@ -233,7 +339,15 @@ class SoftPromptModel(DeltaBase):
             )
         ids = torch.arange(count, device=next(embedding.parameters()).device)
         with torch.no_grad():
-            return nn.functional.embedding(ids, embedding.weight).clone()
+            embeds: Tensor = embedding.forward(ids)  # may scale them; a delta on it takes no part
+        return embeds.clone()
+
+    def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Accept 0.3.2's files, whose prompt is always at the outermost model."""
+        old, own = dotted("soft_prompt_layer", "soft_embeds"), next(iter(self.own_tensors()))[0]
+        if own.endswith(old) and own not in tensors:
+            tensors = {own if name == old else name: t for name, t in tensors.items()}
+        return tensors
 
 
 def _prompted(backbone: nn.Module) -> tuple[str, Any]:
@@ -250,16 +364,34 @@ def _prompted(backbone: nn.Module) -> tuple[str, Any]:
     return "", backbone
 
 
-def _embedding_of(name: str, host: Any) -> tuple[str, nn.Module]:
-    """(name below the host, module) of the host's token embedding."""
-    wanted = None
+def _base_of_pad_seeker(host: nn.Module) -> str:
+    """Name of the base model in a model that looks for padding among its ids, else "".
+
+    With embeddings in place of ids such a model takes the last position for the last token.
+    """
+    code = getattr(inspect.unwrap(type(host).forward), "__code__", None)
+    base = getattr(host, "base_model_prefix", "")
+    if code is None or "pad_token_id" not in code.co_names or not base:
+        return ""
+    return base if isinstance(host._modules.get(base), nn.Module) else ""
+
+
+def _embedding_of(name: str, host: Any) -> tuple[str, Any]:
+    """(name below the host, module) of the host's token embedding.
+
+    It is what `get_input_embeddings` returns, else the first embedding that is not named after
+    positions or types.
+    """
+    found = [(n, m) for n, m in own_modules(host) if hasattr(m, "num_embeddings")]
     if hasattr(host, "get_input_embeddings"):
         wanted = host.get_input_embeddings()
-    for inner_name, module in own_modules(host):
-        if module is wanted or (wanted is None and isinstance(module, nn.Embedding)):
-            if hasattr(module, "num_embeddings"):
-                return inner_name, module
-    raise InsertionError(
-        f"No token embedding is found in {name or type(host).__name__!r}: a soft prompt goes "
-        "before token embeddings. Name the model that holds one in modified_modules."
-    )
+        found = [(n, m) for n, m in found if m is wanted]
+    else:
+        of_ids = [(n, m) for n, m in found if not _NO_TOKENS & set(words(n))]
+        found = of_ids or found
+    if not found:
+        raise InsertionError(
+            f"No token embedding is found in {name or type(host).__name__!r}: a soft prompt goes "
+            "before token embeddings. Name the model that holds one in modified_modules."
+        )
+    return found[0]

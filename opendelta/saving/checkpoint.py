@@ -180,7 +180,8 @@ class SaveLoadMixin(Construction):
             CheckpointError: if the file is damaged or does not fit; nothing is loaded then.
         """
         self.require_own(backbone_model)
-        load_tensors(self, read_tensors(weights_in(path), load_func))
+        values = _delta_config(Path(path))
+        load_tensors(self, read_tensors(weights_in(path, values.get("weights_file")), load_func))
 
     # --- its tensors ------------------------------------------------------------------------
 
@@ -314,13 +315,19 @@ class SaveLoadMixin(Construction):
 
 def _note_weights(file: Path, digest: str) -> None:
     """Let the delta's config that lies beside new weights, if any, vouch for them."""
+    values = _delta_config(file.parent)
+    if values:
+        values |= {"weights_file": file.name, "weights_sha256": digest}
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        write_atomically(file.parent / CONFIG_FILE, text.encode())
+
+
+def _delta_config(folder: Path) -> dict[str, Any]:
+    """The fields of the delta's config in a folder; none where there is no such config."""
     try:
-        values = read_config(file.parent)
+        return read_config(folder) if folder.is_dir() else {}
     except CheckpointError:
-        return
-    values |= {"weights_file": file.name, "weights_sha256": digest}
-    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    write_atomically(file.parent / CONFIG_FILE, text.encode())
+        return {}
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -1,0 +1,230 @@
+"""Tiny random backbones of every architecture in transformers, without a download.
+
+`backbone(model_type)` builds one with some thousand parameters and `batch(model)` an input that
+passes through it; `default_size(model_type)` builds the default config on the meta device. A config
+is shrunk by what its fields are called: widths, numbers of layers and heads, vocabularies and
+images get the same small values everywhere, so that they still fit together. `EXCEPTIONS` says
+what that gets wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto import configuration_auto, modeling_auto
+
+HIDDEN, INNER, VOCABULARY, POSITIONS, IMAGE, PATCH = 32, 48, 100, 64, 32, 8
+
+# What a field of a config is set to, by its name.
+_SIZES: dict[str, int] = {
+    name: size
+    for size, names in [
+        (
+            2,
+            """num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers depth
+            num_decoder_layers num_encoder_layers num_blocks decoder_num_hidden_layers layers
+            num_key_value_heads n_head_kv num_kv_heads linear_num_key_heads swa_num_key_value_heads
+            cross_num_key_value_heads resampler_depth memory_attention_num_layers text_layers
+            num_feat_extract_layers num_mel_attn_blocks aligner_num_add_layers num_experts_per_tok
+            num_encoder_blocks num_stages moe_topk moe_k top_k num_codebooks n_codebooks
+            num_local_layers max_window_layers""",
+        ),
+        (
+            4,
+            """num_attention_heads num_heads n_head n_heads encoder_attention_heads attention_heads
+            decoder_attention_heads linear_num_value_heads swa_num_attention_heads index_n_heads
+            cross_num_attention_heads decoder_num_attention_heads resampler_n_heads
+            resampler_heads num_local_experts n_routed_experts num_experts moe_num_experts
+            qk_rope_head_dim rotary_dim mamba_d_state state_size ssm_state_size window_size
+            time_step_rank mamba_dt_rank num_conv_pos_embedding_groups linear_num_heads""",
+        ),
+        (
+            8,
+            """head_dim d_kv d_head attention_head_dim v_head_dim qk_nope_head_dim kv_channels
+            q_lora_rank kv_lora_rank linear_key_head_dim linear_value_head_dim swa_head_dim
+            cross_head_dim resampler_head_dim resampler_dim_head global_head_dim index_head_dim
+            dim_head patch_size num_latents resampler_n_latents resampler_num_latents num_queries
+            mamba_d_head mamba_head_dim linear_head_dim hidden_size_per_layer_input num_mel_bins
+            num_conv_pos_embeddings altup_rank laurel_rank num_filters stem_channels""",
+        ),
+        (12, "qk_head_dim"),
+        (
+            HIDDEN,
+            """hidden_size d_model dim n_embd embed_dim word_embed_proj_dim projection_dim
+            encoder_hidden_dim decoder_hidden_dim hidden_dim d_embed output_dim embedding_dim
+            projector_hidden_size vision_hidden_size emb_dim encoder_hidden_size text_embed_dim
+            decoder_hidden_size hidden_channels mask_feature_size out_hidden_size embedding_size
+            text_hidden_size fusion_hidden_size output_hidden_size image_text_hidden_size
+            audio_hidden_size backbone_hidden_size project_dim output_channels fpn_hidden_size
+            feature_size cross_hidden_size attention_hidden_size memory_encoder_hidden_size
+            memory_attention_hidden_size hidden_size_global codebook_dim image_size img_size
+            input_image_size crop_size latent_dim vision_output_dim iou_head_hidden_dim""",
+        ),
+        (
+            INNER,
+            """intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff n_inner d_inner
+            dim_feedforward ffn_hidden_size moe_intermediate_size shared_expert_intermediate_size
+            mlp_dim inner_dim intermediate_size_mlp decoder_intermediate_size linear_units
+            encoder_linear_units decoder_linear_units shared_intermediate_size
+            moe_shared_expert_intermediate_size memory_attention_feed_forward_hidden_size""",
+        ),
+        (
+            POSITIONS,
+            """max_position_embeddings n_positions n_ctx max_seq_len max_target_positions
+            max_source_positions max_2d_position_embeddings""",
+        ),
+        (
+            VOCABULARY,
+            """vocab_size n_words src_vocab_size tgt_vocab_size text_vocab_size
+            encoder_vocab_size decoder_vocab_size vocab_size_per_layer_input codebook_size
+            input_vocab_size output_vocab_size""",
+        ),
+    ]
+    for name in names.split()
+}
+# The same for fields that hold one number for each stage.
+_STAGES = {
+    "depths": 1,
+    "num_heads": 2,
+    "num_attention_heads": 2,
+    "layers_block": 1,
+    "stage_num_blocks": 1,
+}
+_WIDENING = ("hidden_sizes", "embed_dims", "encoder_hidden_sizes", "embed_dim", "hidden_dims")
+
+
+def model_types() -> list[str]:
+    """Every type of model that transformers knows."""
+    return list(configuration_auto.CONFIG_MAPPING_NAMES)
+
+
+def model_class(model_type: str) -> type[nn.Module]:
+    """The base model of a type, or the first of its models where it has no base model.
+
+    Raises:
+        LookupError: if it has none.
+    """
+    config_class = configuration_auto.CONFIG_MAPPING[model_type]
+    named = modeling_auto.MODEL_MAPPING_NAMES.get(model_type)
+    names = [named] if isinstance(named, str) else list(named or ())
+    for mapping in (name for name in vars(modeling_auto) if name.endswith("_MAPPING_NAMES")):
+        found = getattr(modeling_auto, mapping).get(model_type, ())
+        names += [found] if isinstance(found, str) else list(found)
+    home = config_class.__module__.replace("configuration_", "modeling_")
+    module = importlib.import_module(home)
+    for name in names:
+        found = getattr(module, name, None)
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            return found
+    for found in vars(module).values():
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if is_model and found.config_class is config_class and found.__module__ == home:
+            return found
+    raise LookupError(f"{model_type} has no model class.")
+
+
+def default_size(model_type: str) -> nn.Module:
+    """The backbone of the default config, on the meta device."""
+    with torch.device("meta"):
+        return model_class(model_type)(configuration_auto.CONFIG_MAPPING[model_type]())
+
+
+def backbone(model_type: str) -> nn.Module:
+    """A tiny random backbone, in eval mode."""
+    torch.manual_seed(0)
+    return model_class(model_type)(config(model_type)).eval()
+
+
+def config(model_type: str) -> transformers.PretrainedConfig:
+    """The default config of a type, shrunk."""
+    config_class = configuration_auto.CONFIG_MAPPING[model_type]
+    shrunk = _shrink(config_class().to_dict())
+    _update(shrunk, EXCEPTIONS.get(model_type, {}))
+    return config_class.from_dict(shrunk)
+
+
+def _update(target: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for name, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(target.get(name), dict):
+            _update(target[name], value)
+        else:
+            target[name] = value
+
+
+def _shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's fields with small values; those of configs inside it too."""
+    shrunk: dict[str, Any] = {}
+    layers = next((fields[n] for n in ("num_hidden_layers", "num_layers") if n in fields), None)
+    kinds = fields.get("layer_types") or fields.get("layers_block_type") or ()
+    kept = list(dict.fromkeys(kinds)) if isinstance(kinds, list) else []
+    special = VOCABULARY
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            shrunk[name] = _shrink(value)
+        elif isinstance(value, bool) or value is None:
+            shrunk[name] = value
+        elif isinstance(value, int) and name in _SIZES:
+            shrunk[name] = min(value, _SIZES[name]) if value > 0 else value
+        elif isinstance(value, int) and ("token" in name or name.endswith("_id")):
+            special -= value >= VOCABULARY
+            shrunk[name] = special if value >= VOCABULARY else value
+        elif isinstance(value, list) and value and name in _STAGES:
+            shrunk[name] = [_STAGES[name]] * len(value)
+        elif isinstance(value, list) and name in _WIDENING and isinstance(value[0], int):
+            shrunk[name] = [8 * (place + 1) for place in range(len(value))]
+        elif isinstance(value, list) and layers and len(value) == layers and layers > 2:
+            pick = [kinds.index(kind) for kind in kept] if kept else [0, 1]
+            pick = (pick * 2)[: max(2, len(kept))]
+            shrunk[name] = [value[place] for place in pick]
+        else:
+            shrunk[name] = copy.deepcopy(value)
+    if len(kept) > 2:
+        for name in ("num_hidden_layers", "num_layers"):
+            if name in shrunk:
+                shrunk[name] = len(kept)
+    if "mrope_section" in shrunk:
+        shrunk["mrope_section"] = [2, 1, 1]
+    return shrunk
+
+
+def batch(model: nn.Module) -> dict[str, Tensor]:
+    """An input that passes through a backbone made here."""
+    config = model.config
+    parameters = inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def ids(*shape: int) -> Tensor:
+        return torch.randint(10, 40, shape, generator=generator)
+
+    inputs: dict[str, Tensor] = {}
+    main = getattr(model, "main_input_name", "input_ids")
+    wanted = [main] + [n for n, p in parameters.items() if p.default is inspect.Parameter.empty]
+    for name in dict.fromkeys(wanted):
+        if name in ("input_ids", "text_input_ids"):
+            inputs[name] = ids(2, 7)
+            if "attention_mask" in parameters:
+                inputs["attention_mask"] = torch.ones(2, 7, dtype=torch.long)
+        elif name == "pixel_values":
+            vision = getattr(config, "vision_config", None) or config
+            size = getattr(vision, "image_size", IMAGE) or IMAGE
+            height, width = size if isinstance(size, (list, tuple)) else (size, size)
+            inputs[name] = noise(2, getattr(vision, "num_channels", 3) or 3, height, width)
+        elif name in ("input_values", "input_features", "audio_values"):
+            bins = getattr(config, "num_mel_bins", None)
+            inputs[name] = noise(2, 64, bins) if bins else noise(2, 800)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+        inputs["decoder_input_ids"] = ids(2, 5)
+    return inputs
+
+
+EXCEPTIONS: dict[str, dict[str, Any]] = {}
