@@ -73,6 +73,14 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin in (list, tuple, dict):
+        if not isinstance(value, origin):
+            return False
+        options = [option for option in typing.get_args(hint) if option is not Ellipsis]
+        if origin is dict:
+            pairs = value.items()
+            return all(_fits(k, options[0]) and _fits(v, options[1]) for k, v in pairs)
+        return all(_fits(item, options[0]) for item in value)
     if origin is not None:
         return isinstance(value, origin)
     if hint is float:

@@ -67,6 +67,8 @@ def model_class_for(config: BaseDeltaConfig | dict[str, Any]) -> type[DeltaBase]
         )
     named = config.get("delta_type") if isinstance(config, dict) else config.delta_type
     choices = ", ".join(sorted({model.delta_type for model in REGISTRY.values()}))
+    if named is not None and not isinstance(named, str):
+        raise ConfigError(f"delta_type={named!r} is a {type(named).__name__}; expected a name.")
     if not named:
         raise ConfigError(f"The config names no method: set 'delta_type' to one of {choices}.")
     if named not in REGISTRY:

@@ -62,6 +62,12 @@ class BackboneState:
         return None
 
     @classmethod
+    def within(cls, backbone: nn.Module) -> list[BackboneState]:
+        """The states of `backbone` and of modules inside it that deltas took as their backbone."""
+        states = (cls.of(module) for _, module in own_modules(backbone))
+        return [state for state in states if state is not None]
+
+    @classmethod
     def create(cls, backbone: nn.Module) -> BackboneState:
         """The state of `backbone`, made and registered if it has none yet."""
         state = cls.of(backbone)
@@ -144,12 +150,8 @@ class BackboneState:
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
     ) -> None:
         """Before loading: let a trimmed dict stand for itself and whatever is frozen now."""
-        if not self.trims or not any(key.startswith(prefix) for key in state_dict):
-            return
-        keep = active_names(module, self.delta_tensors())
-        for name, tensor in named_tensors(module):
-            if name not in keep:
-                state_dict.setdefault(prefix + name, tensor.detach())
+        if self.trims:
+            fill_in(module, state_dict, prefix, self.delta_tensors())
 
     def delta_tensors(self) -> set[int]:
         """Ids of the tensors that deltas keep constant (buffers, parameters that never train)."""
@@ -165,15 +167,21 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The backbone's own parameters with all their names, those of attached deltas left out.
+    """The backbone's own parameters with all their names, nothing of any delta.
 
     A parameter that a delta put in the place of the backbone's (BitFit's bias) is the delta's.
     """
-    state = BackboneState.of(backbone)
-    foreign = {id(p) for i in state.insertions for _, p in i.named_parameters()} if state else set()
-    for name, p in backbone.named_parameters(remove_duplicate=False):
-        if id(p) not in foreign:
-            yield name, p
+    foreign = {
+        id(p)
+        for state in BackboneState.within(backbone)
+        for slot in state.slots.values()
+        if (top := slot.top) is not None
+        for _, p in top.named_parameters()
+    }
+    for name, module in own_modules(backbone, remove_duplicate=False):
+        for own_name, p in module._parameters.items():
+            if p is not None and id(p) not in foreign:
+                yield dotted(name, own_name), p
 
 
 def active_names(module: nn.Module, constants: set[int]) -> set[str]:
@@ -193,17 +201,43 @@ def trim(module: nn.Module, state_dict: dict[str, Any], prefix: str, constants: 
             state_dict.pop(prefix + name, None)
 
 
+def fill_in(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, constants: set[int]
+) -> None:
+    """Add to a dict to be loaded what a trimmed one leaves out, with the values there are now."""
+    keep = active_names(module, constants)
+    for name, tensor in named_tensors(module):
+        if name not in keep:
+            state_dict.setdefault(prefix + name, tensor.detach())
+
+
 class SubmoduleTrim:
-    """State-dict hook of a submodule whose own `state_dict()` was asked to be trimmed."""
+    """State-dict hooks of a submodule whose own `state_dict()` was asked to be trimmed."""
 
     def __init__(self, state: BackboneState) -> None:
         self.state = state
 
+    def register(self, module: nn.Module) -> None:
+        self.state.handles += [
+            module.register_state_dict_post_hook(self),
+            module.register_load_state_dict_pre_hook(self.accept_trimmed),
+        ]
+
+    @property
+    def trims(self) -> bool:
+        return any(insertion.attached for insertion in self.state.insertions)
+
     def __call__(
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
     ) -> None:
-        if any(insertion.attached for insertion in self.state.insertions):
+        if self.trims:
             trim(module, state_dict, prefix, self.state.delta_tensors())
+
+    def accept_trimmed(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+    ) -> None:
+        if self.trims:
+            fill_in(module, state_dict, prefix, self.state.delta_tensors())
 
 
 def let_gradients_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -230,7 +264,7 @@ def let_gradients_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
 @contextmanager
 def bare(backbone: nn.Module) -> Iterator[nn.Module]:
     """The backbone without any of its deltas, for the time of a ``with`` block."""
-    states = [s for _, m in own_modules(backbone) if (s := BackboneState.of(m)) is not None]
+    states = BackboneState.within(backbone)
     attached = [i for state in states for i in state.insertions if i.attached]
     trimmed = [(state, state.trimmed) for state in states]
     for insertion in reversed(attached):
@@ -256,9 +290,4 @@ def deltas(backbone: nn.Module) -> list[DeltaBase]:
         >>> [delta.delta_type for delta in opendelta.deltas(model)]
         ['lora', 'adapter']
     """
-    found: list[DeltaBase] = []
-    for _, module in own_modules(backbone):
-        state = BackboneState.of(module)
-        if state is not None:
-            found += state.deltas
-    return found
+    return [delta for state in BackboneState.within(backbone) for delta in state.deltas]

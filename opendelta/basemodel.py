@@ -16,7 +16,12 @@ from opendelta.arguments import checked
 from opendelta.backbone_state import BackboneState, SubmoduleTrim
 from opendelta.backends import check_backend
 from opendelta.delta_configs import BaseDeltaConfig
-from opendelta.exceptions import ConfigError, InsertionError, UnmatchedPatternWarning
+from opendelta.exceptions import (
+    AddressingError,
+    ConfigError,
+    InsertionError,
+    UnmatchedPatternWarning,
+)
 from opendelta.freezing import EVERY_DELTA, freeze
 from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, uncompiled
 from opendelta.inspection import Summary, num_total_parameters, print_log, summary
@@ -96,6 +101,10 @@ class DeltaBase(SaveLoadMixin):
         self._own, self._module_names, self._target_names, self._measured = [], {}, [], {}
 
         patterns = as_patterns(modified_modules, "modified_modules")
+        if modified_modules is not None and not patterns:
+            raise AddressingError(
+                "modified_modules=[] names no module; leave it out for the method's defaults."
+            )
         self.exclude_modules = as_patterns(exclude_modules, "exclude_modules")
         self.unfrozen_modules = as_patterns(unfrozen_modules, "unfrozen_modules")
         if interactive_modify:
@@ -140,6 +149,9 @@ class DeltaBase(SaveLoadMixin):
             "A delta computes nothing by itself: call the backbone it is attached to, "
             f"{type(self.backbone_model).__name__}, as before."
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module_names": {}}  # ids mean nothing to a copy
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -235,7 +247,9 @@ class DeltaBase(SaveLoadMixin):
             DeltaWarning: if nothing is left to train.
         """
         self._require_presence()
+        self.look_at_places()
         backbone = self.backbone_model
+        module = None if module is None else uncompiled(module)
         part = prefix or ("" if module is None or module is backbone else self.name_of(module))
         chosen = exclude if exclude is not None else (self.unfrozen_modules or [EVERY_DELTA])
         declared = freeze(
@@ -262,12 +276,13 @@ class DeltaBase(SaveLoadMixin):
             module: the backbone or a part of it.
         """
         state = BackboneState.create(self.backbone_model)
+        module = uncompiled(module)
         if module is self.backbone_model:
             state.trimmed, state.held = True, None
             return
         self.name_of(module)  # raises for a module of another model
         if not any(type(hook) is SubmoduleTrim for hook in module._state_dict_hooks.values()):
-            state.handles.append(module.register_state_dict_post_hook(SubmoduleTrim(state)))
+            SubmoduleTrim(state).register(module)
 
     # --- on and off -------------------------------------------------------------------------
 
@@ -342,10 +357,16 @@ class DeltaBase(SaveLoadMixin):
             )
 
     def _inside(self, module: nn.Module | None) -> list[Insertion]:
-        if module is None or module is self.backbone_model:
+        if module is None or uncompiled(module) is self.backbone_model:
             return self.insertions
         name = self.name_of(module)
         inside = [i for i in self.insertions if (i.host_name + ".").startswith(name + ".")]
+        parts = {id(i.module) for i in inside if isinstance(i, ModuleInsertion)}
+        inside = [  # a module under two hosts acts on both or on none
+            i
+            for i in self.insertions
+            if i in inside or (isinstance(i, ModuleInsertion) and id(i.module) in parts)
+        ]
         if not inside:
             raise InsertionError(f"No part of this {type(self).__name__} sits inside {name!r}.")
         return inside

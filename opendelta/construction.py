@@ -23,9 +23,10 @@ from opendelta.insertion import (
     ModuleInsertion,
     ParameterInsertion,
     Replacement,
-    first_parameter,
     inserted_names,
     own_modules,
+    place_of,
+    uncompiled,
 )
 from opendelta.sizes import measure_widths, random_state_kept_on_error, read_widths
 
@@ -65,6 +66,11 @@ def reads_without_calling(backbone: nn.Module, name: str) -> bool:
     if child != "out_proj":
         return False
     return hasattr(backbone.get_submodule(parent_name), "in_proj_weight")
+
+
+def _places(insertion: Insertion) -> list[nn.Module]:
+    """The modules that an insertion changes."""
+    return insertion.slot.places if isinstance(insertion, ParameterInsertion) else [insertion.host]
 
 
 def common_names(backbone: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -107,7 +113,7 @@ class Construction(nn.Module):
     common_structure: bool
     uses_defaults: bool
     _planned: list[Insertion] | None
-    _planned_on: dict[int, list[ModuleInsertion]]
+    _planned_on: dict[int, list[Insertion]]
     _excluded: set[str]
     _own: list[tuple[str, nn.Module]]
     _module_names: dict[int, str]
@@ -239,10 +245,11 @@ class Construction(nn.Module):
                     )
             finally:
                 self._planned, self._planned_on = None, {}
+            self.__dict__.setdefault("arguments", {})
+            config = self.config_class(**self.arguments)
             self._carry_out(planned)
-        self._own, self._module_names, self._target_names, self._measured = [], {}, [], {}
-        self.__dict__.setdefault("arguments", {})
-        self.config = self.config_class(**self.arguments)
+        self._own, self._target_names, self._measured = [], [], {}
+        self.config = config
         if self.uses_defaults:
             self.config.common_structure = True
         self.config.backbone_class = type(backbone).__name__
@@ -302,13 +309,23 @@ class Construction(nn.Module):
         Raises:
             InsertionError: if it is none of them.
         """
-        names = self._module_names or {id(m): n for n, m in own_modules(self.backbone_model)}
-        if id(module) not in names:
+        module = uncompiled(module)
+        name = self._module_names.get(id(module))
+        if name is None or not self._is_at(name, module):
+            self._module_names = {id(m): n for n, m in own_modules(self.backbone_model)}
+            name = self._module_names.get(id(module))
+        if name is None:
             raise InsertionError(
                 f"This {type(module).__name__} is no module of the backbone "
                 f"{type(self.backbone_model).__name__}."
             )
-        return names[id(module)]
+        return name
+
+    def _is_at(self, name: str, module: nn.Module) -> bool:
+        found: nn.Module | None = self.backbone_model
+        for part in name.split(".") if name else ():
+            found = None if found is None else found._modules.get(part)
+        return found is module
 
     # --- inserting --------------------------------------------------------------------------
 
@@ -437,18 +454,26 @@ class Construction(nn.Module):
         parent_name = self.name_of(parent_module)
         self._insert(Replacement(parent_module, parent_name, child_name, new_module))
 
+    def _here(self, module: nn.Module) -> list[Insertion]:
+        """This delta's insertions on a module, planned ones included."""
+        if self._planned is not None:
+            return self._planned_on.get(id(module), [])
+        return [i for i in self.insertions if any(module is place for place in _places(i))]
+
     def _mine_on(self, host: nn.Module) -> list[ModuleInsertion]:
         """This delta's modules on `host`, planned ones included."""
-        if self._planned is not None:
-            return self._planned_on.get(id(host), [])
-        return [i for i in self.insertions if isinstance(i, ModuleInsertion) and i.host is host]
+        return [i for i in self._here(host) if isinstance(i, ModuleInsertion)]
+
+    def parameters_on(self, module: nn.Module) -> list[ParameterInsertion]:
+        """This delta's own parameters in places of `module`, planned ones included."""
+        return [i for i in self._here(module) if isinstance(i, ParameterInsertion)]
 
     def _insert(self, insertion: Insertion) -> None:
         """Plan an insertion, or carry it out at once outside of planning."""
         if self._planned is not None:
             self._planned.append(insertion)
-            if isinstance(insertion, ModuleInsertion):
-                self._planned_on.setdefault(id(insertion.host), []).append(insertion)
+            for place in _places(insertion):
+                self._planned_on.setdefault(id(place), []).append(insertion)
         else:
             self._carry_out([insertion])
 
@@ -492,6 +517,18 @@ class Construction(nn.Module):
             node = child
         return node
 
+    def look_at_places(self) -> None:
+        """Take up parameters that were put in the place of this delta's (``assign=True``)."""
+        for insertion in self.insertions:
+            if isinstance(insertion, ParameterInsertion) and insertion.attached:
+                insertion.slot.look()
+                self._node(insertion.host_name)._parameters[insertion.name] = insertion.parameter
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """This delta's parameters by their names in files, see `nn.Module.named_parameters`."""
+        self.look_at_places()
+        return super().named_parameters(*args, **kwargs)
+
     @staticmethod
     def _label(insertions: Sequence[Insertion]) -> None:
         for insertion in insertions:
@@ -519,13 +556,12 @@ class Construction(nn.Module):
 
     def _follow_host(self, host: nn.Module, delta_module: nn.Module) -> None:
         """Bring a new delta module to its host's device, dtype and train mode."""
-        place = first_parameter(host)
-        if place is None:
-            place = first_parameter(self.backbone_model)
+        device, dtype = place_of(host) or (None, None)
+        if device is None or dtype is None:  # nothing there, or quantised weights alone
+            whole = place_of(self.backbone_model) or (None, None)
+            device, dtype = device or whole[0], dtype or whole[1]
         p = next(delta_module.parameters(), None)
-        if place is None or p is None:
-            return
-        if (p.device, p.dtype) != (place.device, place.dtype):
-            delta_module.to(device=place.device, dtype=place.dtype)
+        if p is not None and (p.device, p.dtype) != (device or p.device, dtype or p.dtype):
+            delta_module.to(device=device, dtype=dtype)
         if delta_module.training != host.training:
             delta_module.train(host.training)

@@ -28,16 +28,16 @@ LOADING_ARGUMENTS = frozenset(
     "proxies resume_download use_auth_token interactive_modify".split()
 )
 # Keys of 0.3.2's files that say nothing today.
-_LEGACY_KEYS = frozenset({"sequential", "scaled", "bottleneck_dim", "registraction_name"})
+_LEGACY_KEYS = frozenset({"sequential", "scaled", "bottleneck_dim"})
 # What a saved config says beyond its fields.
-_FACTS = (
-    "backbone_hash_excludes",
-    "weights_file",
-    "weights_sha256",
-    "opendelta_version",
-    "transformers_version",
-    "torch_version",
-)
+_FACTS: dict[str, type] = {
+    "backbone_hash_excludes": list,
+    "weights_file": str,
+    "weights_sha256": str,
+    "opendelta_version": str,
+    "transformers_version": str,
+    "torch_version": str,
+}
 
 
 class BaseDeltaConfig:
@@ -86,14 +86,18 @@ class BaseDeltaConfig:
         for name, default in self.method_fields.items():
             if self.derived or name in kwargs:  # a config written by hand sets its own fields
                 setattr(self, name, copy.copy(kwargs.pop(name, default)))
-        for name in _FACTS:
-            setattr(self, name, kwargs.pop(name, None))
+        for name, kind in _FACTS.items():
+            value = kwargs.pop(name, None)
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(f"{name}={value!r:.80}; expected a {kind.__name__}.")
+            setattr(self, name, value)
         kwargs.pop("delta_type", None)
+        kwargs.pop("registraction_name", None)  # 0.3.2's, always "deltas"
         self._reject_unknown(kwargs)
         self.from_file = False
 
     def _reject_unknown(self, names: dict[str, Any]) -> None:
-        unknown = [n for n in names if n not in LOADING_ARGUMENTS and n not in _LEGACY_KEYS]
+        unknown = [name for name in names if name not in LOADING_ARGUMENTS]
         if unknown:
             choices = [*self.field_names(), *_FACTS]
             raise UnknownArgumentError(
@@ -159,7 +163,10 @@ class BaseDeltaConfig:
         for key, default in cls.method_fields.items():
             if values.get(key) is None and default is not None:  # 0.3.2 wrote "scaled": null
                 values.pop(key, None)
-        return cls(**{k: v for k, v in values.items() if k not in LOADING_ARGUMENTS})
+        ignored = set(LOADING_ARGUMENTS)
+        if str(config_dict.get("opendelta_version", "")).startswith("0."):
+            ignored |= _LEGACY_KEYS - set(cls.method_fields)
+        return cls(**{key: value for key, value in values.items() if key not in ignored})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, `delta_type` and the facts that are known, as a dict fit for JSON."""

@@ -17,7 +17,7 @@ from opendelta.exceptions import (
     nearest,
     warn,
 )
-from opendelta.insertion import ParameterInsertion, own_modules
+from opendelta.insertion import ParameterInsertion, dotted, own_modules
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase
@@ -79,73 +79,75 @@ def freeze(
     Raises:
         AddressingError: if `exclude` holds anything else.
     """
+    modules = list(own_modules(backbone, remove_duplicate=False))
+    states = [(name, found) for name, m in modules if (found := BackboneState.of(m)) is not None]
+    present = [delta for _, found in states for delta in found.deltas]
     kept_deltas = [item for item in exclude if not isinstance(item, str)]
-    strangers = [item for item in kept_deltas if item not in state.deltas]
+    strangers = [item for item in kept_deltas if not any(item is delta for delta in present)]
     if strangers:
         raise AddressingError(
-            f"exclude holds {strangers[0]!r:.80}: expected patterns, 'deltas', or delta objects "
-            "of this backbone."
+            f"exclude holds a {type(strangers[0]).__name__}: expected patterns, 'deltas', or delta "
+            "objects of this backbone."
         )
     if EVERY_DELTA in exclude:
-        kept_deltas = list(state.deltas)
+        kept_deltas = present
     texts = as_patterns([item for item in exclude if isinstance(item, str)], "exclude")
     patterns = [pattern for pattern in texts if pattern != EVERY_DELTA]
     selection = Selection(patterns, names_of)
-    delta_of = {
-        id(p): delta
-        for delta in state.deltas
-        for insertion in delta.insertions
-        for _, p in insertion.named_parameters()
-    }
-    constant = state.delta_tensors()
-    swapped = {id(i.parameter) for i in state.insertions if isinstance(i, ParameterInsertion)}
+    under = part + "." if part else ""
 
-    own_names = {name for name, _ in own_modules(backbone)} if patterns else set()
+    own_names = {name for name, _ in modules}
+    of_deltas: set[int] = set()
+    trains = False
+    for root, found in states:
+        for delta in found.deltas:
+            kept = any(delta is item for item in kept_deltas)
+            constant = {id(tensor) for tensor in delta.constants()}
+            for insertion in delta.insertions:
+                for name, p in insertion.named_parameters():
+                    name = dotted(root, name)
+                    of_deltas.add(id(p))
+                    if not name.startswith(under) or not p.is_floating_point():
+                        trains = trains or p.requires_grad
+                        continue
+                    # A pattern for the backbone takes along the deltas inside what it names.
+                    by_name = inside_deltas or isinstance(insertion, ParameterInsertion)
+                    reached = (name if by_name else _host(name, own_names)) in selection
+                    p.requires_grad_((kept or reached) and id(p) not in constant)
+                    trains = trains or p.requires_grad
+
     named: dict[int, list[str]] = {}
-    parameters = {}
-    for name, p in backbone.named_parameters(remove_duplicate=False):
+    parameters: dict[int, nn.Parameter] = {}
+    set_aside = [  # what BitFit set aside is frozen like the rest
+        (dotted(root, name), slot.original)
+        for root, found in states
+        for name, slot in found.slots.items()
+        if slot.original is not None and slot.top is not None
+    ]
+    in_place = [
+        (dotted(name, own_name), p)
+        for name, module in modules
+        for own_name, p in module._parameters.items()
+        if p is not None and id(p) not in of_deltas
+    ]
+    for name, p in (*in_place, *set_aside):
         named.setdefault(id(p), []).append(name)
         parameters[id(p)] = p
-        if id(p) not in delta_of:
-            state.was_trainable.setdefault(name, p.requires_grad)
-    for insertion in state.insertions:
-        if not insertion.attached:  # frozen and unfrozen with the rest, for when it comes back
-            for name, p in insertion.named_parameters():
-                if id(p) not in parameters:
-                    named.setdefault(id(p), []).append(name)
-                    parameters[id(p)] = p
-
-    under = part + "." if part else ""
+        state.was_trainable.setdefault(name, p.requires_grad)
+    aside = {id(p) for _, p in set_aside}
     declared = []
-    trains = False
     for key, names in named.items():
         p = parameters[key]
-        if not any(name.startswith(under) for name in names):
-            trains = trains or p.requires_grad
-            continue
-        delta = delta_of.get(key)
-        if delta is None or inside_deltas or key in swapped:
-            reached = [name for name in names if name in selection]
-        else:  # a pattern for the backbone takes along the deltas inside what it names
-            reached = [name for name in names if _host(name, own_names) in selection]
-        if delta is not None:
-            wanted = bool(reached) or any(delta is kept for kept in kept_deltas)
-            if p.is_floating_point():
-                p.requires_grad_(wanted and key not in constant)
-        else:
+        if any(name.startswith(under) for name in names):
+            hits = [name for name in names if name in selection]
+            reached = bool(hits)
             if reached and len(names) > 1 and names[0] not in state.told_ties:
                 state.told_ties.add(names[0])
                 logger.info("%s: one tied parameter, which stays trainable.", " = ".join(names))
-            p.requires_grad_(bool(reached) and state.was_trainable[names[0]])
-            if p.requires_grad:
+            p.requires_grad_(reached and state.was_trainable[names[0]])
+            if p.requires_grad and key not in aside:
                 declared.append(names[0])
-        trains = trains or p.requires_grad
-
-    for name, slot in state.slots.items():  # what BitFit set aside is frozen like the rest
-        if slot.original is not None and slot.original is not slot.content:
-            before = state.was_trainable.setdefault(name, slot.original.requires_grad)
-            if name.startswith(under):
-                slot.original.requires_grad_(name in selection and before)
+        trains = trains or (p.requires_grad and key not in aside)
 
     if selection.unmatched and warn_unmatched:
         choices = fold_numbers(ancestor for n in named.values() for ancestor in lineage(n[0]))

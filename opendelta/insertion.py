@@ -29,17 +29,30 @@ Kwargs = dict[str, Any]
 # --- reading and writing the hidden state ------------------------------------------------------
 
 
-def first_hidden(args: Args, kwargs: Kwargs) -> Tensor:
-    """The hidden state among a module's arguments: ``hidden_states``, or the first float tensor."""
+def locate_hidden(args: Args, kwargs: Kwargs) -> int | str:
+    """Where the hidden state is among a module's arguments: a position or a keyword.
+
+    It is the first argument, ``hidden_states``, the first float tensor, or the first tensor.
+
+    Raises:
+        InsertionError: if no argument is a tensor.
+    """
     if args and isinstance(args[0], Tensor):
-        return args[0]
-    named = kwargs.get("hidden_states")
-    if isinstance(named, Tensor):
-        return named
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    raise InsertionError("The modified module is called without any tensor: there is no input.")
+        return 0
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        return "hidden_states"
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    tensors = [(where, value) for where, value in named if isinstance(value, Tensor)]
+    if not tensors:
+        raise InsertionError("The modified module is called without any tensor: there is no input.")
+    return next((where for where, v in tensors if v.is_floating_point()), tensors[0][0])
+
+
+def first_hidden(args: Args, kwargs: Kwargs) -> Tensor:
+    """The hidden state among a module's arguments, see `locate_hidden`."""
+    where = locate_hidden(args, kwargs)
+    found: Tensor = args[where] if isinstance(where, int) else kwargs[where]
+    return found
 
 
 def map_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -61,7 +74,10 @@ def map_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(output, Mapping):
         for key, value in output.items():
             if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
-                return type(output)(**{**output, key: change(value)})
+                changed_items = {**output, key: change(value)}
+                if all(isinstance(name, str) for name in changed_items):
+                    return type(output)(**changed_items)  # a ModelOutput takes keywords alone
+                return type(output)(changed_items)  # type: ignore[call-arg]
     raise InsertionError(
         f"The modified module returned a {type(output).__name__}; expected a tensor, or a tuple, "
         "list, dict or ModelOutput whose first tensor is the hidden state."
@@ -78,11 +94,11 @@ def before(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Arg
     if hasattr(delta, "pre_forward"):
         new_args, new_kwargs = delta.pre_forward(*args, **kwargs)
         return new_args, new_kwargs
+    where = locate_hidden(args, kwargs)
     changed = delta(first_hidden(args, kwargs))
-    if args:
-        return (changed, *args[1:]), kwargs
-    key = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-    return args, {**kwargs, key: changed}
+    if isinstance(where, int):
+        return (*args[:where], changed, *args[where + 1 :]), kwargs
+    return args, {**kwargs, where: changed}
 
 
 def after(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
@@ -166,14 +182,18 @@ class BeforeDispatcher(Dispatcher):
 
 
 class AfterDispatcher(Dispatcher):
-    """Runs the attached deltas after the forward, in order of insertion."""
+    """Runs the attached deltas after the forward, in order of insertion.
+
+    Its hook comes first, so that those of others, such as transformers' capture of hidden states,
+    see the module's output with the deltas.
+    """
 
     @staticmethod
     def hooks(module: nn.Module) -> dict[int, Any]:
         return module._forward_hooks
 
     def register(self, module: nn.Module) -> None:
-        self.handle = module.register_forward_hook(self, with_kwargs=True)
+        self.handle = module.register_forward_hook(self, prepend=True, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         if not torch.compiler.is_compiling():
@@ -187,11 +207,13 @@ class AfterDispatcher(Dispatcher):
 
 def add_bias(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Hook of a module whose forward ignores ``bias``: add the parameter of that name, if any."""
-    bias = module._parameters.get("bias")
+    bias = getattr(module, "bias", None)  # an attribute, not a parameter, on a replica
     return output if bias is None else map_hidden(output, lambda hidden: hidden + bias)
 
 
 # --- telling deltas from the backbone's own modules ---------------------------------------------
+
+STANDS_FOR = "_stands_for"  # attribute of a delta module that replaced one of the backbone's
 
 
 def inserted_names(module: nn.Module) -> tuple[str, ...]:
@@ -208,8 +230,17 @@ def inserted_parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, p in module._parameters.items() if getattr(p, "_is_delta", False))
 
 
-def own_modules(root: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules()` of the backbone alone: nothing that sits inside a delta."""
+def own_modules(
+    root: nn.Module, remove_duplicate: bool = True, originals: bool = False
+) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules()` of the backbone alone: nothing that sits inside a delta.
+
+    Args:
+        root: the backbone or a part of it.
+        remove_duplicate: whether a module with several names comes once, under the first.
+        originals: whether a replaced module comes in the place of what replaced it, rather than
+            being left out.
+    """
     seen: set[int] = set()
     stack = [("", root)]
     while stack:
@@ -218,14 +249,25 @@ def own_modules(root: nn.Module, remove_duplicate: bool = True) -> Iterator[tupl
             continue
         seen.add(id(module))
         yield name, module
-        if module._modules:
-            deltas = inserted_names(module)
-            prefix = name + "." if name else ""
-            stack += [
-                (prefix + child_name, child)
-                for child_name, child in reversed(module._modules.items())
-                if child is not None and child_name not in deltas
-            ]
+        for child_name, child in reversed(own_children(module, originals)):
+            stack.append((f"{name}.{child_name}" if name else child_name, child))
+
+
+def own_children(module: nn.Module, originals: bool = False) -> list[tuple[str, nn.Module]]:
+    """(name, child) of a module's children that are the backbone's own, see `own_modules`."""
+    if not module._modules:
+        return []
+    deltas = inserted_names(module)
+    children = []
+    for name, child in module._modules.items():
+        if child is None or name in deltas:
+            continue
+        if STANDS_FOR in child.__dict__:
+            if not originals:
+                continue
+            (child,) = child.__dict__[STANDS_FOR]
+        children.append((name, child))
+    return children
 
 
 def forget_compiled_code() -> None:
@@ -267,18 +309,40 @@ class Insertion(Protocol):
         """Buffers, and parameters that never train."""
 
 
-def first_parameter(module: nn.Module) -> Tensor | None:
-    """The first own floating-point parameter of a host, which says its device and dtype."""
-    deltas = inserted_names(module)
-    for p in module._parameters.values():
-        if p is not None and p.is_floating_point():
-            return p
-    for name, child in module._modules.items():
-        if child is not None and name not in deltas:
-            found = first_parameter(child)
-            if found is not None:
-                return found
-    return None
+def own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of one of the backbone's modules and its own below it."""
+    for _, part in own_modules(module):
+        yield from (p for p in part._parameters.values() if p is not None)
+        yield from (b for b in part._buffers.values() if b is not None)
+
+
+Place = tuple[torch.device, torch.dtype | None]
+
+
+def place_of(module: nn.Module) -> Place | None:
+    """Where a host lives: the device of its first tensor, and the dtype that it computes in.
+
+    The dtype is that of its first floating-point tensor of 16 bits or more (a quantised weight
+    is stored in another), None if it has no such tensor.
+    """
+    device = None
+    for tensor in own_tensors(module):
+        device = tensor.device if device is None else device
+        if tensor.is_floating_point() and tensor.element_size() > 1:
+            return device, tensor.dtype
+    return None if device is None else (device, None)
+
+
+def follow(tensors: Iterable[Tensor], old: Place | None, new: Place | None) -> Place | None:
+    """Where tensors that were left at `old` belong now that their host is at `new`.
+
+    Returns:
+        The device, and the dtype if they shared the old one; None if nothing changed.
+    """
+    if old is None or new is None or old == new or new[0].type == "meta":
+        return None
+    shared = all(t.dtype == old[1] for t in tensors if t.is_floating_point())
+    return new[0], new[1] if shared else None
 
 
 def dotted(*parts: str) -> str:
@@ -324,7 +388,8 @@ class ModuleInsertion:
         self.lone_name = name  # its name in files, where the delta is alone
         self.side, self.action = side, action
         self.constant_names = _untrained(module)
-        self._left_at: tuple[torch.device, torch.dtype] | None = None
+        self._left_at: Place | None = None
+        self._followers: list[str] = []
 
     @property
     def attached(self) -> bool:
@@ -341,18 +406,24 @@ class ModuleInsertion:
 
     def detach(self) -> None:
         if self.attached:
+            names = list(self.host._modules)
+            self._followers = names[names.index(self.name) + 1 :]
             del self.host._modules[self.name]
-            self._left_at = self._place()
+            self._left_at = place_of(self.host)
 
     def attach(self) -> None:
         if self.attached:
             return
-        place = self._place()
-        if self._left_at is not None and place is not None and place != self._left_at:
-            self._follow(self._left_at, place)
+        new = follow(self.module.parameters(), self._left_at, place_of(self.host))
+        if new is not None:
+            self.module.to(device=new[0], dtype=new[1])
         if self.module.training != self.host.training:
             self.module.train(self.host.training)
-        self.host._modules[self.name] = self.module
+        children = self.host._modules
+        children[self.name] = self.module
+        for name in self._followers:  # the order of parameters, by which optimizers number them
+            if name in children:
+                children[name] = children.pop(name)
 
     @property
     def reached(self) -> bool:
@@ -375,43 +446,42 @@ class ModuleInsertion:
     def constants(self) -> Iterator[Tensor]:
         return _constants(self.module, self.constant_names)
 
-    def _place(self) -> tuple[torch.device, torch.dtype] | None:
-        p = first_parameter(self.host)
-        return None if p is None else (p.device, p.dtype)
-
-    def _follow(
-        self, old: tuple[torch.device, torch.dtype], new: tuple[torch.device, torch.dtype]
-    ) -> None:
-        """Move, in place, to where the host went; to its dtype only if it shared the old one."""
-        if new[0].type == "meta":
-            return
-        same_dtype = all(p.dtype == old[1] for p in self.module.parameters())
-        self.module.to(device=new[0], dtype=new[1] if same_dtype else None)
-
 
 class Replacement:
     """A child of `host` swapped for a delta module; detaching puts the original back."""
 
     def __init__(self, host: nn.Module, host_name: str, child_name: str, module: nn.Module) -> None:
         self.host, self.host_name, self.name = host, host_name, child_name
-        self.original = host._modules[child_name]
+        original = host._modules[child_name]
+        assert original is not None
+        self.original: nn.Module = original
         self.module = module
         self.constant_names = _untrained(module)
+        self._left_at: Place | None = None
+        module.__dict__[STANDS_FOR] = [original]  # how it is told from the backbone's own
 
     @property
     def attached(self) -> bool:
         return self.host._modules.get(self.name) is self.module
 
-    def insert(self) -> None:
-        self.host._modules[self.name] = self.module
+    def _swap(self, outgoing: nn.Module, incoming: nn.Module) -> None:
+        now = place_of(outgoing)
+        new = follow(incoming.parameters(), self._left_at, now)
+        if new is not None:
+            incoming.to(device=new[0], dtype=new[1])
+        self._left_at = now
+        self.host._modules[self.name] = incoming
         forget_compiled_code()
+
+    def insert(self) -> None:
+        if not self.attached:
+            self._swap(self.original, self.module)
 
     attach = insert
 
     def detach(self) -> None:
         if self.attached:
-            self.host._modules[self.name] = self.original
-            forget_compiled_code()
+            self._swap(self.module, self.original)
 
     remove = detach
 
@@ -442,21 +512,49 @@ class ParameterSlot:
         self.original = places[0]._parameters.get(name)
         self.layers: list[ParameterInsertion] = []
         self.handle: RemovableHandle | None = None
+        self.left_at: Place | None = None  # where the original was set aside
 
     @property
-    def content(self) -> nn.Parameter | None:
-        """The parameter that acts now."""
-        attached = [layer.parameter for layer in self.layers if layer.attached]
-        return attached[-1] if attached else self.original
+    def top(self) -> ParameterInsertion | None:
+        """The insertion that acts now."""
+        attached = [layer for layer in self.layers if layer.attached]
+        return attached[-1] if attached else None
+
+    def look(self) -> None:
+        """Take up the parameter that is in place now: loading with ``assign`` puts a new one."""
+        current, top = self.places[0]._parameters.get(self.name), self.top
+        if current is not None and hasattr(current, "placements"):
+            raise InsertionError(
+                f"The {self.name} of {type(self.places[0]).__name__} is sharded: BitFit's biases "
+                "cannot be switched on a sharded backbone."
+            )
+        if top is None:
+            self.original = current
+        elif current is not None:
+            top.parameter = current
 
     def settle(self) -> None:
-        """Put what acts now into every place."""
-        content = self.content
+        """Put what acts now into every place, moved to where that is now."""
+        top = self.top
+        content = self.original if top is None else top.parameter
+        if content is not None:
+            new = follow([content], (top or self).left_at, self.place)
+            if new is not None:
+                content.data = content.data.to(device=new[0], dtype=new[1])
         for place, existed in zip(self.places, self.existed, strict=True):
             if content is None and not existed:
                 place._parameters.pop(self.name, None)
             else:
                 place._parameters[self.name] = content
+
+    @property
+    def place(self) -> Place | None:
+        """Where the places' other tensors are."""
+        for place in self.places:
+            for name, p in place._parameters.items():
+                if name != self.name and p is not None and p.is_floating_point():
+                    return p.device, p.dtype
+        return None
 
 
 class ParameterInsertion:
@@ -478,6 +576,7 @@ class ParameterInsertion:
         self.host, self.name = slot.places[0], slot.name
         self.full_name = dotted(host_name, slot.name)
         self._attached = False
+        self.left_at: Place | None = None
 
     @property
     def attached(self) -> bool:
@@ -485,23 +584,25 @@ class ParameterInsertion:
 
     def insert(self) -> None:
         if self.ignored and self.slot.handle is None:
-            self.slot.handle = self.host.register_forward_hook(add_bias, with_kwargs=True)
+            self.slot.handle = self.host.register_forward_hook(
+                add_bias, prepend=True, with_kwargs=True
+            )
             forget_compiled_code()
         self.slot.layers.append(self)
         self.attach()
 
     def attach(self) -> None:
-        if self._attached:
-            return
-        place = first_parameter(self.host)
-        if place is not None and place.device.type != "meta":
-            self.parameter.data = self.parameter.data.to(place.device)
-        self._attached = True
-        self.slot.settle()
+        self._switch(True)
 
     def detach(self) -> None:
-        self._attached = False
-        self.slot.settle()
+        self._switch(False)
+
+    def _switch(self, attached: bool) -> None:
+        if self._attached != attached:
+            self.slot.look()
+            (self.slot.top or self.slot).left_at = self.slot.place
+            self._attached = attached
+            self.slot.settle()
 
     def remove(self) -> None:
         self.detach()

@@ -17,6 +17,7 @@ from opendelta.insertion import (
     ParameterSlot,
     inserted_names,
     own_modules,
+    place_of,
 )
 from opendelta.sizes import read_widths
 
@@ -45,6 +46,8 @@ class BitFitModel(DeltaBase):
     config_class = BitFitConfig
     default_modified_modules: ClassVar[list[str]] = ["attn", "ff", "layer_norm", "lm_head.proj"]
 
+    _places: dict[int, list[tuple[str, nn.Module]]] | None = None
+
     def __init__(
         self,
         backbone_model: nn.Module,
@@ -58,20 +61,24 @@ class BitFitModel(DeltaBase):
         self._construct(locals())
 
     def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
-        self._places: dict[int, list[tuple[str, nn.Module]]] = {}
-        for name, module in own_modules(backbone):
+        self._places = self._bias_places()
+        super().plan(backbone, patterns)
+        self._places = None
+
+    def _bias_places(self) -> dict[int, list[tuple[str, nn.Module]]]:
+        """The modules that hold each bias, several if it is tied."""
+        places: dict[int, list[tuple[str, nn.Module]]] = {}
+        for name, module in own_modules(self.backbone_model):
             bias = module._parameters.get("bias")
             if bias is not None:
-                self._places.setdefault(id(bias), []).append((name, module))
-        self._done: set[int] = set()
-        super().plan(backbone, patterns)
-        del self._places, self._done
+                places.setdefault(id(bias), []).append((name, module))
+        return places
 
     def update_module(self, module: nn.Module, key: str) -> None:
         """Train the biases of the module called `key` and of all inside it."""
         parts = list(self.named_inside(key))
         for name, part in parts:
-            if id(part) not in self._done and not self.is_excluded(name):
+            if not self.is_excluded(name):
                 self.add_bias_to_modules_have_bias_or_known_type(part, name)
         if not self.uses_defaults and not any(self._takes_part(part) for _, part in parts):
             target = module.get_submodule(key)
@@ -94,25 +101,23 @@ class BitFitModel(DeltaBase):
             name: its name, if known.
         """
         name = self.name_of(c) if name is None else name
+        if self.parameters_on(c):
+            return
         bias = c._parameters.get("bias")
         if bias is not None:
-            places = self._places[id(bias)]
-            if any(id(place) in self._done for _, place in places):
-                return
+            places = (self._places or self._bias_places())[id(bias)]
             self._train(places, nn.Parameter(bias.detach().clone()), ignored=False)
             return
         size = self._bias_size(c)
         if size is None:
             return
-        weight = c._parameters.get("weight")
-        like = weight if weight is not None and weight.is_floating_point() else torch.empty(0)
-        parameter = nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device))
+        device, dtype = place_of(c) or (None, None)
+        parameter = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
         self._train([(name, c)], parameter, ignored="bias" not in c._parameters)
 
     def _train(
         self, places: list[tuple[str, nn.Module]], parameter: nn.Parameter, ignored: bool
     ) -> None:
-        self._done.update(id(module) for _, module in places)
         name = places[0][0]
         state = BackboneState.of(self.backbone_model)
         slot = state.slots.get(f"{name}.bias") if state is not None else None

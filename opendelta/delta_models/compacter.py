@@ -66,11 +66,19 @@ class PHMLinear(nn.Module):
             self.register_parameter(name, p)
         self.register_parameter("b", nn.Parameter(torch.zeros(out_width)) if use_bias else None)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return self._product("W").dtype
+
     def _product(self, name: str) -> Tensor:
-        whole = self._parameters.get(name)
+        # By attribute: on a replica of DataParallel the parameters are plain attributes.
+        whole: Tensor | None = getattr(self, name, None)
         if whole is not None:
             return whole
-        return self._parameters[f"{name}_left"] @ self._parameters[f"{name}_right"]  # type: ignore[operator]
+        left: Tensor = getattr(self, f"{name}_left")
+        right: Tensor = getattr(self, f"{name}_right")
+        return left @ right
 
     def forward(self, x: Tensor) -> Tensor:
         rule, weight = self._product("phm_rule"), self._product("W")
@@ -104,7 +112,7 @@ class CompacterLayer(nn.Module):
         self.up_sampler = up
 
     def forward(self, hidden: Tensor) -> Tensor:
-        x = hidden.to(next(self.down_sampler.parameters()).dtype)
+        x = hidden.to(self.down_sampler.dtype)
         return hidden + self.up_sampler(self.activation(self.down_sampler(x))).to(hidden.dtype)
 
 
@@ -189,9 +197,9 @@ class CompacterModel(BottleneckModel):
     def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
         if self.hypercomplex_division < 1 or self.phm_rank < 1:
             raise ConfigError("hypercomplex_division and phm_rank must be 1 or more.")
-        self._shared: dict[Any, dict[str, nn.Parameter]] = {}
+        if self.phm_init_range < 0:
+            raise ConfigError(f"phm_init_range={self.phm_init_range}; expected 0 or more.")
         super().plan(backbone, patterns)
-        del self._shared
 
     def new_layer(self, width: int) -> nn.Module:
         n = self.hypercomplex_division
@@ -208,14 +216,15 @@ class CompacterModel(BottleneckModel):
         return CompacterLayer(down, up, self.non_linearity)
 
     def _new_linear(self, in_width: int, out_width: int, use_bias: bool) -> PHMLinear:
+        known: dict[Any, dict[str, nn.Parameter]] = self.__dict__.setdefault("_shared", {})
         shared: dict[str, nn.Parameter] = {}
         widths = (in_width, out_width)
         if self.shared_phm_rule:
-            shared |= self._shared.get("rule", {})
+            shared |= known.get("rule", {})
         if self.shared_W_phm:
-            shared |= self._shared.get(widths, {})
+            shared |= known.get(widths, {})
         linear = PHMLinear(in_width, out_width, use_bias, shared, self)
         named = dict(linear.named_parameters())
-        self._shared.setdefault("rule", {k: p for k, p in named.items() if k.startswith("phm")})
-        self._shared.setdefault(widths, {k: p for k, p in named.items() if k.startswith("W")})
+        known.setdefault("rule", {k: p for k, p in named.items() if k.startswith("phm")})
+        known.setdefault(widths, {k: p for k, p in named.items() if k.startswith("W")})
         return linear

@@ -16,7 +16,7 @@ from opendelta.basemodel import DeltaBase
 from opendelta.construction import reads_without_calling
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
-from opendelta.insertion import AfterDispatcher, onto, own_modules
+from opendelta.insertion import AfterDispatcher, ModuleInsertion, onto, own_children
 from opendelta.sizes import read_widths
 
 
@@ -37,34 +37,39 @@ class LowRankAdd(torch.autograd.Function):
         lora_b: Tensor,
         scaling: float,
         dropout: float,
+        dtype: torch.dtype,
     ) -> Tensor:
         seed = int(torch.randint(2**62, ()).item()) if dropout else None
-        rows = _drop(x.reshape(-1, x.shape[-1]).to(lora_a.dtype), dropout, seed)
-        z = lora_a @ rows.t()
+        with torch.autocast(x.device.type, enabled=False):
+            rows = _drop(x.reshape(-1, x.shape[-1]).to(dtype), dropout, seed)
+            z = lora_a.to(dtype) @ rows.t()
+            added = _add_product(output, z.t(), lora_b.to(dtype), scaling)
         ctx.save_for_backward(x, z, lora_a, lora_b)
-        ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
-        return _add_product(output, z.t(), lora_b, scaling)
+        ctx.scaling, ctx.dropout, ctx.seed, ctx.dtype = scaling, dropout, seed, dtype
+        return added
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, z, lora_a, lora_b = ctx.saved_tensors
         _, needs_x, needs_a, needs_b = ctx.needs_input_grad[:4]
-        dy = grad.reshape(-1, grad.shape[-1]).to(lora_a.dtype)
-        rows = x.reshape(-1, x.shape[-1]).to(lora_a.dtype)
-        if needs_a or (needs_b and torch.is_grad_enabled()):
-            rows = _drop(rows, ctx.dropout, ctx.seed)
-        if torch.is_grad_enabled():  # a second derivative is wanted: z must depend on its factors
-            z = lora_a @ rows.t()
-        dz = (lora_b.t() @ dy.t()) * ctx.scaling
-        grad_x = grad_a = grad_b = None
-        if needs_x:
-            grad_x = _drop(dz.t() @ lora_a, ctx.dropout, ctx.seed).to(x.dtype).view(x.shape)
-        if needs_a:
-            grad_a = dz @ rows
-        if needs_b:
-            grad_b = (z @ dy).t() * ctx.scaling
-        return grad, grad_x, grad_a, grad_b, None, None
+        with torch.autocast(x.device.type, enabled=False):
+            a, b = lora_a.to(ctx.dtype), lora_b.to(ctx.dtype)
+            dy = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
+            rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+            if needs_a or (needs_b and torch.is_grad_enabled()):
+                rows = _drop(rows, ctx.dropout, ctx.seed)
+            if torch.is_grad_enabled():  # a second derivative is wanted: z depends on its factors
+                z = a @ rows.t()
+            dz = (b.t() @ dy.t()) * ctx.scaling
+            grad_x = grad_a = grad_b = None
+            if needs_x:
+                grad_x = _drop(dz.t() @ a, ctx.dropout, ctx.seed).to(x.dtype).view(x.shape)
+            if needs_a:
+                grad_a = (dz @ rows).to(lora_a.dtype)
+            if needs_b:
+                grad_b = ((z @ dy).t() * ctx.scaling).to(lora_b.dtype)
+        return grad, grad_x, grad_a, grad_b, None, None, None
 
 
 def _drop(rows: Tensor, dropout: float, seed: int | None) -> Tensor:
@@ -88,8 +93,8 @@ def _add_product(output: Tensor, z: Tensor, lora_b: Tensor, scaling: float) -> T
 def fused_applies(output: Tensor, x: Tensor, lora_a: Tensor) -> bool:
     """Whether `LowRankAdd` computes what the plain operations would.
 
-    Not for tensor subclasses (shards, quantised ones), compilation, autocast, and functional or
-    forward-mode differentiation.
+    Not for tensor subclasses (shards, quantised ones), compilation, and functional or forward-mode
+    differentiation.
     """
     return (
         type(output) is Tensor
@@ -97,7 +102,6 @@ def fused_applies(output: Tensor, x: Tensor, lora_a: Tensor) -> bool:
         and output.shape[:-1] == x.shape[:-1]
         and output.device == x.device == lora_a.device
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(x.device.type)
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch.jit.is_tracing()
@@ -119,6 +123,8 @@ class LoraLayer(nn.Module):
         super().__init__()
         if r < 1:
             raise ConfigError(f"lora_r={r}; expected a rank of 1 or more.")
+        if not math.isfinite(lora_alpha):
+            raise ConfigError(f"lora_alpha={lora_alpha}; expected a finite number.")
         if not 0 <= lora_dropout < 1:
             raise ConfigError(f"lora_dropout={lora_dropout}; expected a share in [0, 1).")
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
@@ -137,17 +143,15 @@ class LoraLayer(nn.Module):
     def forward(self, output: Tensor, x: Tensor) -> Tensor:
         """Add the term of `x` (..., in) onto `output` (..., out); returns that shape and dtype."""
         dropout = self.lora_dropout if self.training else 0.0
+        dtype = self.lora_A.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
         if fused_applies(output, x, self.lora_A):
-            if torch.is_grad_enabled():
-                added: Tensor = LowRankAdd.apply(
-                    output, x, self.lora_A, self.lora_B, self.scaling, dropout
-                )
-                return added
-            if not dropout:
-                rows = x.reshape(-1, x.shape[-1]).to(self.lora_A.dtype)
-                z = self.lora_A @ rows.t()
-                return _add_product(output, z.t(), self.lora_B, self.scaling)
-        z = F.linear(F.dropout(x.to(self.lora_A.dtype), dropout), self.lora_A)
+            added: Tensor = LowRankAdd.apply(
+                output, x, self.lora_A, self.lora_B, self.scaling, dropout, dtype
+            )
+            return added
+        z = F.linear(F.dropout(x.to(dtype), dropout), self.lora_A)
         return output + (F.linear(z, self.lora_B) * self.scaling).to(output.dtype)
 
 
@@ -257,34 +261,34 @@ class LoraModel(DeltaBase):
         self._construct(locals())
 
     def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
-        self._done: set[str] = set()
         super().plan(backbone, patterns)
+        modified = {i.host_name for i in self._planned or () if isinstance(i, ModuleInsertion)}
         for argument in ("rank_pattern", "alpha_pattern"):
             for pattern in as_patterns(list(getattr(self, argument) or ()), argument):
-                if not any(matches_any(self.names_of(name), pattern) for name in self._done):
+                if not any(matches_any(self.names_of(name), pattern) for name in modified):
                     raise AddressingError(
                         f"{argument}: {pattern!r} addresses none of the modified modules."
-                        + nearest(pattern, self._done)
+                        + nearest(pattern, modified)
                     )
-        del self._done
 
     def update_module(self, module: nn.Module, key: str) -> None:
         """Put a low-rank term beside the module called `key`, or beside all linears inside it."""
         _, _, target = self.find_module(module, key)
         parts = {key: target}
-        if read_widths(target) is None and len(list(own_modules(target))) > 1:
+        if own_children(target) and not hasattr(target, "weight"):
             parts = {
                 name: part
                 for name, part in self.named_inside(key)
-                if _is_linear(part) and not reads_without_calling(self.backbone_model, name)
+                if _is_linear(part)
+                and name != key
+                and not reads_without_calling(self.backbone_model, name)
             }
         if not parts:
             raise InsertionError(
                 f"{key!r} ({type(target).__name__}) holds no linear that LoRA could be put on."
             )
         for name, part in parts.items():
-            if name not in self._done and not self.is_excluded(name):
-                self._done.add(name)
+            if not self._mine_on(part) and not self.is_excluded(name):
                 layer = self.new_layer(name, part)
                 self.insert_action(part, layer, "lora", AfterDispatcher, onto)
 

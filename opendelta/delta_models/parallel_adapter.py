@@ -7,6 +7,7 @@ a second one, which may be the same.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -33,7 +34,7 @@ class ParallelAdapterLayer(nn.Module):
     """``scaled * up(act(down(x)))`` for x of shape (..., in), a tensor of shape (..., out).
 
     Attributes:
-        held: the first module's input until the second one's output is there.
+        held: the first module's input until the second one's output is there, by thread.
     """
 
     def __init__(
@@ -42,21 +43,26 @@ class ParallelAdapterLayer(nn.Module):
         super().__init__()
         self.modulelist = Bottleneck(in_width, bottleneck_dim, out_width, non_linearity)
         self.scaled = scaled
-        self.held: Tensor | None = None
+        self.held: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.modulelist(x.to(self.modulelist.down_proj.weight.dtype))
         return (y if self.scaled == 1 else y * self.scaled).to(x.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "held": None}
+        return {**self.__dict__, "held": {}}
+
+
+def _thread() -> int:
+    """The thread that runs; compiled code has one."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def hold(
     delta: ParallelAdapterLayer, host: nn.Module, args: Args, kwargs: Kwargs
 ) -> tuple[Args, Kwargs]:
     """Before the first module: keep its input."""
-    delta.held = first_hidden(args, kwargs)
+    delta.held[_thread()] = first_hidden(args, kwargs)
     return args, kwargs
 
 
@@ -64,7 +70,7 @@ def release(
     delta: ParallelAdapterLayer, host: nn.Module, args: Args, kwargs: Kwargs, output: Any
 ) -> Any:
     """After the second module: add what the adapter makes of the first one's input."""
-    source, delta.held = delta.held, None
+    source = delta.held.pop(_thread(), None)
     if source is None:
         raise InsertionError(
             "The second module of a ParallelAdapter's pair ran, but the first did not run before "
@@ -84,7 +90,7 @@ class DropHeld:
     def __call__(self, module: nn.Module, args: Args, output: Any) -> None:
         if not torch.compiler.is_compiling():
             for layer in self.layers:
-                layer.held = None
+                layer.held.pop(threading.get_ident(), None)
 
     @property
     def attached(self) -> bool:
@@ -186,6 +192,10 @@ class ParallelAdapterModel(DeltaBase):
         self._target_names = [name for pair in pairs for name in pair]
         layers = [self.update_pair(first_name, second_name) for first_name, second_name in pairs]
         self._insert(DropHeld(backbone, layers))
+
+    def update_module(self, module: nn.Module, key: str) -> None:
+        """Put an adapter beside the module called `key`."""
+        self._insert(DropHeld(self.backbone_model, [self.update_pair(key, key)]))
 
     def update_pair(self, first_name: str, second_name: str) -> ParallelAdapterLayer:
         """Put one adapter from the input of one module to the output of another."""

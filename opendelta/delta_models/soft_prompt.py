@@ -142,9 +142,9 @@ def lengthen(
         if old.shape[-1] < cached + shape[-1] or not cached:
             given[name] = longer(old, count, value)
     labels = given.get("labels")
-    if not cached and isinstance(labels, Tensor) and labels.shape == shape:
-        if not labels.is_floating_point():  # else they are targets of several classes
-            given["labels"] = longer(labels, count, IGNORED_LABEL)
+    if isinstance(labels, Tensor) and labels.shape == shape and not cached:
+        scores_of_classes = labels.is_floating_point()
+        given["labels"] = labels if scores_of_classes else longer(labels, count, IGNORED_LABEL)
     for name in SPANS:
         if isinstance(given.get(name), Tensor):
             given[name] = given[name] + count
@@ -295,8 +295,8 @@ class SoftPromptModel(DeltaBase):
             name, *others = [n for hits in self.find_targets(patterns) for n in hits]
             if others:
                 raise InsertionError(
-                    f"modified_modules={list(patterns)} names {[name, *others]}; a soft prompt goes "
-                    "before the input of one model."
+                    f"modified_modules={list(patterns)} names {[name, *others]}; a soft prompt "
+                    "goes before the input of one model."
                 )
             host = backbone.get_submodule(name)
         sites: dict[str, Any] = dict(own_modules(backbone))

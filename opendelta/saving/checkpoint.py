@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from opendelta.backbone_state import bare, own_parameters
+from opendelta.backbone_state import own_parameters
 from opendelta.construction import Construction
 from opendelta.delta_configs import BaseDeltaConfig, read_config
 from opendelta.exceptions import (
@@ -24,6 +24,7 @@ from opendelta.exceptions import (
     warn,
 )
 from opendelta.freezing import EVERY_DELTA, reached
+from opendelta.insertion import uncompiled
 from opendelta.saving.files import (
     CONFIG_FILE,
     SAFETENSORS_FILE,
@@ -36,7 +37,7 @@ from opendelta.saving.files import (
     write_atomically,
     write_tensors,
 )
-from opendelta.saving.hashing import gen_model_hash
+from opendelta.saving.hashing import bare_parameters, gen_model_hash
 from opendelta.sizes import random_state_kept_on_error
 
 if TYPE_CHECKING:
@@ -107,9 +108,14 @@ class SaveLoadMixin(Construction):
             )
         tensors = self.checkpoint_tensors() if state_dict is None else state_dict
         name = SAFETENSORS_FILE if save_function is None else TORCH_FILE
-        digest = write_tensors(folder / name, tensors, save_function)
-        if save_config and not state_dict_only:
+        writes_config = save_config and not state_dict_only
+        if writes_config:  # before anything is replaced, since it may fail
             self.describe_backbone(tensors)
+            self.config.to_json_string()
+        digest = write_tensors(folder / name, tensors, save_function)
+        if digest is None:
+            return
+        if writes_config:
             self.config.weights_file, self.config.weights_sha256 = name, digest
             self.config.save_finetuned(folder)
         else:
@@ -131,8 +137,7 @@ class SaveLoadMixin(Construction):
             carried: names of the tensors that the file holds.
         """
         backbone = self.backbone_model
-        with bare(backbone):
-            own = {name for name, _ in backbone.named_parameters()}
+        own = {name for name, _ in bare_parameters(backbone)}
         self.config.backbone_class = type(backbone).__name__
         source = getattr(getattr(backbone, "config", None), "_name_or_path", None)
         self.config.backbone_checkpoint_name = source or self.config.backbone_checkpoint_name or ""
@@ -160,7 +165,7 @@ class SaveLoadMixin(Construction):
         if file.is_dir() or not file.suffix:
             file = file / SAFETENSORS_FILE
         digest = write_tensors(file, self.checkpoint_tensors(), save_func)
-        if file.name in WEIGHT_FILES:
+        if digest is not None and file.name in WEIGHT_FILES:
             _note_weights(file, digest)
 
     def load_checkpoint(
@@ -181,12 +186,14 @@ class SaveLoadMixin(Construction):
         """
         self.require_own(backbone_model)
         values = _delta_config(Path(path))
-        load_tensors(self, read_tensors(weights_in(path, values.get("weights_file")), load_func))
+        tensors = read_tensors(weights_in(path, values.get("weights_file")), load_func)
+        load_tensors(self, tensors, values.get("backbone_hash_excludes"))
 
     # --- its tensors ------------------------------------------------------------------------
 
     def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a saved file, tensor) of all this delta holds, shared ones once."""
+        self.look_at_places()
         seen: set[int] = set()
         inserted = (pair for insertion in self.insertions for pair in insertion.named_tensors())
         for name, tensor in itertools.chain(inserted, self.state_dict(keep_vars=True).items()):
@@ -216,7 +223,7 @@ class SaveLoadMixin(Construction):
         Raises:
             InsertionError: if `backbone` is one.
         """
-        if backbone is not None and backbone is not self.backbone_model:
+        if backbone is not None and uncompiled(backbone) is not self.backbone_model:
             raise InsertionError("backbone_model is not the backbone that this delta is on.")
 
     # --- loading ----------------------------------------------------------------------------
@@ -277,7 +284,8 @@ class SaveLoadMixin(Construction):
                     f"{CONFIG_FILE} ({expected[:12]}...). It was damaged or exchanged."
                 )
             state_dict = read_tensors(file)
-        if check_hash:
+        on_meta = any(p.is_meta for p in backbone_model.parameters())  # refused below
+        if check_hash and not on_meta:
             check_backbone(config, backbone_model)
         with random_state_kept_on_error():
             delta = model_class.from_config(config, backbone_model, check_hash=False)
@@ -358,8 +366,15 @@ def check_backbone(config: BaseDeltaConfig, backbone: nn.Module) -> None:
         )
 
 
-def load_tensors(delta: SaveLoadMixin, tensors: dict[str, Tensor]) -> None:
+def load_tensors(
+    delta: SaveLoadMixin, tensors: dict[str, Tensor], carried: list[str] | None = None
+) -> None:
     """Copy a checkpoint into a delta and its backbone, all of it or nothing.
+
+    Args:
+        delta: where to; `tensors`: what.
+        carried: the backbone's own parameters that the checkpoint must hold, and no others; None
+            for those that the delta's config names, else for any.
 
     Raises:
         CheckpointError: naming missing and unexpected keys and shapes that differ.
@@ -368,9 +383,16 @@ def load_tensors(delta: SaveLoadMixin, tensors: dict[str, Tensor]) -> None:
     tensors = delta.translate_keys(tensors)
     own = dict(delta.own_tensors())
     targets: dict[str, Tensor] = dict(own)
+    carried = delta.config.backbone_hash_excludes if carried is None else carried
     for name, p in own_parameters(delta.backbone_model):
-        targets.setdefault(name, p)
-    required = [*own, *(delta.config.backbone_hash_excludes or ())]
+        if carried is None or name in carried:
+            targets.setdefault(name, p)
+    if any(tensor.is_meta for tensor in targets.values()):
+        raise CheckpointError(
+            f"The {type(delta.backbone_model).__name__} is on the meta device, where there is "
+            "nothing to load into: give it its weights first."
+        )
+    required = [*own, *(carried or ())]
     missing = [name for name in required if name not in tensors]
     unexpected = [name for name in tensors if name not in targets]
     shapes = [
@@ -378,13 +400,18 @@ def load_tensors(delta: SaveLoadMixin, tensors: dict[str, Tensor]) -> None:
         for name in tensors
         if name in targets and tensors[name].shape != targets[name].shape
     ]
+    shapes += [
+        f"{name}: {tensor.dtype} in the file, {targets[name].dtype} here"
+        for name, tensor in tensors.items()
+        if name in targets and not torch.can_cast(tensor.dtype, targets[name].dtype)
+    ]
     if missing or unexpected or shapes:
         parts = [
             f"{title}: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}"
             for title, names in (
                 ("missing in the file", missing),
                 ("unexpected in the file", unexpected),
-                ("of another shape", shapes),
+                ("of another kind", shapes),
             )
             if names
         ]

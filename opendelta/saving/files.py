@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pickle
 import tempfile
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from opendelta.exceptions import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 SAFETENSORS_FILE = "model.safetensors"
@@ -102,8 +105,15 @@ def require_tensors(content: Any, source: str) -> None:
 
 def write_tensors(
     file: Path, tensors: Mapping[str, Tensor], save_func: Callable[..., Any] | None = None
-) -> str:
-    """Write tensors to `file` (the suffix decides the format) and return the file's sha256."""
+) -> str | None:
+    """Write tensors to `file`; the suffix decides the format.
+
+    Returns:
+        The file's sha256; None if `save_func` wrote nothing (as on ranks other than the first).
+
+    Raises:
+        CheckpointError: if `save_func` wrote another file.
+    """
     content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: str) -> None:
@@ -119,7 +129,7 @@ def write_tensors(
     return _replace(file, write)
 
 
-def write_atomically(file: Path, content: bytes) -> str:
+def write_atomically(file: Path, content: bytes) -> str | None:
     """Write bytes to `file` through a temporary name; readers see the old file or the whole new."""
     return _replace(file, lambda temporary: Path(temporary).write_bytes(content) and None)
 
@@ -133,22 +143,20 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _replace(file: Path, write: Callable[[str], Any]) -> str:
+def _replace(file: Path, write: Callable[[str], Any]) -> str | None:
+    """Let `write` make a file of that name in a folder of its own, then put it in place."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private
-        digest = sha256_of(Path(temporary))
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
+        temporary = Path(folder) / file.name
+        write(str(temporary))
+        others = sorted(other.name for other in Path(folder).iterdir() if other != temporary)
+        if others:
+            raise CheckpointError(
+                f"The save function was asked to write {file.name} and wrote {others[0]}."
+            )
+        if not temporary.exists():
+            logger.info("The save function wrote nothing; %s is left as it was.", file)
+            return None
+        digest = sha256_of(temporary)
         os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
     return digest
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

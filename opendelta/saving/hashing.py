@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opendelta.backbone_state import bare
-from opendelta.insertion import uncompiled
+from opendelta.backbone_state import BackboneState
+from opendelta.insertion import (
+    ParameterSlot,
+    dotted,
+    own_children,
+    own_modules,
+    uncompiled,
+)
 
 # Bytes copied at once from a device or a non-contiguous tensor, so that no whole model is copied.
 _PIECE = 1 << 24
+
+Slots = dict[int, ParameterSlot]
 
 
 def gen_parameter_hash(generator: Iterable[Tensor], md5: Any = None) -> Any:
@@ -46,7 +55,8 @@ def gen_model_hash(
 ) -> str:
     """The md5 of a model: its printed structure without whitespace, then its parameters' bytes.
 
-    Deltas are left out, so the hash of a backbone is the same before and after one is put on it.
+    Deltas are left out, so the hash of a backbone is the same before and after one is put on it;
+    the model may run meanwhile.
 
     Args:
         model: the backbone.
@@ -57,23 +67,76 @@ def gen_model_hash(
         32 hex digits.
     """
     model = uncompiled(model)
-    with bare(model):
-        structure = re.sub(r"[ \t\n]", "", _structure(model))
-        md5 = hashlib.md5(structure.encode(), usedforsecurity=False)
-        if with_parameters:
-            md5 = gen_parameter_hash(
-                (p for name, p in model.named_parameters() if name not in excludes), md5
-            )
+    slots = _slots(model)
+    structure = re.sub(r"[ \t\n]", "", _structure(model, slots))
+    md5 = hashlib.md5(structure.encode(), usedforsecurity=False)
+    if with_parameters:
+        md5 = gen_parameter_hash((p for n, p in bare_parameters(model) if n not in excludes), md5)
     return md5.hexdigest()
 
 
-def _structure(model: nn.Module) -> str:
-    """`str(model)` with the class names that a sharding engine changed put back."""
-    text = str(model)
-    for cls in {type(module) for module in model.modules()}:
-        plain = cls.__bases__[-1].__name__
-        if cls.__name__ == f"FSDP{plain}":
-            text = re.sub(rf"\b{cls.__name__}\(", f"{plain}(", text)
+def bare_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`named_parameters()` that the model has, or had, without its deltas."""
+    slots, seen = _slots(model), set()
+    for name, module in own_modules(model, originals=True):
+        for own_name, p in _bare(module, slots).items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                yield dotted(name, own_name), p
+
+
+def _slots(model: nn.Module) -> Slots:
+    """The places of parameters that deltas replaced, by the module that holds them."""
+    return {
+        id(place): slot
+        for state in BackboneState.within(model)
+        for slot in state.slots.values()
+        for place in slot.places
+    }
+
+
+def _bare(module: nn.Module, slots: Slots) -> dict[str, nn.Parameter | None]:
+    """The direct parameters of a module as they are without deltas."""
+    slot = slots.get(id(module))
+    if slot is None:
+        return module._parameters
+    parameters = dict(module._parameters)
+    original = slot.original if slot.top is not None else parameters.get(slot.name)
+    if original is None and not slot.existed[slot.places.index(module)]:
+        parameters.pop(slot.name, None)
+    else:
+        parameters[slot.name] = original
+    return parameters
+
+
+def _structure(module: nn.Module, slots: Slots) -> str:
+    """`str(module)` without deltas, up to whitespace."""
+    cls = type(module)
+    plain = cls.__bases__[-1].__name__
+    name = plain if cls.__name__ == f"FSDP{plain}" else module._get_name()  # renamed by FSDP2
+    children = [(key, _structure(child, slots)) for key, child in own_children(module, True)]
+    if cls.__repr__ is nn.ModuleList.__repr__:
+        return f"{name}({_folded(children)})"
+    if cls.__repr__ is not nn.Module.__repr__ and cls.__repr__ is not nn.ModuleDict.__repr__:
+        return repr(module)  # a module that prints itself in its own way
+    extra = _described(module, slots) if id(module) in slots else module.extra_repr()
+    return f"{name}({extra}{''.join(f'({key}):{text}' for key, text in children)})"
+
+
+def _described(module: nn.Module, slots: Slots) -> str:
+    """`extra_repr` of a module whose parameter a delta replaced (``bias=True``)."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__, _parameters=_bare(module, slots))
+    return twin.extra_repr()
+
+
+def _folded(children: list[tuple[str, str]]) -> str:
+    """The children of a `ModuleList` as it prints them, equal neighbours once."""
+    text = ""
+    for content, group in groupby(children, key=lambda child: child[1]):
+        keys = [key for key, _ in group]
+        many = f"({keys[0]}-{keys[-1]}):{len(keys)}x" if len(keys) > 1 else f"({keys[0]}):"
+        text += many + content
     return text
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,8 +33,7 @@ _SIZES: dict[str, int] = {
             num_decoder_layers num_encoder_layers num_blocks decoder_num_hidden_layers layers
             num_key_value_heads n_head_kv num_kv_heads linear_num_key_heads swa_num_key_value_heads
             cross_num_key_value_heads resampler_depth memory_attention_num_layers text_layers
-            num_feat_extract_layers num_mel_attn_blocks aligner_num_add_layers num_experts_per_tok
-            num_encoder_blocks num_stages moe_topk moe_k top_k num_codebooks n_codebooks
+            num_mel_attn_blocks aligner_num_add_layers num_experts_per_tok window_size moe_topk moe_k top_k num_codebooks n_codebooks
             num_local_layers max_window_layers""",
         ),
         (
@@ -42,8 +42,8 @@ _SIZES: dict[str, int] = {
             decoder_attention_heads linear_num_value_heads swa_num_attention_heads index_n_heads
             cross_num_attention_heads decoder_num_attention_heads resampler_n_heads
             resampler_heads num_local_experts n_routed_experts num_experts moe_num_experts
-            qk_rope_head_dim rotary_dim mamba_d_state state_size ssm_state_size window_size
-            time_step_rank mamba_dt_rank num_conv_pos_embedding_groups linear_num_heads""",
+            qk_rope_head_dim rotary_dim mamba_d_state state_size ssm_state_size time_step_rank
+            mamba_dt_rank num_conv_pos_embedding_groups linear_num_heads""",
         ),
         (
             8,
@@ -78,18 +78,20 @@ _SIZES: dict[str, int] = {
         (
             POSITIONS,
             """max_position_embeddings n_positions n_ctx max_seq_len max_target_positions
-            max_source_positions max_2d_position_embeddings""",
+            max_source_positions max_2d_position_embeddings codebook_size""",
         ),
         (
             VOCABULARY,
             """vocab_size n_words src_vocab_size tgt_vocab_size text_vocab_size
-            encoder_vocab_size decoder_vocab_size vocab_size_per_layer_input codebook_size
+            encoder_vocab_size decoder_vocab_size vocab_size_per_layer_input
             input_vocab_size output_vocab_size""",
         ),
     ]
     for name in names.split()
 }
-# The same for fields that hold one number for each stage.
+# Fields that name layers, and follow from the rest where they are left out.
+_DERIVED = ("out_features", "out_indices", "stage_names")
+# The same as `_SIZES` for fields that hold one number for each stage.
 _STAGES = {
     "depths": 1,
     "num_heads": 2,
@@ -166,6 +168,8 @@ def _shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
     kept = list(dict.fromkeys(kinds)) if isinstance(kinds, list) else []
     special = VOCABULARY
     for name, value in fields.items():
+        if name in _DERIVED:
+            continue
         if isinstance(value, dict):
             shrunk[name] = _shrink(value)
         elif isinstance(value, bool) or value is None:
@@ -179,7 +183,12 @@ def _shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
             shrunk[name] = [_STAGES[name]] * len(value)
         elif isinstance(value, list) and name in _WIDENING and isinstance(value[0], int):
             shrunk[name] = [8 * (place + 1) for place in range(len(value))]
-        elif isinstance(value, list) and layers and len(value) == layers and layers > 2:
+        elif (
+            isinstance(value, list)
+            and layers
+            and len(value) == layers > 2
+            and not name.startswith(("conv", "tdnn"))
+        ):
             pick = [kinds.index(kind) for kind in kept] if kept else [0, 1]
             pick = (pick * 2)[: max(2, len(kept))]
             shrunk[name] = [value[place] for place in pick]
@@ -189,42 +198,105 @@ def _shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("num_hidden_layers", "num_layers"):
             if name in shrunk:
                 shrunk[name] = len(kept)
-    if "mrope_section" in shrunk:
+    if "rope_theta" in shrunk and "rope_type" in shrunk:  # rotary embeddings of whole heads
         shrunk["mrope_section"] = [2, 1, 1]
+        shrunk.pop("partial_rotary_factor", None)
+    if "qk_rope_head_dim" in shrunk:  # latent attention: as many keys as queries
+        shrunk["num_key_value_heads"] = shrunk.get("num_attention_heads", 4)
+        if "head_dim" in shrunk:
+            shrunk["head_dim"] = shrunk["qk_rope_head_dim"]
     return shrunk
 
 
 def batch(model: nn.Module) -> dict[str, Tensor]:
-    """An input that passes through a backbone made here."""
-    config = model.config
-    parameters = inspect.signature(model.forward).parameters
-    generator = torch.Generator().manual_seed(0)
+    """An input that passes through a backbone made here: the plainest that does.
 
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+    Raises:
+        RuntimeError: if none does, with what the last attempt raised.
+    """
+    failure: Exception | None = None
+    for inputs in _attempts(model):
+        try:
+            with torch.no_grad():
+                model(**copy.deepcopy(inputs))
+        except Exception as error:  # whatever a model makes of an input not meant for it
+            failure = error
+        else:
+            return inputs
+    raise RuntimeError(f"{type(failure).__name__}: {failure}") from failure
 
-    def ids(*shape: int) -> Tensor:
-        return torch.randint(10, 40, shape, generator=generator)
 
-    inputs: dict[str, Tensor] = {}
+def _attempts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Inputs to try, the likeliest first."""
     main = getattr(model, "main_input_name", "input_ids")
-    wanted = [main] + [n for n, p in parameters.items() if p.default is inspect.Parameter.empty]
-    for name in dict.fromkeys(wanted):
-        if name in ("input_ids", "text_input_ids"):
-            inputs[name] = ids(2, 7)
-            if "attention_mask" in parameters:
-                inputs["attention_mask"] = torch.ones(2, 7, dtype=torch.long)
-        elif name == "pixel_values":
-            vision = getattr(config, "vision_config", None) or config
-            size = getattr(vision, "image_size", IMAGE) or IMAGE
-            height, width = size if isinstance(size, (list, tuple)) else (size, size)
-            inputs[name] = noise(2, getattr(vision, "num_channels", 3) or 3, height, width)
-        elif name in ("input_values", "input_features", "audio_values"):
-            bins = getattr(config, "num_mel_bins", None)
-            inputs[name] = noise(2, 64, bins) if bins else noise(2, 800)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
-        inputs["decoder_input_ids"] = ids(2, 5)
-    return inputs
+    required = [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is inspect.Parameter.empty and parameter.kind.value < 2
+    ]
+    accepted = inspect.signature(model.forward).parameters
+    base = [main, *required] if main in accepted else required
+    more = [n for n in ("input_ids", "pixel_values", "input_features", "bbox") if n in accepted]
+    for extra in ([], *([name] for name in more), more):
+        names = list(dict.fromkeys([*base, *extra]))
+        for values in itertools.product(*(_values(model, name) for name in names)):
+            inputs = dict(zip(names, values, strict=True))
+            if "input_ids" in inputs and "attention_mask" in accepted:
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if "decoder_input_ids" in accepted:
+                inputs["decoder_input_ids"] = _ids(2, 5)
+            yield inputs
 
 
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+def _ids(*shape: int) -> Tensor:
+    return torch.randint(10, 40, shape, generator=torch.Generator().manual_seed(0))
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _values(model: nn.Module, name: str) -> list[Tensor]:
+    """What an input called `name` may look like."""
+    parts = [model.config, *(getattr(model.config, n, None) for n in model.config.sub_configs)]
+
+    def field(*names: str, default: Any) -> Any:
+        found = (getattr(part, n, None) for n in names for part in parts if part is not None)
+        return next((value for value in found if value), default)
+
+    if name == "pixel_values":
+        size = field("image_size", default=IMAGE)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        channels, frames = field("num_channels", default=3), field("num_frames", default=2)
+        image = (channels, height, width)
+        return [_noise(2, *image), _noise(2, frames, *image)]
+    if name in ("input_features", "input_values", "audio_values"):
+        bins = field("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel",
+                     "feature_size", default=0)  # fmt: skip
+        frames = field("max_length", default=2 * field("max_source_positions", default=POSITIONS))
+        waves = [_noise(2, 1200), _noise(2, 1, 1200)]
+        spectra = [_noise(2, bins, frames), _noise(2, frames, bins), _noise(2, 1, frames, bins)]
+        return spectra + waves if bins and name == "input_features" else waves + spectra
+    if name == "bbox":
+        return [torch.ones(2, 7, 4, dtype=torch.long)]
+    if name == "past_values":
+        length = field("context_length", default=8)
+        return [_noise(2, length, field("num_input_channels", default=1)), _noise(2, length)]
+    if name in ("inputs_embeds", "hidden_states", "query_embeds", "context", "inputs"):
+        return [_noise(2, 7, field("hidden_size", "d_model", default=HIDDEN))]
+    return [_ids(2, 7)]
+
+
+_SWIN = {"image_size": 32, "patch_size": 4, "depths": [1, 1], "num_heads": [2, 2], "embed_dim": 8}
+
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "esmc": {"num_key_value_heads": 4},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "luke": {"entity_vocab_size": 10},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "perceiver": {"num_latents": 4, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 2},
+    "roc_bert": {"pronunciation_vocab_size": 10, "shape_vocab_size": 10},
+    "swin": _SWIN,
+    "donut-swin": _SWIN,
+    "swinv2": {**_SWIN, "pretrained_window_sizes": [0, 0]},
+}
