@@ -40,6 +40,7 @@ class BackboneState:
         slots: places of parameters that deltas replaced, by name.
         trimmed: whether `state_dict()` is reduced to its active part while a delta is attached.
         held: overrides `trimmed` after an attach or detach with ``reset_state_dict=False``.
+        probing: whether a pseudo input runs, which is nobody's first forward.
         told_ties: tied names that a freeze has already mentioned.
     """
 
@@ -52,6 +53,7 @@ class BackboneState:
         self.told_ties: set[str] = set()
         self.handles: list[RemovableHandle] = []
         self.first_forward: RemovableHandle | None = None
+        self.probing = False
 
     @classmethod
     def of(cls, backbone: nn.Module) -> BackboneState | None:
@@ -111,7 +113,7 @@ class BackboneState:
 
     def report_unreached(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook of the root that acts once, outside of compiled code."""
-        if torch.compiler.is_compiling() or self.first_forward is None:
+        if torch.compiler.is_compiling() or self.probing or self.first_forward is None:
             return
         self.first_forward.remove()
         self.first_forward = None
@@ -259,6 +261,24 @@ def let_gradients_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
         if isinstance(value, Tensor) and value.is_floating_point():
             return (*args[:position], value.detach().requires_grad_(), *args[position + 1 :])
     return None
+
+
+@contextmanager
+def probing(backbone: nn.Module) -> Iterator[None]:
+    """While a pseudo input runs: what it reaches, or does not, tells nothing of a real forward."""
+    states = BackboneState.within(backbone)
+    insertions = [i for state in states for i in state.insertions if isinstance(i, ModuleInsertion)]
+    dispatchers = [d for i in insertions if (d := i.side.on(i.host)) is not None]
+    fired = [dispatcher.fired for dispatcher in dispatchers]
+    for state in states:
+        state.probing = True
+    try:
+        yield
+    finally:
+        for state in states:
+            state.probing = False
+        for dispatcher, was in zip(dispatchers, fired, strict=True):
+            dispatcher.fired = was
 
 
 @contextmanager

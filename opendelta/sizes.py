@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opendelta.backbone_state import probing
 from opendelta.exceptions import InsertionError
 from opendelta.insertion import first_hidden, map_hidden, own_modules
 
@@ -89,7 +90,7 @@ def run_pseudo_input(backbone: nn.Module, modules: Iterable[str]) -> None:
     Raises:
         InsertionError: if it fails, with its cause and what to do.
     """
-    with _untouched(backbone):
+    with _untouched(backbone), probing(backbone):
         _run(_runner(backbone, list(modules)))
 
 

@@ -27,14 +27,12 @@ TARGETS: dict[str, dict[str, list[str]]] = {
     "AdapterModel": {
         "bert_cls": ["output.dense"],
         "gpt2": ["attn.c_proj", "mlp"],
-        "t5": ["wo"],
         "llama": ["self_attn", "down_proj"],
         "mlp": ["first"],
     },
     "ParallelAdapterModel": {
         "bert_cls": ["attention", "attention"],
         "gpt2": ["attn", "attn", "c_fc", "mlp.c_proj"],
-        "t5": ["wi", "wo"],
         "llama": ["gate_proj", "down_proj"],
         "mlp": ["first", "last.1"],
     },

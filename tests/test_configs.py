@@ -324,12 +324,23 @@ def test_configs_of_0_3_2_load(folder: Path) -> None:
 
 
 def test_every_key_of_0_3_2s_files_is_known() -> None:
-    stray = {"sequential": True, "bottleneck_dim": None, "registraction_name": "deltas"}
-    assert CompacterConfig.from_dict(stray) == CompacterConfig()
-    written_by = {"opendelta_version": "0.3.2", "transformers_version": "4.38.2"}
-    assert CompacterConfig.from_dict(written_by).learn_phm is True
+    def read(cls: type[BaseDeltaConfig], **stray: Any) -> dict[str, Any]:
+        written = {"opendelta_version": "0.3.0", "transformers_version": "4.38.2"}
+        values = cls.from_dict({**written, **stray}).to_dict()
+        return {name: value for name, value in values.items() if name not in written}
+
+    assert (
+        read(CompacterConfig, sequential=True, bottleneck_dim=None) == CompacterConfig().to_dict()
+    )
+    assert read(ParallelAdapterConfig, scaled=None) == ParallelAdapterConfig().to_dict()
+    assert read(AdapterConfig, sequential=True) == AdapterConfig().to_dict()
     assert ParallelAdapterConfig.from_dict({"scaled": None}).scaled == 1.0
-    assert AdapterConfig.from_dict({"sequential": True}).to_dict() == AdapterConfig().to_dict()
+
+
+def test_keys_of_0_3_2_are_unknown_in_todays_configs() -> None:
+    for stray in ({"sequential": True}, {"scaled": 2.0}):
+        with pytest.raises(OpenDeltaError, match=next(iter(stray))):
+            AdapterConfig.from_dict(stray)
 
 
 def test_marks_of_common_names_are_read_and_regexes_left_alone() -> None:

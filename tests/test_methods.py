@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from opendelta import (
     BitFitModel,
     CompacterModel,
     DeltaBase,
+    DeltaWarning,
     LoraModel,
     LowRankAdapterModel,
     ParallelAdapterModel,
@@ -662,6 +664,32 @@ def test_a_module_that_is_never_called_is_refused() -> None:
     model = backbones.build("bert")
     with unchanged(model), pytest.raises(InsertionError, match="'encoder.layer'"):
         AdapterModel(model, modified_modules=["encoder.layer"])
+
+
+def test_the_pseudo_forward_is_no_first_forward() -> None:
+    """It may take another way than the user's inputs, and tells nothing about earlier deltas."""
+
+    class Ways(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Inner(6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, both: bool = False) -> Tensor:
+            y: Tensor = self.a(x)
+            return self.b(y) if both else y
+
+    for both in (True, False):
+        model: Any = Ways()
+        model.dummy_inputs = (X,)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            LoraModel(model, modified_modules=["b"])
+            AdapterModel(model, modified_modules=["a"])
+            if both:
+                model(X, both=True)
+                continue
+        with pytest.warns(DeltaWarning, match=r"b\.lora"):
+            model(X)
 
 
 def test_one_forward_serves_all_modules() -> None:

@@ -68,7 +68,7 @@ def loaded(path: Path, backbone: str, **kwargs: Any) -> DeltaBase:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {p.name: p.read_bytes() if p.is_file() else b"a folder" for p in folder.iterdir()}
 
 
 # --- two files ------------------------------------------------------------------------------------

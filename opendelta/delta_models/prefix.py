@@ -353,35 +353,32 @@ class PrefixModel(DeltaBase):
         finally:
             self._saves_network = False
 
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Load the weights alone, see `DeltaBase.load_checkpoint`.
+
+        A file of prefixes takes the place of a network that generates them.
+        """
+        network = self._network_insertion
+        try:
+            super().load_checkpoint(*args, **kwargs)
+        except BaseException:
+            if network is not None and not self.reparameterize:
+                self._take_back(network)
+            raise
+
     def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Accept prefixes and the network that generates them, whichever this delta holds.
 
         Raises:
-            CheckpointError: if the file's network is not whole, or its prefixes do not fit.
+            CheckpointError: if the file's network is not whole.
         """
         tensors = {n: t for n, t in tensors.items() if not n.endswith("reparams.input_tokens")}
         names = [name for name in tensors if ".reparams." in f".{name}"]
         if names and not self.reparameterize:
             return self._generated(tensors, names)
-        shapes = self.plain_shapes
-        if not names and self.reparameterize and shapes.keys() <= tensors.keys():
-            for name, shape in shapes.items():
-                if tensors[name].shape != shape:
-                    raise CheckpointError(
-                        f"The file's {name} has shape {tuple(tensors[name].shape)}; this prefix "
-                        f"needs {shape} (tokens, width)."
-                    )
+        if self.reparameterize and all(f"{name}.past_key" in tensors for name in self.prefixes):
             self.drop_network()
         return tensors
-
-    @property
-    def plain_shapes(self) -> dict[str, tuple[int, int]]:
-        """Names and shapes of the prefixes in files."""
-        return {
-            f"{name}.{part}": (layer.tokens, width)
-            for name, layer in self.prefixes.items()
-            for part, width in zip(("past_key", "past_value"), layer.widths, strict=True)
-        }
 
     def _generated(self, tensors: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         """The prefixes that a network in a file generates."""
@@ -404,18 +401,33 @@ class PrefixModel(DeltaBase):
                 start = stop
         return result
 
+    @property
+    def _network_insertion(self) -> ModuleInsertion | None:
+        modules = (i for i in self.insertions if isinstance(i, ModuleInsertion))
+        return next((i for i in modules if isinstance(i.module, ReparameterizationNetwork)), None)
+
     def drop_network(self) -> None:
         """Hold the generated prefixes as parameters, without the network, from now on."""
+        insertion = self._network_insertion
+        if insertion is None:
+            return
         for layer in self.prefixes.values():
             layer.become_plain()
-        for insertion in list(self.insertions):
-            module = getattr(insertion, "module", None)
-            if isinstance(module, ReparameterizationNetwork):
-                insertion.remove()
-                self.insertions.remove(insertion)
-                del self._node(insertion.host_name)._modules["reparams"]
+        insertion.remove()
+        self.insertions.remove(insertion)
+        del self._node(insertion.host_name)._modules[insertion.lone_name]
         self.reparameterize = self.config.reparameterize = False  # type: ignore[attr-defined]
         self._label(self.insertions)
+
+    def _take_back(self, insertion: ModuleInsertion) -> None:
+        """Undo `drop_network`."""
+        for layer in self.prefixes.values():
+            del layer.past_key, layer.past_value
+            layer.network = [insertion.module]  # type: ignore[list-item]
+        insertion.insert()
+        self.insertions.append(insertion)
+        self._node(insertion.host_name)._modules[insertion.lone_name] = insertion.module
+        self.reparameterize = self.config.reparameterize = True  # type: ignore[attr-defined]
 
 
 def _attention_in(name: str, module: nn.Module) -> tuple[str, nn.Module]:
@@ -473,7 +485,7 @@ class _WidthRecorder(LookupAttention):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        self.widths[self.name] = tuple(t.shape[1] * t.shape[3] for t in (key, value))  # type: ignore[assignment]
+        self.widths[self.name] = key.shape[1] * key.shape[3], value.shape[1] * value.shape[3]
         return function(module, query, key, value, *args, **kwargs)
 
 
@@ -488,9 +500,12 @@ def _measured_widths(
     def recording(name: str) -> Callable[..., None]:
         return lambda host, args: begin(_WidthRecorder(host, name, widths))
 
+    def recorded(host: nn.Module, args: Args, output: Any) -> None:
+        end(host)
+
     for name, host in hosts.items():
         handles.append(host.register_forward_pre_hook(recording(name)))
-        handles.append(host.register_forward_hook(lambda host, *_: end(host), always_call=True))
+        handles.append(host.register_forward_hook(recorded, always_call=True))
     try:
         run_pseudo_input(backbone, hosts)
     finally:

@@ -320,7 +320,7 @@ class SoftPromptModel(DeltaBase):
         if decoder is not None:
             self.insert_module(decoder, "before", CrossMask(count), "soft_prompt_mask")
             if self.trim_output:
-                top = next(m for n, m in sites.items() if hasattr(m, "get_encoder"))
+                top = next(m for m in sites.values() if hasattr(m, "get_encoder"))
                 cut = TrimEncoder(count)
                 self.insert_action(top, cut, "soft_prompt_trim", AfterDispatcher, trim_encoder)
         elif self.trim_output or inner:
@@ -365,13 +365,13 @@ def _prompted(backbone: nn.Module) -> tuple[str, Any]:
 
 
 def _base_of_pad_seeker(host: nn.Module) -> str:
-    """Name of the base model in a model that looks for padding among its ids, else "".
+    """Name of the base model in a model that looks for the last token that is no padding, else "".
 
-    With embeddings in place of ids such a model takes the last position for the last token.
+    With embeddings in place of ids such a model takes the last position, padding or not.
     """
     code = getattr(inspect.unwrap(type(host).forward), "__code__", None)
     base = getattr(host, "base_model_prefix", "")
-    if code is None or "pad_token_id" not in code.co_names or not base:
+    if code is None or not {"pad_token_id", "argmax"} <= set(code.co_names) or not base:
         return ""
     return base if isinstance(host._modules.get(base), nn.Module) else ""
 

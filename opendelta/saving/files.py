@@ -148,6 +148,9 @@ def _replace(file: Path, write: Callable[[str], Any]) -> str | None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
         temporary = Path(folder) / file.name
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask leaves of an ordinary file
+        temporary.unlink()
         write(str(temporary))
         others = sorted(other.name for other in Path(folder).iterdir() if other != temporary)
         if others:
@@ -158,5 +161,6 @@ def _replace(file: Path, write: Callable[[str], Any]) -> str | None:
             logger.info("The save function wrote nothing; %s is left as it was.", file)
             return None
         digest = sha256_of(temporary)
+        temporary.chmod(mode)
         os.replace(temporary, file)
     return digest

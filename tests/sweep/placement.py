@@ -107,7 +107,9 @@ def summary(found: dict[str, Placement | str]) -> dict[str, int]:
         "built": len(built),
         "LoRA placed": len(built) - kinds["nothing"],
         "on attention": kinds["attention"],
-        "on attention, q and v in every unit": sum(p.by == "attention" and not p.missed for p in built),
+        "on attention, q and v in every unit": sum(
+            p.by == "attention" and not p.missed for p in built
+        ),
         "on a mixer": kinds["mixer"],
         "on a feed-forward": kinds["feed-forward"],
         "adapter after attention or mixer": sum(p.adapters[0] for p in built),
@@ -121,7 +123,9 @@ def main() -> None:
         if not isinstance(result, Placement):
             print(f"{model_type:40} not built: {result[:100]}")
         elif result.missed or result.by != "attention" or not all(result.adapters):
-            print(f"{model_type:40} {result.by}; adapters {result.adapters}; missed {result.missed}")
+            print(
+                f"{model_type:40} {result.by}; adapters {result.adapters}; missed {result.missed}"
+            )
     for what, count in summary(found).items():
         print(f"{count:5} {what}")
 

@@ -125,9 +125,11 @@ def model_class(model_type: str) -> type[nn.Module]:
         found = getattr(module, name, None)
         if isinstance(found, type) and issubclass(found, nn.Module):
             return found
-    for found in vars(module).values():
+    for name, found in vars(module).items():
         is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-        if is_model and found.config_class is config_class and found.__module__ == home:
+        if not is_model or found.__module__ != home or name.endswith("PreTrainedModel"):
+            continue
+        if found.config_class is config_class:
             return found
     raise LookupError(f"{model_type} has no model class.")
 
@@ -294,7 +296,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "luke": {"entity_vocab_size": 10},
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "perceiver": {"num_latents": 4, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 2},
+    "perceiver": {
+        "num_latents": 4,
+        "d_latents": 32,
+        "d_model": 32,
+        "num_self_attends_per_block": 2,
+    },
     "roc_bert": {"pronunciation_vocab_size": 10, "shape_vocab_size": 10},
     "swin": _SWIN,
     "donut-swin": _SWIN,
