@@ -174,11 +174,11 @@ def own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     A parameter that a delta put in the place of the backbone's (BitFit's bias) is the delta's.
     """
     foreign = {
-        id(p)
+        id(place._parameters.get(slot.name))
         for state in BackboneState.within(backbone)
         for slot in state.slots.values()
-        if (top := slot.top) is not None
-        for _, p in top.named_parameters()
+        if slot.top is not None
+        for place in slot.places
     }
     for name, module in own_modules(backbone, remove_duplicate=False):
         for own_name, p in module._parameters.items():

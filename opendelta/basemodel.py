@@ -247,7 +247,6 @@ class DeltaBase(SaveLoadMixin):
             DeltaWarning: if nothing is left to train.
         """
         self._require_presence()
-        self.look_at_places()
         backbone = self.backbone_model
         module = None if module is None else uncompiled(module)
         part = prefix or ("" if module is None or module is backbone else self.name_of(module))

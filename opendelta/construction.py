@@ -11,6 +11,7 @@ from torch import nn
 
 from opendelta import insertion as actions
 from opendelta.addressing.common_structure import CommonStructureMap
+from opendelta.addressing.inference import FUSED
 from opendelta.addressing.patterns import REGEX_MARK, as_patterns, lineage, matches
 from opendelta.addressing.targets import excluded_modules, find_targets
 from opendelta.backbone_state import BackboneState
@@ -80,7 +81,10 @@ def common_names(backbone: nn.Module) -> dict[str, tuple[str, ...]]:
     that name too.
     """
     structure = CommonStructureMap(backbone, strict=False)
-    names = {name: structure.names(name) for name in structure.matched_pairs}
+    names = {}
+    for name, common in structure.matched_pairs.items():
+        fused = common.rpartition(".")[2] in FUSED
+        names[name] = structure.names(name) if fused else (common,)
     taken = {common for commons in names.values() for common in commons} | {
         name for name, _ in own_modules(backbone)
     }
@@ -134,12 +138,17 @@ class Construction(nn.Module):
 
     def common_names_of(self, name: str) -> Iterator[str]:
         """The common names of a module or parameter of the backbone."""
+        known = self.all_common_names()
+        yield from known.get(name, ())
+        module, _, leaf = name.rpartition(".")
+        for common in known.get(module, ()):
+            yield f"{common}.{leaf}"
+
+    def all_common_names(self) -> dict[str, tuple[str, ...]]:
+        """Module name -> common names, for the modules that have some."""
         if self._common_names is None:
             self._common_names = common_names(self.backbone_model)
-        yield from self._common_names.get(name, ())
-        module, _, leaf = name.rpartition(".")
-        for common in self._common_names.get(module, ()):
-            yield f"{common}.{leaf}"
+        return self._common_names
 
     def find_key(self, key: str, target_list: Sequence[str]) -> bool:
         """Whether some pattern of `target_list` addresses the module called `key`.
@@ -174,11 +183,16 @@ class Construction(nn.Module):
         """
         known_as = {name: self._module_names[id(module)] for name, module in self._own}
         names = list(known_as)
-        if self.common_structure and not any(True for n in names for _ in self.common_names_of(n)):
+        common = self.all_common_names() if self.common_structure else {}
+        if self.common_structure and not common:
             CommonStructureMap(self.backbone_model)  # raises, saying what it found and what to do
-        lookup = self.common_names_of if self.common_structure else lambda name: (name,)
+
+        def lookup(name: str) -> Iterable[str]:
+            return common.get(name, ()) if self.common_structure else (name,)
+
         if self.uses_defaults:
-            patterns = [self._default_site(pattern, names) for pattern in patterns]
+            every = [name for commons in common.values() for name in commons]
+            patterns = [self._default_site(pattern, every) for pattern in patterns]
         found = find_targets(names, patterns, lookup, required=not self.uses_defaults)
         excluded = excluded_modules(names, self.exclude_modules, self.names_of)
         self._excluded = {known_as[name] for name in excluded}
@@ -211,7 +225,7 @@ class Construction(nn.Module):
     def _default_site(self, role: str, names: Iterable[str]) -> str:
         end = self.default_ends.get(role)
         site = f"{role}.{end}" if end else role
-        if any(matches(c, site) for name in names for c in self.common_names_of(name)):
+        if any(matches(name, site) for name in names):
             return site
         return role
 

@@ -214,13 +214,24 @@ class BaseDeltaConfig:
         config.from_file = True
         return config
 
-    def save_finetuned(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_finetuned(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Write ``config.json`` into a folder, which is made if it does not exist.
 
         Args:
             save_directory: the folder.
+            push_to_hub: publish it; not in this version.
             kwargs: none is known in this version.
+
+        Raises:
+            NotImplementedError: for ``push_to_hub=True``.
         """
+        if push_to_hub:
+            raise NotImplementedError(
+                "This version does not publish. Upload the folder, for instance with "
+                "`huggingface_hub.upload_folder`."
+            )
         if kwargs:
             raise UnknownArgumentError(
                 f"save_finetuned of a config does not take {', '.join(map(repr, kwargs))}."

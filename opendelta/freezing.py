@@ -82,12 +82,15 @@ def freeze(
     modules = list(own_modules(backbone, remove_duplicate=False))
     states = [(name, found) for name, m in modules if (found := BackboneState.of(m)) is not None]
     present = [delta for _, found in states for delta in found.deltas]
+    for delta in present:
+        delta.look_at_places()
     kept_deltas = [item for item in exclude if not isinstance(item, str)]
     strangers = [item for item in kept_deltas if not any(item is delta for delta in present)]
     if strangers:
+        (item, *_) = strangers
+        said = f"a {type(item).__name__}" if isinstance(item, nn.Module) else f"{item!r:.80}"
         raise AddressingError(
-            f"exclude holds a {type(strangers[0]).__name__}: expected patterns, 'deltas', or delta "
-            "objects of this backbone."
+            f"exclude holds {said}: expected patterns, 'deltas', or delta objects of this backbone."
         )
     if EVERY_DELTA in exclude:
         kept_deltas = present

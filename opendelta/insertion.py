@@ -513,6 +513,7 @@ class ParameterSlot:
         self.layers: list[ParameterInsertion] = []
         self.handle: RemovableHandle | None = None
         self.left_at: Place | None = None  # where the original was set aside
+        self.sharded = False  # whether the parameter in place was seen as a shard
 
     @property
     def top(self) -> ParameterInsertion | None:
@@ -523,11 +524,7 @@ class ParameterSlot:
     def look(self) -> None:
         """Take up the parameter that is in place now: loading with ``assign`` puts a new one."""
         current, top = self.places[0]._parameters.get(self.name), self.top
-        if current is not None and hasattr(current, "placements"):
-            raise InsertionError(
-                f"The {self.name} of {type(self.places[0]).__name__} is sharded: BitFit's biases "
-                "cannot be switched on a sharded backbone."
-            )
+        self.sharded = self.sharded or hasattr(current, "placements")
         if top is None:
             self.original = current
         elif current is not None:
@@ -600,6 +597,11 @@ class ParameterInsertion:
     def _switch(self, attached: bool) -> None:
         if self._attached != attached:
             self.slot.look()
+            if self.slot.sharded:
+                raise InsertionError(
+                    f"The {self.name} of {self.host_name!r} is sharded: BitFit's biases cannot be "
+                    "switched on a sharded backbone."
+                )
             (self.slot.top or self.slot).left_at = self.slot.place
             self._attached = attached
             self.slot.settle()

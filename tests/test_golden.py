@@ -137,6 +137,13 @@ def test_golden_checkpoint(case: dict[str, Any]) -> None:
     close(backbones.run(model, case["backbone"]), TENSORS[case["output"]])
 
 
+@pytest.mark.parametrize("case", of_kind("transform"))
+def test_golden_transform(case: dict[str, Any]) -> None:
+    structure = opendelta.CommonStructureMap(backbones.build(case["backbone"]))
+    for name, common in case["table"].items():
+        assert structure.transform(name, strict=False) == common, name
+
+
 @pytest.mark.parametrize("case", of_kind("hash"))
 def test_golden_hash(case: dict[str, Any]) -> None:
     model = backbones.build(case["backbone"])
