@@ -88,9 +88,10 @@ def freeze(
     strangers = [item for item in kept_deltas if not any(item is delta for delta in present)]
     if strangers:
         (item, *_) = strangers
-        said = f"a {type(item).__name__}" if isinstance(item, nn.Module) else f"{item!r:.80}"
+        said = "one" if isinstance(item, nn.Module) else f"{item!r:.80}"  # modules print long
         raise AddressingError(
-            f"exclude holds {said}: expected patterns, 'deltas', or delta objects of this backbone."
+            f"exclude holds {said} of type {type(item).__name__}; expected patterns, 'deltas', or "
+            "delta objects of this backbone."
         )
     if EVERY_DELTA in exclude:
         kept_deltas = present
