@@ -180,7 +180,16 @@ class BaseDeltaConfig:
         return self.to_dict()
 
     def to_json_string(self) -> str:
-        """`to_dict` as indented JSON with sorted keys."""
+        """`to_dict` as indented JSON with sorted keys.
+
+        Raises:
+            ConfigError: naming a field that JSON cannot hold.
+        """
+        for name, value in self.to_dict().items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{name}={value!r:.80} cannot be saved: {error}.") from error
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def __eq__(self, other: object) -> bool:

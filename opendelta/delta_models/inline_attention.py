@@ -90,8 +90,8 @@ class InlineAttention(PrefixedCall, TorchFunctionMode):
     ) -> None:
         """Note what became of keys, scores and probabilities."""
         if func in _PRODUCTS_ONTO and self._query is None:
-            self._query, self._scores = args[1], [result]
-            self._factor = kwargs.get("alpha", 1.0)
+            self._query = kwargs["batch1"] if "batch1" in kwargs else args[1]
+            self._factor, self._scores = kwargs.get("alpha", 1.0), [result]
         elif func in _PRODUCTS and _are_stacks(args) and self._query is None:
             self._query, self._scores = args[0], [result]
             self._factor = next((f for t, f in self._scaled if t is args[1]), 1.0)

@@ -134,5 +134,5 @@ def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
 def _to_heads(prefix: Tensor, like: Tensor) -> Tensor:
     """(tokens, width) as (batch, heads, tokens, head width), the layout of `like`."""
     batch, heads, _, depth = like.shape
-    split = prefix.to(like).view(-1, heads, depth).transpose(0, 1)
+    split = prefix.to(like).view(prefix.shape[0], heads, depth).transpose(0, 1)
     return split.expand(batch, -1, -1, -1)

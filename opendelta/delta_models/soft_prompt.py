@@ -22,12 +22,13 @@ from opendelta.insertion import (
     Args,
     BeforeDispatcher,
     Kwargs,
-    after,
     dotted,
+    first_hidden,
     own_modules,
 )
 
-ROOT = "root"
+ROOT, LAYER = "root", "soft_prompt_layer"
+PROMPT_ID = -1  # stands for a position of the prompt among ids
 IGNORED_LABEL = -100  # what transformers' and torch's losses leave out
 _NO_TOKENS = {"pos", "position", "positional", "positions", "type", "segment", "relative"}
 SPANS = ("start_positions", "end_positions")  # labels that count positions
@@ -53,18 +54,20 @@ class SoftPromptLayer(nn.Module):
         self.embedding, self.names, self.expand = embedding, names, dict(expand)
         self.count = soft_embeds.shape[0]
         self.length = 0  # of the text in the call that runs; 0 where no prompt was put before it
+        self.standing_in: Tensor | None = None  # which ids of a call stand for the prompt
 
     def forward(self, embeds: Tensor) -> Tensor:
-        """The prompt before `embeds`, (batch, tokens, width) or (tokens, width)."""
-        prompt = self.soft_embeds.to(embeds)
-        if embeds.dim() == 3:
-            prompt = prompt.expand(embeds.shape[0], -1, -1)
-        return torch.cat([prompt, embeds], -2)
+        """The prompt before `embeds`, (batch, tokens, width)."""
+        prompt = self.soft_embeds.to(embeds).expand(embeds.shape[0], -1, -1)
+        return torch.cat([prompt, embeds], 1)
 
 
 def longer(ids: Tensor, count: int, value: int) -> Tensor:
     """`ids` (..., tokens) with `count` times `value` in front, as a new tensor."""
     return torch.cat([ids.new_full((*ids.shape[:-1], count), value), ids], -1)
+
+
+# --- a model that takes embeddings ----------------------------------------------------------------
 
 
 def prepend(
@@ -77,14 +80,7 @@ def prepend(
     if ids is None and embeds is None:
         return args, kwargs
     text: Tensor = ids if embeds is None else embeds  # type: ignore[assignment]
-    cached = cached_positions(given)
-    lengthen(given, layer.count, layer.expand, text.shape[:2], cached)
-    positions = given.get("position_ids")
-    if positions is not None:
-        moved = positions + layer.count
-        front = torch.arange(layer.count, device=moved.device).expand(*moved.shape[:-1], -1)
-        given["position_ids"] = moved if cached else torch.cat([front, moved], -1)
-    if not cached:
+    if lengthen(given, layer, text.shape[:2]):
         if embeds is None:
             embeds = host.get_submodule(layer.embedding)(ids)
         given["input_ids"], given["inputs_embeds"] = None, layer(embeds)
@@ -92,8 +88,11 @@ def prepend(
     return (), given
 
 
+# --- a model that takes ids alone -----------------------------------------------------------------
+
+
 class Companion(nn.Module):
-    """On a model that takes no embeddings: what goes along with the text gets as long.
+    """On a model that takes ids alone: ids and what goes along with them get longer.
 
     Args:
         count: length of the prompt.
@@ -106,31 +105,62 @@ class Companion(nn.Module):
         self.length = 0
 
     def pre_forward(self, *args: Any, **kwargs: Any) -> tuple[Args, Kwargs]:
-        """The model's arguments, all but the text longer by the prompt."""
+        """The model's arguments, with ids that stand for the prompt before those of the text."""
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         known = {*self.expand, "labels", *SPANS}
-        rest = (value for name, value in given.items() if name not in known)
-        text = next((value for value in rest if isinstance(value, Tensor)), None)
-        if text is None:
-            return args, kwargs
-        self.length = text.shape[1] if text.dim() > 1 else 0
-        lengthen(given, self.count, self.expand, text.shape[:2], 0)
-        return tuple(given.pop(name) for name in self.names[: len(args)]), given
+        tensors = [n for n, v in given.items() if isinstance(v, Tensor) and n not in known]
+        name = "input_ids" if "input_ids" in tensors else next(iter(tensors), None)
+        self.length = 0
+        if name is not None:
+            text: Tensor = given[name]
+            if lengthen(given, self, text.shape[:2]):
+                given[name] = longer(text, self.count, PROMPT_ID)
+                self.length = text.shape[1] if text.dim() > 1 else 0
+        return tuple(given.pop(n) for n in self.names[: len(args)]), given
 
 
-def lengthen(
-    given: Kwargs, count: int, expand: Mapping[str, int], shape: torch.Size, cached: int
-) -> None:
+def stand_in(
+    layer: SoftPromptLayer, embedding: nn.Module, args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs]:
+    """Before the embedding: note which ids stand for the prompt, and hand it others for them."""
+    ids = first_hidden(args, kwargs)
+    layer.standing_in = ids[..., : layer.count] == PROMPT_ID
+    valid = ids.clamp(min=0)
+    if args:
+        return (valid, *args[1:]), kwargs
+    return args, {name: valid if value is ids else value for name, value in kwargs.items()}
+
+
+def fill_in(
+    layer: SoftPromptLayer, embedding: nn.Module, args: Args, kwargs: Kwargs, output: Tensor
+) -> Tensor:
+    """After the embedding: put the prompt where ids stood for it."""
+    places, layer.standing_in = layer.standing_in, None
+    if places is None:
+        return output
+    count = places.shape[-1]
+    front = output[..., :count, :]
+    prompt = layer.soft_embeds[:count].to(output).expand_as(front)
+    front = torch.where(places.unsqueeze(-1), prompt, front)
+    return torch.cat([front, output[..., count:, :]], -2)
+
+
+# --- both -----------------------------------------------------------------------------------------
+
+
+def lengthen(given: Kwargs, layer: SoftPromptLayer | Companion, shape: torch.Size) -> bool:
     """Make the arguments that go along with the text as long as prompt and text.
 
     Args:
         given: the arguments, changed in place; their tensors are not.
-        count: length of the prompt.
-        expand: see `SoftPromptLayer`.
+        layer: says how long the prompt is, and what goes along.
         shape: (batch, tokens) of the text.
-        cached: how many positions a cache holds, prompt included.
+
+    Returns:
+        Whether the prompt is to come now; else it is in the cache already.
     """
-    for name, value in expand.items():
+    count, cached = layer.count, cached_positions(given)
+    for name, value in layer.expand.items():
         old, is_mask = given.get(name), name.endswith("mask")
         if old is None or (cached and not is_mask):
             continue  # with a cache the mask covers all positions so far, the others the new ones
@@ -141,6 +171,11 @@ def lengthen(
             )
         if old.shape[-1] < cached + shape[-1] or not cached:
             given[name] = longer(old, count, value)
+    positions = given.get("position_ids")
+    if positions is not None:
+        moved = positions + count
+        front = torch.arange(count, device=moved.device).expand(*moved.shape[:-1], -1)
+        given["position_ids"] = moved if cached else torch.cat([front, moved], -1)
     labels = given.get("labels")
     if isinstance(labels, Tensor) and labels.shape == shape and not cached:
         scores_of_classes = labels.is_floating_point()
@@ -148,6 +183,7 @@ def lengthen(
     for name in SPANS:
         if isinstance(given.get(name), Tensor):
             given[name] = given[name] + count
+    return not cached
 
 
 def cached_positions(given: Kwargs) -> int:
@@ -234,9 +270,10 @@ class SoftPromptConfig(BaseDeltaConfig):
 class SoftPromptModel(DeltaBase):
     """Trained vectors before the token embeddings; encoder-decoders get them in the encoder.
 
-    What a model returns for each position it returns for the prompt's too, in front. An exception
-    are models that look for padding among the ids (decoders that classify sequences): the prompt
-    goes into their base model, whose output is cut to the text.
+    What a model returns for each position it returns for the prompt's too, in front. Where the
+    prompt sits in a model inside (the base model of decoders that classify sequences, which look
+    for padding among the ids; the text model of CLIP; Whisper's decoder), the output of that one
+    is cut to the text.
 
     Args:
         backbone_model: the model to modify, in place.
@@ -308,24 +345,30 @@ class SoftPromptModel(DeltaBase):
         names = [n for n in inspect.signature(type(host).forward).parameters if n != "self"]
         expand, count = self.other_expand_ids, self.soft_token_num
         layer = SoftPromptLayer(self._initial(embedding), embedding_name, names, expand)
-        trimmed: SoftPromptLayer | Companion = layer
+        companion: Companion | None = None
         if "inputs_embeds" in names:
-            self.insert_action(host, layer, "soft_prompt_layer", BeforeDispatcher, prepend)
-        else:  # the prompt joins what the embedding returns
-            self.insert_action(embedding, layer, "soft_prompt_layer", AfterDispatcher, after)
-            trimmed = Companion(count, names, expand)
-            self.insert_module(host, "before", trimmed, "soft_prompt_companion")
+            self.insert_action(host, layer, LAYER, BeforeDispatcher, prepend)
+        else:
+            companion = Companion(count, names, expand)
+            self.insert_module(host, "before", companion, "soft_prompt_companion")
+            self.insert_action(embedding, layer, LAYER, BeforeDispatcher, stand_in)
+            self.insert_action(embedding, layer, LAYER, AfterDispatcher, fill_in)
         whole, _, leaf = name.rpartition(".")
         decoder = sites.get(dotted(whole, "decoder")) if leaf == "encoder" else None
+        outermost = next((m for m in sites.values() if hasattr(m, "get_input_embeddings")), host)
         if decoder is not None:
             self.insert_module(decoder, "before", CrossMask(count), "soft_prompt_mask")
             if self.trim_output:
-                top = next(m for m in sites.values() if hasattr(m, "get_encoder"))
                 cut = TrimEncoder(count)
-                self.insert_action(top, cut, "soft_prompt_trim", AfterDispatcher, trim_encoder)
-        elif self.trim_output or inner:
-            site = "soft_prompt_layer" if trimmed is layer else "soft_prompt_companion"
-            self.insert_action(host, trimmed, site, AfterDispatcher, trim)
+                self.insert_action(
+                    outermost, cut, "soft_prompt_trim", AfterDispatcher, trim_encoder
+                )
+        elif self.trim_output or host is not outermost:
+            if companion is None:
+                self.insert_action(host, layer, LAYER, AfterDispatcher, trim)
+            else:
+                name = "soft_prompt_companion"
+                self.insert_action(host, companion, name, AfterDispatcher, trim)
 
     def _initial(self, embedding: Any) -> Tensor:
         count, vocabulary = self.soft_token_num, embedding.num_embeddings
@@ -344,24 +387,35 @@ class SoftPromptModel(DeltaBase):
 
     def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Accept 0.3.2's files, whose prompt is always at the outermost model."""
-        old, own = dotted("soft_prompt_layer", "soft_embeds"), next(iter(self.own_tensors()))[0]
+        old, own = dotted(LAYER, "soft_embeds"), next(iter(self.own_tensors()))[0]
         if own.endswith(old) and own not in tensors:
             tensors = {own if name == old else name: t for name, t in tensors.items()}
         return tensors
 
 
 def _prompted(backbone: nn.Module) -> tuple[str, Any]:
-    """(name, module) of the outermost model that takes token ids, its encoder if it has two."""
-    name: str
-    module: Any
+    """(name, module) of the outermost model that embeds ids, its encoder if that does."""
+    names = {id(module): name for name, module in own_modules(backbone)}
     for name, module in own_modules(backbone):
-        if hasattr(module, "get_input_embeddings"):
-            config = getattr(module, "config", None)
-            if getattr(config, "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
-                encoder = module.get_encoder()
-                return next((n, m) for n, m in own_modules(backbone) if m is encoder)
+        inner: Any = module
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            encoder = inner.get_encoder() if hasattr(inner, "get_encoder") else None
+            if encoder is not None and _input_embedding(encoder) is not None:
+                return names[id(encoder)], encoder
+            if encoder is not None and encoder is not module:
+                continue  # it encodes something else; its decoder, further inside, embeds ids
+        if _input_embedding(module) is not None:
             return name, module
     return "", backbone
+
+
+def _input_embedding(module: nn.Module) -> Any:
+    """The token embedding that a transformers model says it has."""
+    try:
+        found = module.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # it says none
+        return None
+    return found if hasattr(found, "num_embeddings") else None
 
 
 def _base_of_pad_seeker(host: nn.Module) -> str:
@@ -383,12 +437,13 @@ def _embedding_of(name: str, host: Any) -> tuple[str, Any]:
     positions or types.
     """
     found = [(n, m) for n, m in own_modules(host) if hasattr(m, "num_embeddings")]
-    if hasattr(host, "get_input_embeddings"):
-        wanted = host.get_input_embeddings()
+    wanted = _input_embedding(host)
+    if wanted is not None:
         found = [(n, m) for n, m in found if m is wanted]
+    elif getattr(host, "main_input_name", "input_ids") != "input_ids":
+        found = []
     else:
-        of_ids = [(n, m) for n, m in found if not _NO_TOKENS & set(words(n))]
-        found = of_ids or found
+        found = [(n, m) for n, m in found if not _NO_TOKENS & set(words(n))]
     if not found:
         raise InsertionError(
             f"No token embedding is found in {name or type(host).__name__!r}: a soft prompt goes "
