@@ -186,7 +186,7 @@ class PrefixModel(DeltaBase):
         embed_dim: width of the network's input.
         mid_dim: width of the network's hidden layer.
         modified_modules: see `DeltaBase`, also for the arguments that follow; each must be an
-            attention module, and any choice of layers is fine.
+            attention module, and any choice of layers is fine. None for every attention.
 
     Raises:
         InsertionError: if a target computes no attention that a prefix can join.
@@ -230,7 +230,15 @@ class PrefixModel(DeltaBase):
         for name, module in own_modules(backbone):
             if name in addressed:
                 inner, host = _attention_in(name, module)
-                hosts.setdefault(inner, host)
+                if _names_in_code(host) & _SIGNS_OF_ATTENTION:
+                    hosts.setdefault(inner, host)
+                elif not self.uses_defaults:  # these hold state-space and other mixers too
+                    raise _no_attention(name, module)
+        if not hosts:
+            raise InsertionError(
+                f"{type(backbone).__name__} has no attention module that a prefix can join: "
+                "choose another method."
+            )
         widths = self.attention_widths(hosts)
         network = None
         if self.reparameterize:
@@ -259,7 +267,7 @@ class PrefixModel(DeltaBase):
         Read off its projections where the common structure knows them, else measured by a forward.
         """
         try:
-            known = {name: self._projected_widths(name) for name in hosts}
+            known = {name: self._projected_widths(name, host) for name, host in hosts.items()}
         except AddressingError:  # a backbone without a common structure
             known = dict.fromkeys(hosts)
         unknown = [name for name, widths in known.items() if widths is None]
@@ -267,7 +275,7 @@ class PrefixModel(DeltaBase):
             known |= _measured_widths(self.backbone_model, {name: hosts[name] for name in unknown})
         return {name: widths for name, widths in known.items() if widths is not None}
 
-    def _projected_widths(self, name: str) -> tuple[int, int] | None:
+    def _projected_widths(self, name: str, host: nn.Module) -> tuple[int, int] | None:
         parts: dict[str, str] = {}  # role -> projection
         units: set[str] = set()
         for part_name, _ in self.named_inside(name):
@@ -292,6 +300,8 @@ class PrefixModel(DeltaBase):
         if parts["k"] != parts["v"]:
             return key[1], value[1]
         if parts["k"] != parts.get("q"):
+            if _looks_attention_up(host):
+                return None  # keys of latent attention get more from elsewhere: measured
             return key[1] // 2, key[1] // 2
         if output is None:
             return None
@@ -442,12 +452,28 @@ def _attention_in(name: str, module: nn.Module) -> tuple[str, nn.Module]:
     return _attention_in(dotted(name, top), own[top])
 
 
+_SIGNS_OF_ATTENTION = {"get_interface", "softmax", "Softmax", "scaled_dot_product_attention"}
+
+
 def _looks_attention_up(module: nn.Module) -> bool:
-    """Whether the forward of `module`, or of one inside, asks transformers' attention lookup."""
-    return any(
-        "get_interface" in inspect.unwrap(type(part).forward).__code__.co_names
-        for _, part in own_modules(module)
-        if hasattr(inspect.unwrap(type(part).forward), "__code__")
+    """Whether `module`, or one inside, asks transformers' attention lookup."""
+    return "get_interface" in _names_in_code(module)
+
+
+def _names_in_code(module: nn.Module) -> set[str]:
+    """What the methods of `module` and of those inside refer to by name."""
+    classes = {cls for _, part in own_modules(module) for cls in type(part).__mro__}
+    classes -= set(nn.Module.__mro__)
+    functions = (inspect.unwrap(f) for cls in classes for f in vars(cls).values() if callable(f))
+    codes = (getattr(function, "__code__", None) for function in functions)
+    return {name for code in codes if code is not None for name in code.co_names}
+
+
+def _no_attention(name: str, module: nn.Module) -> InsertionError:
+    return InsertionError(
+        f"{name!r} ({type(module).__name__}) is no attention module that a prefix can join: it "
+        "neither uses transformers' attention lookup, nor has it key and value projections that "
+        "could be recognised and a softmax."
     )
 
 
@@ -513,9 +539,5 @@ def _measured_widths(
             handle.remove()
     for name, host in hosts.items():
         if name not in widths:
-            raise InsertionError(
-                f"{name!r} ({type(host).__name__}) is no attention module that a prefix can join: "
-                "it has no key and value projections that could be recognised, and does not use "
-                "transformers' attention lookup."
-            )
+            raise _no_attention(name, host)
     return widths

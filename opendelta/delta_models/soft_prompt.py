@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.addressing.graph import words
+from opendelta.addressing.patterns import lineage
 from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
@@ -355,7 +356,8 @@ class SoftPromptModel(DeltaBase):
             self.insert_action(embedding, layer, LAYER, AfterDispatcher, fill_in)
         whole, _, leaf = name.rpartition(".")
         decoder = sites.get(dotted(whole, "decoder")) if leaf == "encoder" else None
-        outermost = next((m for m in sites.values() if hasattr(m, "get_input_embeddings")), host)
+        around = [sites[n] for n in ("", *reversed(lineage(name)))]
+        outermost = next((m for m in around if hasattr(m, "get_input_embeddings")), host)
         if decoder is not None:
             self.insert_module(decoder, "before", CrossMask(count), "soft_prompt_mask")
             if self.trim_output:

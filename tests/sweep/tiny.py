@@ -33,7 +33,8 @@ _SIZES: dict[str, int] = {
             num_decoder_layers num_encoder_layers num_blocks decoder_num_hidden_layers layers
             num_key_value_heads n_head_kv num_kv_heads linear_num_key_heads swa_num_key_value_heads
             cross_num_key_value_heads resampler_depth memory_attention_num_layers text_layers
-            num_mel_attn_blocks aligner_num_add_layers num_experts_per_tok window_size moe_topk moe_k top_k num_codebooks n_codebooks
+            num_mel_attn_blocks aligner_num_add_layers num_experts_per_tok window_size
+            moe_topk moe_k top_k num_codebooks n_codebooks
             num_local_layers max_window_layers""",
         ),
         (
