@@ -206,6 +206,10 @@ def main() -> None:
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
 
+    console.print(
+        "MiniLM (22.7 million parameters) learns from 1,000 rated sentences by a delta, is saved, "
+        "reloaded and compared: about a minute and a half on two idle cores."
+    )
     data = Data(AutoTokenizer.from_pretrained(get_model_path()), *split(read(download())))
     results = [delta_tuning(data, options.output, options.sentences)]
     if options.compare:

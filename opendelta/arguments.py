@@ -36,7 +36,10 @@ def checked(constructor: Callable[..., None]) -> Callable[..., None]:
                 + nearest(unknown[0], choices)
                 + f" Its arguments are {', '.join(choices)}."
             )
-        bound = signature.bind(self, *args, **kwargs)
+        try:
+            bound = signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            raise UnknownArgumentError(f"{type(self).__name__}: {error}.") from error
         bound.apply_defaults()
         hints = _hints(constructor)
         for name, value in bound.arguments.items():
@@ -61,6 +64,8 @@ def _hints(constructor: Callable[..., None]) -> dict[str, Any]:
 def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
         expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        if expected == "Module":
+            expected = "a torch nn.Module, such as from_pretrained returns"
         raise ConfigError(
             f"{owner}: {name}={value!r:.80} is of type {type(value).__name__}; expected {expected}."
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from opendelta.exceptions import DeltaWarning, warn
+from opendelta.exceptions import ConfigError, DeltaWarning, warn
 from opendelta.insertion import (
     Insertion,
     ModuleInsertion,
@@ -310,4 +310,6 @@ def deltas(backbone: nn.Module) -> list[DeltaBase]:
         >>> [delta.delta_type for delta in opendelta.deltas(model)]
         ['lora', 'adapter']
     """
+    if not isinstance(backbone, nn.Module):
+        raise ConfigError(f"deltas() takes a torch nn.Module, not a {type(backbone).__name__}.")
     return [delta for state in BackboneState.within(backbone) for delta in state.deltas]

@@ -247,6 +247,11 @@ class DeltaBase(SaveLoadMixin):
             DeltaWarning: if nothing is left to train.
         """
         self._require_presence()
+        if module is not None and not isinstance(module, nn.Module):
+            raise ConfigError(
+                f"freeze_module: the first argument, module={module!r:.80}, is a part of the "
+                "backbone; what stays trainable is named by exclude=[...]."
+            )
         backbone = self.backbone_model
         module = None if module is None else uncompiled(module)
         part = prefix or ("" if module is None or module is backbone else self.name_of(module))

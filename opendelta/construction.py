@@ -11,8 +11,8 @@ from torch import nn
 
 from opendelta import insertion as actions
 from opendelta.addressing.common_structure import CommonStructureMap
-from opendelta.addressing.inference import FUSED
 from opendelta.addressing.patterns import REGEX_MARK, as_patterns, lineage, matches
+from opendelta.addressing.roles import FUSED
 from opendelta.addressing.targets import excluded_modules, find_targets
 from opendelta.backbone_state import BackboneState
 from opendelta.exceptions import AddressingError, InsertionError

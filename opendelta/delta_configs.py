@@ -223,20 +223,17 @@ class BaseDeltaConfig:
         config.from_file = True
         return config
 
-    def save_finetuned(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
+    def save_finetuned(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``config.json`` into a folder, which is made if it does not exist.
 
         Args:
             save_directory: the folder.
-            push_to_hub: publish it; not in this version.
-            kwargs: none is known in this version.
+            kwargs: ``push_to_hub``, which this version refuses if it is true.
 
         Raises:
             NotImplementedError: for ``push_to_hub=True``.
         """
-        if push_to_hub:
+        if kwargs.pop("push_to_hub", False):
             raise NotImplementedError(
                 "This version does not publish. Upload the folder, for instance with "
                 "`huggingface_hub.upload_folder`."
@@ -261,6 +258,11 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: if it is missing, is not JSON, or is not a delta's config.
     """
     file = Path(path)
+    if file.is_file() and file.suffix in (".safetensors", ".bin", ".pt"):
+        raise CheckpointError(
+            f"{file} holds weights; name its folder, {str(file.parent)!r}, which holds the "
+            f"{CONFIG_FILE} too, or load weights alone with delta.load_checkpoint."
+        )
     if not file.is_file():
         file = resolve_folder(path) / CONFIG_FILE
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from opendelta.addressing.patterns import as_patterns, fold_numbers, lineage, matches_any
+from opendelta.addressing.patterns import as_patterns, lineage, matches_any
 from opendelta.backbone_state import BackboneState, own_parameters
 from opendelta.exceptions import (
     AddressingError,
@@ -154,7 +154,9 @@ def freeze(
         trains = trains or (p.requires_grad and key not in aside)
 
     if selection.unmatched and warn_unmatched:
-        choices = fold_numbers(ancestor for n in named.values() for ancestor in lineage(n[0]))
+        places = {ancestor for n in named.values() for ancestor in lineage(n[0])}
+        ends = {place.rpartition(".")[2] for place in places}
+        choices = [EVERY_DELTA, *sorted(ends), *sorted(places)]
         for pattern in sorted(selection.unmatched):
             warn(
                 f"{pattern!r} names no module or parameter, so nothing more stays trainable."

@@ -158,7 +158,9 @@ def _run(model: nn.Module) -> None:
         "A pseudo input must pass through the model to tell the width of the modified modules, but "
         f"{type(model).__name__} failed on the automatic one ({type(failure).__name__}: {failure})."
         " Before creating the delta, set `backbone_model.dummy_inputs` to anything that makes "
-        "`backbone_model(**dummy_inputs)` succeed; only its form and shape matter."
+        "`backbone_model(**dummy_inputs)` succeed, such as {'x': torch.zeros(1, 8)}; only its form "
+        "and shape matter. Modules that say their width themselves (linears, convolutions, "
+        "embeddings, norms) need none."
     ) from failure
 
 

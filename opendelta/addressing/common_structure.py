@@ -26,7 +26,8 @@ from opendelta.addressing.graph import (
     parent_of,
     words,
 )
-from opendelta.addressing.inference import FUSED, Block, find_blocks, is_norm
+from opendelta.addressing.inference import find_blocks, is_norm
+from opendelta.addressing.roles import FUSED, Block
 from opendelta.addressing.towers import find_towers, input_embeddings, output_embeddings
 from opendelta.exceptions import AddressingError, DeltaWarning, nearest
 from opendelta.insertion import own_modules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from opendelta.addressing.patterns import fold_numbers, matches_any
+from opendelta.addressing.patterns import REGEX_MARK, fold_numbers, matches_any
 from opendelta.exceptions import AddressingError, UnmatchedPatternWarning, nearest, warn
 
 NamesOf = Callable[[str], Iterable[str]]
@@ -36,13 +36,24 @@ def find_targets(
     found = [matched_modules(names, pattern, names_of) for pattern in patterns]
     empty = [pattern for pattern, hits in zip(patterns, found, strict=True) if not hits]
     if empty and (required or len(empty) == len(patterns)):
-        choices = fold_numbers(other for name in names if name for other in names_of(name))
-        shown = ", ".join(choices[:8]) + (", ..." if len(choices) > 8 else "")
+        known = list(dict.fromkeys(other for name in names if name for other in names_of(name)))
+        folded = fold_numbers(known)
+        shown = ", ".join(folded[:8]) + (", ..." if len(folded) > 8 else "")
+        if not required:
+            raise AddressingError(
+                f"The backbone has none of the default places, {', '.join(map(repr, patterns))}; "
+                f"by their common names its modules are {shown} ($ is any number; "
+                "`print(opendelta.CommonStructureMap(model).explain())` shows which is which). "
+                "Name the modules to modify with modified_modules=[...]."
+            )
+        regex = not empty[0].startswith(REGEX_MARK) and set(empty[0]) & set("*+?|()[]^\\")
+        hint = f" A regular expression begins with {REGEX_MARK!r}." if regex else ""
         raise AddressingError(
             f"modified_modules: {empty[0]!r} addresses no module of the backbone."
-            + nearest(empty[0], [*_suffixes(choices), *choices])
-            + f" Its modules are {shown} (`opendelta.Visualization(model).structure_graph()` "
-            "shows them)."
+            + nearest(empty[0], [*known, *_suffixes(known)])
+            + hint
+            + f" Its modules are {shown}, where $ is any number "
+            "(`opendelta.Visualization(model).structure_graph()` shows them)."
         )
     return found
 
@@ -59,7 +70,7 @@ def excluded_modules(names: Sequence[str], patterns: Sequence[str], names_of: Na
         if not hits:
             warn(
                 f"exclude_modules: {pattern!r} addresses no module, so it excludes nothing."
-                + nearest(pattern, _suffixes(fold_numbers(names))),
+                + nearest(pattern, [*names, *_suffixes(names)]),
                 UnmatchedPatternWarning,
             )
         excluded.update(hits)

@@ -208,8 +208,9 @@ class CompacterModel(BottleneckModel):
         for what, size in (("width of the module", width), ("bottleneck", inner)):
             if size % n:
                 raise ConfigError(
-                    f"The {what} is {size}, no multiple of hypercomplex_division={n}; the "
-                    f"bottleneck is {width} // reduction_factor={self.reduction_factor} wide."
+                    f"The {what} is {size}, which hypercomplex_division={n} does not divide. "
+                    f"Choose another division, or reduction_factor (now {self.reduction_factor}; "
+                    "the bottleneck is the module's width divided by it)."
                 )
         down = self._new_linear(width, inner, self.use_bias_down_sampler)
         up = self._new_linear(inner, width, self.use_bias_up_sampler)

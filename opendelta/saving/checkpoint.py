@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from opendelta.backbone_state import own_parameters
+from opendelta.backbone_state import deltas, own_parameters
 from opendelta.construction import Construction
 from opendelta.delta_configs import BaseDeltaConfig, read_config
 from opendelta.exceptions import (
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from typing import Self
 
     from opendelta.basemodel import DeltaBase
+
+
+logger = logging.getLogger(__name__)
 
 
 class SaveLoadMixin(Construction):
@@ -263,6 +267,14 @@ class SaveLoadMixin(Construction):
         Warns:
             BackboneMismatchWarning: if the backbone is not the one the delta was trained on.
         """
+        if not isinstance(backbone_model, nn.Module):
+            raise ConfigError(
+                f"from_finetuned: backbone_model is a {type(backbone_model).__name__}; expected "
+                "first the folder, then the backbone, a torch nn.Module."
+            )
+        if isinstance(finetuned_delta_path, nn.Module):
+            raise ConfigError("from_finetuned takes first the folder, then the backbone.")
+        backbone_model = uncompiled(backbone_model)
         if finetuned_delta_path is None and (delta_config is None or state_dict is None):
             raise CheckpointError(
                 "from_finetuned(None, ...) needs both delta_config and state_dict; else name the "
@@ -287,6 +299,14 @@ class SaveLoadMixin(Construction):
         on_meta = any(p.is_meta for p in backbone_model.parameters())  # refused below
         if check_hash and not on_meta:
             check_backbone(config, backbone_model)
+        if any(
+            type(other) is model_class and other.is_attached for other in deltas(backbone_model)
+        ):
+            logger.warning(
+                "The backbone already carries an attached %s; the loaded one comes on top of it. "
+                "`opendelta.deltas(model)` lists them.",
+                model_class.__name__,
+            )
         with random_state_kept_on_error():
             delta = model_class.from_config(config, backbone_model, check_hash=False)
             try:
@@ -315,8 +335,8 @@ class SaveLoadMixin(Construction):
         found = model_class_for(config)
         if not issubclass(found, cls):
             raise ConfigError(
-                f"This is the config of a {found.__name__}, not of a {cls.__name__}. "
-                "AutoDeltaModel loads any."
+                f"This config is for {found.__name__}, not for {cls.__name__}; AutoDeltaModel "
+                "loads any."
             )
         return found
 
