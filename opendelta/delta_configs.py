@@ -198,7 +198,8 @@ class BaseDeltaConfig:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} {self.to_json_string()}"
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, default=repr)
+        return f"{type(self).__name__} {text}"
 
     # --- files ------------------------------------------------------------------------------
 

@@ -755,7 +755,7 @@ def test_a_failed_config_write_leaves_the_old_config(tmp_path: Path) -> None:
     config.save_finetuned(tmp_path)
     before = content(tmp_path)
     config.modified_modules = [object()]  # type: ignore[list-item]
-    with pytest.raises(TypeError):
+    with pytest.raises(OpenDeltaError, match="modified_modules"):
         config.save_finetuned(tmp_path)
     assert content(tmp_path) == before
 

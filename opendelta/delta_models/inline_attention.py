@@ -166,15 +166,15 @@ def _heads(prefix: Tensor, like: Tensor) -> Tensor:
     """A prefix (tokens, width) as (..., tokens, head width) with the leading dimensions of `like`.
 
     Args:
-        like: (batch, heads, positions, head width) or (batch * heads, positions, head width).
+        like: (batch, heads, ..., positions, head width) or (batch * heads, positions, head width).
     """
-    depth = like.shape[-1]
-    split = prefix.to(like.device).unflatten(-1, (-1, depth)).transpose(0, 1)  # heads first
-    if like.dim() == 4:  # where heads of queries share those of keys, each of these is repeated
-        heads = like.shape[1] // split.shape[0] if like.shape[1] % split.shape[0] == 0 else 1
-        return split.repeat_interleave(heads, 0).expand(like.shape[0], -1, -1, -1)
-    batch = like.shape[0] // split.shape[0]
-    return split.repeat(batch, 1, 1)
+    split = prefix.to(like.device).unflatten(-1, (-1, like.shape[-1])).transpose(0, 1)
+    if like.dim() == 3:
+        return split.repeat(like.shape[0] // split.shape[0], 1, 1)
+    if like.shape[1] % split.shape[0] == 0:  # heads of queries may share those of keys
+        split = split.repeat_interleave(like.shape[1] // split.shape[0], 0)
+    split = split.view(split.shape[0], *[1] * (like.dim() - 4), *split.shape[1:])
+    return split.expand(like.shape[0], -1, *like.shape[2:-2], -1, -1)
 
 
 def _among(value: Any, tensors: list[Tensor]) -> bool:

@@ -264,22 +264,34 @@ class PrefixModel(DeltaBase):
     def attention_widths(self, hosts: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
         """(key width, value width) of each attention, all heads together.
 
-        Read off its projections where the common structure knows them, else measured by a forward.
+        Read off its projections where the common structure knows them and keys and values are
+        plainly what they give, else measured by a forward.
         """
-        try:
-            known = {name: self._projected_widths(name, host) for name, host in hosts.items()}
-        except AddressingError:  # a backbone without a common structure
-            known = dict.fromkeys(hosts)
-        unknown = [name for name, widths in known.items() if widths is None]
-        if unknown:
-            known |= _measured_widths(self.backbone_model, {name: hosts[name] for name in unknown})
-        return {name: widths for name, widths in known.items() if widths is not None}
+        read: dict[str, tuple[int, int]] = {}
+        unsure: dict[str, nn.Module] = {}
+        for name, host in hosts.items():
+            widths, plain = self._projected_widths(name)
+            if widths is not None:
+                read[name] = widths
+            if widths is None or (not plain and _looks_attention_up(host)):
+                unsure[name] = host
+        if unsure:
+            try:
+                read |= _measured_widths(self.backbone_model, unsure)
+            except InsertionError:
+                if not unsure.keys() <= read.keys():
+                    raise
+        return read
 
-    def _projected_widths(self, name: str, host: nn.Module) -> tuple[int, int] | None:
+    def _projected_widths(self, name: str) -> tuple[tuple[int, int] | None, bool]:
+        """Widths by the projections in the module called `name`, and whether these are plain.
+
+        In latent attention keys get more from elsewhere than one projection gives.
+        """
         parts: dict[str, str] = {}  # role -> projection
         units: set[str] = set()
         for part_name, _ in self.named_inside(name):
-            for common in self.common_names_of(part_name):
+            for common in self._names_if_any(part_name):
                 unit, _, role = common.rpartition(".")
                 parts.setdefault(role, part_name)
                 units |= {unit} if role == "k" else set()
@@ -288,25 +300,29 @@ class PrefixModel(DeltaBase):
                 f"{name!r} holds {len(units)} attention modules ({', '.join(sorted(units))}); a "
                 "prefix goes on one: name them one by one."
             )
-        if not {"k", "v"} <= set(parts):
-            return None
-        widths = {
-            role: read_widths(self.backbone_model.get_submodule(part))
-            for role, part in parts.items()
+        out = {
+            role: widths
+            for role in ("k", "v", "proj")
+            if role in parts
+            and (widths := read_widths(self.backbone_model.get_submodule(parts[role])))
         }
-        key, value, output = widths["k"], widths["v"], widths.get("proj")
-        if key is None or value is None:
-            return None
+        if "k" not in out or "v" not in out:
+            return None, False
+        key, value = out["k"][1], out["v"][1]
         if parts["k"] != parts["v"]:
-            return key[1], value[1]
+            return (key, value), key == value
         if parts["k"] != parts.get("q"):
-            if _looks_attention_up(host):
-                return None  # keys of latent attention get more from elsewhere: measured
-            return key[1] // 2, key[1] // 2
-        if output is None:
-            return None
-        rest = (key[1] - output[0]) // 2  # a fused projection is as wide as queries, keys, values
-        return rest, rest
+            return (key // 2, key // 2), False
+        if "proj" not in out:
+            return None, False
+        rest = (key - out["proj"][0]) // 2  # all in one: as wide as queries, keys, values
+        return (rest, rest), True
+
+    def _names_if_any(self, name: str) -> list[str]:
+        try:
+            return list(self.common_names_of(name))
+        except AddressingError:  # a backbone without a common structure
+            return []
 
     # --- files ------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ class SoftPromptLayer(nn.Module):
         soft_embeds: the initial prompt.
         embedding: name of the token embedding below the host.
         names: names of the host's positional arguments, in order.
-        expand: arguments of shape (batch, tokens) that get longer, and their value for the prompt.
+        expand: arguments of shape (batch, tokens, ...) that get longer, and their value there.
     """
 
     def __init__(
@@ -64,8 +64,10 @@ class SoftPromptLayer(nn.Module):
 
 
 def longer(ids: Tensor, count: int, value: int) -> Tensor:
-    """`ids` (..., tokens) with `count` times `value` in front, as a new tensor."""
-    return torch.cat([ids.new_full((*ids.shape[:-1], count), value), ids], -1)
+    """`ids` (batch, tokens, ...) or (tokens) with `count` times `value` in front, a new tensor."""
+    at = min(1, ids.dim() - 1)
+    front = ids.new_full((*ids.shape[:at], count, *ids.shape[at + 1 :]), value)
+    return torch.cat([front, ids], at)
 
 
 # --- a model that takes embeddings ----------------------------------------------------------------
@@ -125,7 +127,7 @@ def stand_in(
 ) -> tuple[Args, Kwargs]:
     """Before the embedding: note which ids stand for the prompt, and hand it others for them."""
     ids = first_hidden(args, kwargs)
-    layer.standing_in = ids[..., : layer.count] == PROMPT_ID
+    layer.standing_in = ids == PROMPT_ID
     valid = ids.clamp(min=0)
     if args:
         return (valid, *args[1:]), kwargs
@@ -139,11 +141,8 @@ def fill_in(
     places, layer.standing_in = layer.standing_in, None
     if places is None:
         return output
-    count = places.shape[-1]
-    front = output[..., :count, :]
-    prompt = layer.soft_embeds[:count].to(output).expand_as(front)
-    front = torch.where(places.unsqueeze(-1), prompt, front)
-    return torch.cat([front, output[..., count:, :]], -2)
+    rank = (places.cumsum(-1) - 1).clamp(min=0, max=layer.count - 1)
+    return torch.where(places.unsqueeze(-1), layer.soft_embeds.to(output)[rank], output)
 
 
 # --- both -----------------------------------------------------------------------------------------
@@ -165,7 +164,7 @@ def lengthen(given: Kwargs, layer: SoftPromptLayer | Companion, shape: torch.Siz
         old, is_mask = given.get(name), name.endswith("mask")
         if old is None or (cached and not is_mask):
             continue  # with a cache the mask covers all positions so far, the others the new ones
-        if not isinstance(old, Tensor) or old.dim() > 2:
+        if not isinstance(old, Tensor) or (is_mask and old.dim() > 2):
             raise InsertionError(
                 f"{name} is not of shape (batch, tokens), so a soft prompt cannot make it longer. "
                 "Static caches bring such masks: leave cache_implementation at its default."
@@ -281,9 +280,9 @@ class SoftPromptModel(DeltaBase):
         soft_token_num: length of the prompt.
         init_range: a random prompt is uniform in ``[-init_range, init_range]``.
         token_init: start from the embeddings of the first tokens of the vocabulary instead.
-        other_expand_ids: arguments of shape (batch, tokens) that must be as long as the input, and
-            their value at the prompt. The caller's tensors are not changed. ``position_ids`` and
-            ``labels`` follow by themselves, labels with -100.
+        other_expand_ids: arguments of shape (batch, tokens) or (batch, tokens, ...) that must be
+            as long as the input (``bbox``), and their value at the prompt. The caller's tensors
+            are not changed. ``position_ids`` and ``labels`` follow by themselves, labels with -100.
         modified_modules: the model whose input is prompted, where it is not to be found by
             itself (``"root"`` is the backbone).
         exclude_modules: see `DeltaBase`, also for the arguments that follow.
