@@ -274,10 +274,14 @@ class OwnAttention(nn.Module):
         elif self.style == "scaled key":
             scores = torch.matmul(q, (k * DEPTH**-0.5).transpose(-1, -2))
             joined = torch.softmax(scores.masked_fill(hidden, -1e9), dim=-1).matmul(v)
-        elif self.style == "stacked":
+        elif self.style.startswith("stacked"):
             q, k, v = (t.reshape(-1, x.shape[1], DEPTH) for t in split)
             zero = torch.zeros(1, 1, 1).expand(len(q), x.shape[1], x.shape[1])
-            scores = zero.baddbmm(q, k.transpose(1, 2), beta=1.0, alpha=DEPTH**-0.5)
+            factors = {"beta": 1.0, "alpha": DEPTH**-0.5}
+            if self.style == "stacked, named":
+                scores = zero.baddbmm(batch1=q, batch2=k.transpose(1, 2), **factors)
+            else:
+                scores = zero.baddbmm(q, k.transpose(1, 2), **factors)
             probabilities = nn.functional.softmax(scores.masked_fill(hidden, -1e9), -1)
             joined = torch.bmm(probabilities, v).view(x.shape[0], HEADS, -1, DEPTH)
         else:
@@ -316,7 +320,15 @@ class OwnNetwork(nn.Module):
         return x
 
 
-STYLES = ("softmax", "scaled key", "stacked", "fused", "fused, boolean", "fused, additive")
+STYLES = (
+    "softmax",
+    "scaled key",
+    "stacked",
+    "stacked, named",
+    "fused",
+    "fused, boolean",
+    "fused, additive",
+)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -334,6 +346,99 @@ def test_attention_of_ones_own_with_a_prefix_by_hand(style: str) -> None:
         prefix = layer.attn.prefix
         expected = by_hand(q, k, v, prefix, lambda b, i, j: j <= i, DEPTH**-0.5)
         close(context, expected, 1e-5)
+
+
+# --- other attention ------------------------------------------------------------------------------
+
+_COMMON = {"vocab_size": 128, "hidden_size": 64, "pad_token_id": 0, "eos_token_id": 2}
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "multi-query": ("Falcon", {"num_attention_heads": 4}),
+    "grouped-query": (
+        "Falcon",
+        {"num_attention_heads": 4, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "stacked": ("Bloom", {"n_head": 4}),
+    "ALiBi": ("Mpt", {"d_model": 64, "n_heads": 4, "max_seq_len": 64}),
+    "latent": (
+        "DeepseekV3",
+        {
+            **_LATENT,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "v_head_dim": 12,
+            "intermediate_size": 64,
+            "first_k_dense_replace": 2,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    "sliding": (
+        "Mistral",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "sliding_window": 4,
+        },
+    ),
+    "beside a state space": (
+        "Jamba",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "num_experts": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "use_mamba_kernels": False,
+        },
+    ),
+}
+
+
+def other(kind: str, implementation: str) -> nn.Module:
+    name, sizes = OTHERS[kind]
+    config = getattr(transformers, name + "Config")(**{**_COMMON, **sizes})
+    config.num_hidden_layers = 2
+    config._attn_implementation = implementation
+    return weights.fill(getattr(transformers, name + "ForCausalLM")(config)).eval()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_attention_in_both_implementations(kind: str) -> None:
+    """Eager and SDPA agree, with cache and without, and no token sees the future."""
+    ids = backbones.inputs("gpt2")["input_ids"]
+    outputs = []
+    name = OTHERS[kind][0]
+    for implementation in ("eager",) if name in ("Bloom", "Mpt") else ("eager", "sdpa"):
+        model = other(kind, implementation)
+        delta = PrefixModel(model, **SMALL, reparameterize=False)
+        assert len(hosts(model)) == (1 if name == "Jamba" else 2)
+        with torch.no_grad():
+            bare_and_acting = []
+            for scale in (0.0, 1.0):
+                randomise(delta, scale)
+                bare_and_acting.append(model(ids).logits)
+            outputs.append(bare_and_acting[1])
+            assert (bare_and_acting[1] - bare_and_acting[0]).abs().amax(-1).min() > 1e-4
+            close(model(ids[:, :4]).logits, outputs[-1][:, :4], 1e-5)
+            options = {"max_new_tokens": 6, "do_sample": False, **prompt("gpt2")}
+            cached = model.generate(**options)
+            assert torch.equal(cached, model.generate(**options, use_cache=False))
+    close(outputs[0], outputs[-1], 1e-5)
+
+
+def test_what_only_stands_beside_attention_gets_no_prefix() -> None:
+    model = other("beside a state space", "sdpa")
+    PrefixModel(model, **SMALL)
+    assert list(hosts(model)) == ["model.layers.1.self_attn"]
+    with pytest.raises(InsertionError, match="'model.layers.0.mamba' .* no attention module"):
+        PrefixModel(model, **SMALL, modified_modules=["mamba", "self_attn"])
+    config = transformers.MambaConfig(**_COMMON, num_hidden_layers=1, state_size=4)
+    with pytest.raises(InsertionError, match="MambaForCausalLM has no attention module"):
+        PrefixModel(transformers.MambaForCausalLM(config))
 
 
 # --- a prefix that gets no weight -----------------------------------------------------------------

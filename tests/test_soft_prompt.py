@@ -463,6 +463,20 @@ def tensors(value: Any) -> list[Tensor]:
     return [t for part in value for t in tensors(part)] if isinstance(value, tuple) else []
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@torch.no_grad()
+def test_states_that_the_caller_has_are_not_trimmed(family: str) -> None:
+    model, _ = prompted(family, trim_output=True)
+    given = backbones.inputs(family)
+    expected = first(model(**given))
+    ids, mask = given.pop("input_ids"), given["attention_mask"]
+    encoded = model.get_encoder()(ids, mask)
+    assert encoded.last_hidden_state.shape[1] == COUNT + 7
+    out = model(encoder_outputs=encoded, **given)
+    assert out.encoder_last_hidden_state.shape[1] == COUNT + 7
+    close(first(out), expected)
+
+
 @torch.no_grad()
 def test_trimming_goes_by_positions_alone() -> None:
     """As many heads as positions, as many classes as positions: neither is cut."""
@@ -478,6 +492,16 @@ def test_trimming_goes_by_positions_alone() -> None:
     out = model(ids, output_attentions=True)
     assert out.last_hidden_state.shape[1] == 3
     assert out.attentions[0].shape == (1, 4, 4, 4)
+
+
+@torch.no_grad()
+def test_trimming_leaves_what_follows_on_a_cache() -> None:
+    model, _ = prompted("gpt2", trim_output=True)
+    ids = torch.arange(40).view(2, 20) + 3
+    out = model(ids[:, :2], use_cache=True)
+    mask = torch.ones(2, 2 + COUNT + 2).long()  # as many new tokens as prompt and text before
+    out = model(ids[:, 2 : 4 + COUNT], past_key_values=out.past_key_values, attention_mask=mask)
+    assert out.logits.shape[1] == COUNT + 2
 
 
 @torch.no_grad()
@@ -581,6 +605,130 @@ def test_where_there_are_no_token_embeddings() -> None:
         with pytest.raises(InsertionError, match="No token embedding"):
             SoftPromptModel(model)
         assert opendelta.deltas(model) == []
+
+
+# A prompt made from the first tokens does what these tokens do: an answer for models whose
+# embeddings cannot be handed in.
+FIRST = torch.arange(COUNT)
+
+
+def after_the_first(ids: Tensor) -> Tensor:
+    return torch.cat([FIRST.expand(len(ids), -1), ids], 1)
+
+
+CLIP_TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "eos_token_id": 127,
+    "bos_token_id": 126,
+    "projection_dim": 16,
+}
+CAPTIONS = torch.tensor([[126, 9, 33, 7, 127], [126, 8, 127, 1, 1]])
+CAPTION_MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+@torch.no_grad()
+def test_a_model_that_takes_ids_alone(trimmed: bool) -> None:
+    """CLIP's text model takes no embeddings, and looks for the end of the text among the ids."""
+    config = transformers.CLIPTextConfig(**CLIP_TEXT)
+    model = weights.fill(transformers.CLIPTextModel(config)).eval()
+    expected = model(after_the_first(CAPTIONS), attention_mask=longer_mask(CAPTION_MASK))
+    delta = SoftPromptModel(model, soft_token_num=COUNT, trim_output=trimmed)
+    ids, mask = CAPTIONS.clone(), CAPTION_MASK.clone()
+    for out in (model(ids, attention_mask=mask), model(input_ids=ids, attention_mask=mask)):
+        states = expected.last_hidden_state
+        close(out.last_hidden_state, states[:, COUNT:] if trimmed else states)
+        close(out.pooler_output, expected.pooler_output)
+    assert torch.equal(ids, CAPTIONS) and torch.equal(mask, CAPTION_MASK)
+    randomise(delta, 2.0)
+    assert (model(ids, mask).pooler_output - expected.pooler_output).abs().max() > 1e-2
+    direct = model.get_input_embeddings()(ids)  # not through the model: there is no prompt
+    assert torch.equal(direct, model.get_input_embeddings().weight[ids])
+
+
+def longer_mask(mask: Tensor) -> Tensor:
+    return torch.cat([torch.ones(len(mask), COUNT, dtype=mask.dtype), mask], 1)
+
+
+@torch.no_grad()
+def test_the_text_model_of_two() -> None:
+    """CLIP itself embeds nothing: the prompt goes into its text model."""
+    text = {**CLIP_TEXT, "projection_dim": 16}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = weights.fill(transformers.CLIPModel(config)).eval()
+    pixels = backbones.inputs("vit")
+    mask = longer_mask(CAPTION_MASK)
+    expected = model(after_the_first(CAPTIONS), attention_mask=mask, **pixels)
+    delta = SoftPromptModel(model, soft_token_num=COUNT)
+    (name,) = [n for n, _ in delta.named_parameters()]
+    assert name.startswith("text_model.")
+    out = model(CAPTIONS, attention_mask=CAPTION_MASK, **pixels)
+    close(out.logits_per_text, expected.logits_per_text, 1e-5)
+    delta.freeze_module()
+    with torch.enable_grad():
+        model(CAPTIONS, attention_mask=CAPTION_MASK, **pixels).logits_per_text.sum().backward()
+    assert the_prompt(delta).grad.abs().amax(1).min() > 0
+
+
+@torch.no_grad()
+def test_a_decoder_whose_encoder_hears() -> None:
+    """Whisper's encoder takes audio: the prompt goes before the decoder's ids."""
+    config = transformers.WhisperConfig(
+        vocab_size=128,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        num_mel_bins=8,
+        max_source_positions=10,
+        max_target_positions=40,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+    )
+    model = weights.fill(transformers.WhisperForConditionalGeneration(config)).eval()
+    sound = weights.uniform("sound", (2, 8, 20), 1.0)
+    ids = torch.tensor([[9, 4, 77], [9, 5, 6]])
+    expected = model(sound, decoder_input_ids=after_the_first(ids)).logits[:, COUNT:]
+    delta = SoftPromptModel(model, soft_token_num=COUNT)
+    out = model(sound, decoder_input_ids=ids, labels=ids)
+    close(out.logits, expected)
+    close(out.loss, cross_entropy(expected.flatten(0, 1), ids.flatten()), 1e-5)
+    randomise(delta, 2.0)
+    options = {"max_new_tokens": 6, "do_sample": False, "decoder_input_ids": ids}
+    cached, plain = (model.generate(sound, use_cache=c, **options) for c in (True, False))
+    assert torch.equal(cached, plain)
+
+
+@torch.no_grad()
+def test_an_argument_with_more_to_each_token() -> None:
+    config = transformers.LayoutLMConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_2d_position_embeddings=32,
+    )
+    model = weights.fill(transformers.LayoutLMModel(config)).eval()
+    ids, mask = backbones.inputs("bert").values()
+    boxes = torch.arange(28).view(1, 7, 4).expand(2, -1, -1)
+    front = torch.full((2, COUNT, 4), 3)
+    expected = model(after_the_first(ids), torch.cat([front, boxes], 1), longer_mask(mask))
+    expand = {"attention_mask": 1, "bbox": 3}
+    SoftPromptModel(model, soft_token_num=COUNT, other_expand_ids=expand)
+    close(model(ids, boxes, mask)[0], expected[0])
 
 
 # --- the prompt itself ----------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 `InlineAttention` watches the torch functions that run inside one attention module. It joins the
 prefix's logits to the scores at the softmax, and adds the prefix's values at the product that
 follows; calls of `F.scaled_dot_product_attention` get longer keys, values and masks. Masks and
-relative positions of the text (DeBERTa-v2's, ALiBi) need no change: they act on scores before the
-softmax, and are zero at prefix positions.
+relative positions of the text need no change: they act on scores before the softmax, and are zero
+at prefix positions (DeBERTa-v2; with ALiBi that makes the prefix as near as the first token).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from opendelta.delta_models.prefixed_call import PrefixedCall
 _PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
 _PRODUCTS_ONTO = {torch.baddbmm, Tensor.baddbmm}  # (onto, query, key, *, beta, alpha)
 _SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
+_SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__}
 _SCALINGS: dict[Any, int] = {
     torch.mul: 1,
     Tensor.mul: 1,
@@ -47,6 +48,7 @@ class InlineAttention(PrefixedCall, TorchFunctionMode):
         self._scaled: list[tuple[Tensor, Any]] = []  # what was multiplied, and by what factor
         self._query: Tensor | None = None
         self._factor: Any = 1.0
+        self._bias: Any = 0.0
         self._scores: list[Tensor] = []  # the scores on their way to the softmax
         self._probabilities: list[Tensor] = []  # ... and from there to the product with values
         self._prefix_probabilities: Tensor | None = None
@@ -100,10 +102,12 @@ class InlineAttention(PrefixedCall, TorchFunctionMode):
             before = next((f for t, f in self._scaled if t is args[0]), 1.0)
             self._scaled.append((result, before * factor))
             if _among(args[0], self._scores):
-                self._factor = self._factor * factor
+                self._factor, self._bias = self._factor * factor, self._bias * factor
                 self._scores.append(result)
         elif any(_among(a, self._scores) for a in args) and result.is_floating_point():
             self._scores.append(result)
+            if func in _SUMS and _is_for_heads(args[1], result):
+                self._bias = self._bias + args[1][..., :1]
         elif _among(args[0], self._probabilities):
             self._probabilities.append(result)
             if func is F.dropout and self._prefix_probabilities is not None:
@@ -119,11 +123,12 @@ class InlineAttention(PrefixedCall, TorchFunctionMode):
         scores, query = args[0], self._query
         assert query is not None
         logits = (query @ _heads(self.key, query).transpose(-1, -2)) * self._factor
+        logits = logits + self._bias
         logits = logits.to(scores.dtype).reshape(*scores.shape[:-1], -1)
         both = func(torch.cat([logits, scores], -1), *args[1:], **kwargs)
         self._prefix_probabilities = both[..., : self.tokens]
         result = both[..., self.tokens :]
-        self._probabilities, self._scores, self._query = [result], [], None
+        self._probabilities, self._scores, self._query, self._bias = [result], [], None, 0.0
         return result
 
     def _weigh(self, context: Tensor) -> Tensor:
@@ -179,6 +184,12 @@ def _heads(prefix: Tensor, like: Tensor) -> Tensor:
 
 def _among(value: Any, tensors: list[Tensor]) -> bool:
     return any(value is tensor for tensor in tensors)
+
+
+def _is_for_heads(term: Any, scores: Tensor) -> bool:
+    """Whether an addend is (heads, ..., keys), the same for all texts: distances counted from the
+    last key (MPT), which the prefix must not be nearer to as the text grows."""
+    return isinstance(term, Tensor) and term.dim() == scores.dim() - 1 and term.shape[0] > 1
 
 
 def _are_stacks(factors: tuple[Any, ...]) -> bool:

@@ -27,7 +27,7 @@ from opendelta.delta_models.lookup_attention import (
     watch_attention_lookup,
 )
 from opendelta.delta_models.prefixed_call import begin, end, running_call
-from opendelta.exceptions import AddressingError, CheckpointError, ConfigError, InsertionError
+from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
 from opendelta.insertion import (
     Args,
     BeforeDispatcher,
@@ -291,7 +291,7 @@ class PrefixModel(DeltaBase):
         parts: dict[str, str] = {}  # role -> projection
         units: set[str] = set()
         for part_name, _ in self.named_inside(name):
-            for common in self._names_if_any(part_name):
+            for common in self.common_names_of(part_name):
                 unit, _, role = common.rpartition(".")
                 parts.setdefault(role, part_name)
                 units |= {unit} if role == "k" else set()
@@ -317,12 +317,6 @@ class PrefixModel(DeltaBase):
             return None, False
         rest = (key - out["proj"][0]) // 2  # all in one: as wide as queries, keys, values
         return (rest, rest), True
-
-    def _names_if_any(self, name: str) -> list[str]:
-        try:
-            return list(self.common_names_of(name))
-        except AddressingError:  # a backbone without a common structure
-            return []
 
     # --- files ------------------------------------------------------------------------------
 
