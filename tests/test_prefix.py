@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.overrides import _get_current_function_mode
 
 import opendelta
 from opendelta import AdapterModel, AutoDeltaModel, LoraModel, PrefixModel
-from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
+from opendelta.exceptions import CheckpointError, ConfigError, DeltaWarning, InsertionError
 
 TOKENS = 3
 SMALL = {"prefix_token_num": TOKENS, "embed_dim": 8, "mid_dim": 8}
@@ -997,6 +998,18 @@ def test_the_lookup_is_untouched_outside_of_prefixed_attention() -> None:
     assert found[1] is ALL_ATTENTION_FUNCTIONS["sdpa"] and found[0] is not found[1]
     assert ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is ALL_ATTENTION_FUNCTIONS["sdpa"]
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_prefix_that_the_first_forward_never_reaches_is_named_once() -> None:
+    model, _ = prefixed("bert")
+    model.encoder.layer[1].forward = lambda hidden, *args, **kwargs: hidden
+    with pytest.warns(DeltaWarning, match=r"encoder\.layer\.1\.attention\.prefix") as caught:
+        run(model, "bert")
+    (message,) = [str(w.message) for w in caught if w.category is DeltaWarning]
+    assert "layer.0" not in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model, "bert")
 
 
 # --- files ----------------------------------------------------------------------------------------
