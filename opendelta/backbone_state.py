@@ -14,15 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opendelta.dispatch import forget_compiled_code
 from opendelta.exceptions import ConfigError, DeltaWarning, warn
-from opendelta.insertion import (
-    Insertion,
-    ModuleInsertion,
-    ParameterSlot,
-    dotted,
-    forget_compiled_code,
-    own_modules,
-)
+from opendelta.insertion import Insertion, ModuleInsertion, ParameterSlot
+from opendelta.ownership import dotted, own_modules
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase

@@ -23,8 +23,9 @@ from opendelta.exceptions import (
     UnmatchedPatternWarning,
 )
 from opendelta.freezing import EVERY_DELTA, freeze
-from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, uncompiled
+from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion
 from opendelta.inspection import Summary, num_total_parameters, print_log, summary
+from opendelta.ownership import uncompiled
 from opendelta.saving.checkpoint import SaveLoadMixin, check_backbone
 
 INTERACTIVE_PORT = 8888

@@ -9,26 +9,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import nn
 
-from opendelta import insertion as actions
+from opendelta import dispatch as actions
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.addressing.patterns import REGEX_MARK, as_patterns, lineage, matches
 from opendelta.addressing.roles import FUSED
 from opendelta.addressing.targets import excluded_modules, find_targets
 from opendelta.backbone_state import BackboneState
+from opendelta.dispatch import AfterDispatcher, BeforeDispatcher, Dispatcher
 from opendelta.exceptions import AddressingError, InsertionError
 from opendelta.insertion import (
-    AfterDispatcher,
-    BeforeDispatcher,
-    Dispatcher,
     Insertion,
     ModuleInsertion,
     ParameterInsertion,
     Replacement,
-    inserted_names,
-    own_modules,
     place_of,
-    uncompiled,
 )
+from opendelta.ownership import inserted_names, own_modules, uncompiled
 from opendelta.sizes import measure_widths, random_state_kept_on_error, read_widths
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from opendelta.exceptions import (
     nearest,
     warn,
 )
-from opendelta.insertion import ParameterInsertion, dotted, own_modules
+from opendelta.insertion import ParameterInsertion
+from opendelta.ownership import dotted, own_modules
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase

@@ -1,320 +1,23 @@
 """How a delta gets on a module and off again.
 
-Each modified module carries at most two permanent hooks, a `Dispatcher` before its forward and one
-after. A dispatcher knows *names*; on each call it looks them up among the children of the module
-that it fires on and calls those that it finds. So attaching and detaching a delta only puts its
-module in or out of the host's ``_modules``, and copies, replicas, shards and compiled graphs of a
-backbone find their own deltas.
-
 An *insertion* is one change of the backbone that can be attached, detached and removed:
-`ModuleInsertion` (a delta submodule called by a dispatcher), `Replacement` (a swapped child) and
-`ParameterInsertion` (a parameter put in the place of another: BitFit's bias).
+`ModuleInsertion` (a delta submodule called by a dispatcher, see `opendelta.dispatch`),
+`Replacement` (a swapped child) and `ParameterInsertion` (a parameter put in the place of another:
+BitFit's bias).
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opendelta.dispatch import Dispatcher, add_bias, forget_compiled_code
 from opendelta.exceptions import InsertionError
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
-
-# --- reading and writing the hidden state ------------------------------------------------------
-
-
-def locate_hidden(args: Args, kwargs: Kwargs) -> int | str:
-    """Where the hidden state is among a module's arguments: a position or a keyword.
-
-    It is the first argument, ``hidden_states``, the first float tensor, or the first tensor.
-
-    Raises:
-        InsertionError: if no argument is a tensor.
-    """
-    if args and isinstance(args[0], Tensor):
-        return 0
-    if isinstance(kwargs.get("hidden_states"), Tensor):
-        return "hidden_states"
-    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    tensors = [(where, value) for where, value in named if isinstance(value, Tensor)]
-    if not tensors:
-        raise InsertionError("The modified module is called without any tensor: there is no input.")
-    return next((where for where, v in tensors if v.is_floating_point()), tensors[0][0])
-
-
-def first_hidden(args: Args, kwargs: Kwargs) -> Tensor:
-    """The hidden state among a module's arguments, see `locate_hidden`."""
-    where = locate_hidden(args, kwargs)
-    found: Tensor = args[where] if isinstance(where, int) else kwargs[where]
-    return found
-
-
-def map_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`output` with its hidden state replaced by ``change(hidden)``.
-
-    The hidden state is the output itself, the first element of a tuple or list, or the first
-    floating-point tensor of a dict or ``ModelOutput``. The caller's containers are not changed.
-
-    Raises:
-        InsertionError: if there is no tensor at these places.
-    """
-    if isinstance(output, Tensor):
-        return change(output)
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        changed = [change(output[0]), *output[1:]]
-        if hasattr(output, "_fields"):  # a namedtuple takes its fields one by one
-            return type(output)(*changed)
-        return type(output)(changed)
-    if isinstance(output, Mapping):
-        for key, value in output.items():
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
-                changed_items = {**output, key: change(value)}
-                if all(isinstance(name, str) for name in changed_items):
-                    return type(output)(**changed_items)  # a ModelOutput takes keywords alone
-                return type(output)(changed_items)  # type: ignore[call-arg]
-    raise InsertionError(
-        f"The modified module returned a {type(output).__name__}; expected a tensor, or a tuple, "
-        "list, dict or ModelOutput whose first tensor is the hidden state."
-    )
-
-
-# --- what a dispatcher does with one delta module -------------------------------------------------
-# An action before the forward maps (delta, host, args, kwargs) to new arguments; one after it maps
-# (delta, host, args, kwargs, output) to the new output.
-
-
-def before(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """Pass the input through the delta (``delta.pre_forward`` where there is one)."""
-    if hasattr(delta, "pre_forward"):
-        new_args, new_kwargs = delta.pre_forward(*args, **kwargs)
-        return new_args, new_kwargs
-    where = locate_hidden(args, kwargs)
-    changed = delta(first_hidden(args, kwargs))
-    if isinstance(where, int):
-        return (*args[:where], changed, *args[where + 1 :]), kwargs
-    return args, {**kwargs, where: changed}
-
-
-def after(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Pass the output through the delta (``delta.post_forward`` where there is one)."""
-    if hasattr(delta, "post_forward"):
-        return delta.post_forward(output)
-    return map_hidden(output, delta)
-
-
-def parallel(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Add to the output what the delta makes of the module's own arguments."""
-    return map_hidden(output, lambda hidden: hidden + delta(*args, **kwargs))
-
-
-def onto(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Let the delta add onto the output itself: ``delta(hidden output, hidden input)``."""
-    source = first_hidden(args, kwargs)
-    return map_hidden(output, lambda hidden: delta(hidden, source))
-
-
-class Dispatcher:
-    """The permanent hook of a module, one on each side of its forward.
-
-    Attributes:
-        entries: ``(name, action)`` in order of execution.
-        handle: kept for `remove`, and in pickles, where it keeps torch's hook counter from
-            handing out the same id again in another process.
-        fired: whether its module was called since it was registered (outside compiled code).
-    """
-
-    def __init__(self) -> None:
-        self.entries: list[tuple[str, Callable[..., Any]]] = []
-        self.handle: RemovableHandle | None = None
-        self.fired = False
-
-    @classmethod
-    def on(cls, module: nn.Module) -> Dispatcher | None:
-        """The dispatcher of this class on `module`, if it has one."""
-        for hook in cls.hooks(module).values():
-            if type(hook) is cls:
-                return hook
-        return None
-
-    @staticmethod
-    def hooks(module: nn.Module) -> dict[int, Any]:
-        raise NotImplementedError
-
-    def register(self, module: nn.Module) -> None:
-        raise NotImplementedError
-
-    def add(self, name: str, action: Callable[..., Any]) -> None:
-        self.entries.append((name, action))
-
-    def discard(self, name: str) -> None:
-        self.entries = [entry for entry in self.entries if entry[0] != name]
-        if not self.entries and self.handle is not None:
-            self.handle.remove()
-
-
-class BeforeDispatcher(Dispatcher):
-    """Runs the attached deltas before the forward, the last one inserted first."""
-
-    @staticmethod
-    def hooks(module: nn.Module) -> dict[int, Any]:
-        return module._forward_pre_hooks
-
-    def register(self, module: nn.Module) -> None:
-        self.handle = module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
-
-    def add(self, name: str, action: Callable[..., Any]) -> None:
-        self.entries.insert(0, (name, action))
-
-    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        if not torch.compiler.is_compiling():
-            self.fired = True
-        for name, action in self.entries:
-            delta = module._modules.get(name)
-            if delta is not None:
-                args, kwargs = action(delta, module, args, kwargs)
-        return args, kwargs
-
-
-class AfterDispatcher(Dispatcher):
-    """Runs the attached deltas after the forward, in order of insertion.
-
-    Its hook comes first, so that those of others, such as transformers' capture of hidden states,
-    see the module's output with the deltas.
-    """
-
-    @staticmethod
-    def hooks(module: nn.Module) -> dict[int, Any]:
-        return module._forward_hooks
-
-    def register(self, module: nn.Module) -> None:
-        self.handle = module.register_forward_hook(self, prepend=True, with_kwargs=True)
-
-    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            self.fired = True
-        for name, action in self.entries:
-            delta = module._modules.get(name)
-            if delta is not None:
-                output = action(delta, module, args, kwargs, output)
-        return output
-
-
-def add_bias(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Hook of a module whose forward ignores ``bias``: add the parameter of that name, if any."""
-    bias = getattr(module, "bias", None)  # an attribute, not a parameter, on a replica
-    return output if bias is None else map_hidden(output, lambda hidden: hidden + bias)
-
-
-# --- telling deltas from the backbone's own modules ---------------------------------------------
-
-STANDS_FOR = "_stands_for"  # attribute of a delta module that replaced one of the backbone's
-
-
-def inserted_names(module: nn.Module) -> tuple[str, ...]:
-    """Names under which deltas sit on `module`, attached or not, in order of execution."""
-    if not module._forward_hooks and not module._forward_pre_hooks:
-        return ()
-    dispatchers = (BeforeDispatcher.on(module), AfterDispatcher.on(module))
-    entries = [entry for dispatcher in dispatchers if dispatcher for entry in dispatcher.entries]
-    return tuple(dict.fromkeys(name for name, _ in entries))
-
-
-def inserted_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names of this module's direct parameters that belong to a delta (BitFit's ``bias``)."""
-    return tuple(name for name, p in module._parameters.items() if getattr(p, "_is_delta", False))
-
-
-def own_modules(
-    root: nn.Module, remove_duplicate: bool = True, originals: bool = False
-) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules()` of the backbone alone: nothing that sits inside a delta.
-
-    Args:
-        root: the backbone or a part of it.
-        remove_duplicate: whether a module with several names comes once, under the first.
-        originals: whether a replaced module comes in the place of what replaced it, rather than
-            being left out.
-    """
-    seen: set[int] = set()
-    stack = [("", root)]
-    while stack:
-        name, module = stack.pop()
-        if remove_duplicate and id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield name, module
-        for child_name, child in reversed(own_children(module, originals)):
-            stack.append((f"{name}.{child_name}" if name else child_name, child))
-
-
-def own_children(module: nn.Module, originals: bool = False) -> list[tuple[str, nn.Module]]:
-    """(name, child) of a module's children that are the backbone's own, see `own_modules`."""
-    if not module._modules:
-        return []
-    deltas = inserted_names(module)
-    children = []
-    for name, child in module._modules.items():
-        if child is None or name in deltas:
-            continue
-        if STANDS_FOR in child.__dict__:
-            if not originals:
-                continue
-            (child,) = child.__dict__[STANDS_FOR]
-        children.append((name, child))
-    return children
-
-
-def forget_compiled_code() -> None:
-    """Make compiled models trace again: graphs are not guarded on the arrival of a new hook."""
-    dynamo = sys.modules.get("torch._dynamo")  # a process that never compiled has no graphs
-    if dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"]:
-        dynamo.reset()
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside what `torch.compile` returned; any other module itself."""
-    inner = model._modules.get("_orig_mod")
-    return model if inner is None else inner
-
-
-# --- insertions -----------------------------------------------------------------------------------
-
-
-class Insertion(Protocol):
-    """One change of the backbone. `insert` is called once, then `detach` and `attach` at will."""
-
-    host: nn.Module
-    host_name: str
-
-    @property
-    def attached(self) -> bool: ...
-    def insert(self) -> None: ...
-    def attach(self) -> None: ...
-    def detach(self) -> None: ...
-    def remove(self) -> None: ...
-
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """(name on the backbone while attached, parameter) of what was inserted."""
-
-    def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """(name in a saved file, tensor) of what was inserted."""
-
-    def constants(self) -> Iterable[Tensor]:
-        """Buffers, and parameters that never train."""
-
-
-def own_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers of one of the backbone's modules and its own below it."""
-    for _, part in own_modules(module):
-        yield from (p for p in part._parameters.values() if p is not None)
-        yield from (b for b in part._buffers.values() if b is not None)
-
+from opendelta.ownership import STANDS_FOR, dotted, own_tensors
 
 Place = tuple[torch.device, torch.dtype | None]
 
@@ -345,9 +48,27 @@ def follow(tensors: Iterable[Tensor], old: Place | None, new: Place | None) -> P
     return new[0], new[1] if shared else None
 
 
-def dotted(*parts: str) -> str:
-    """The dotted name of `parts`, empty ones left out."""
-    return ".".join(part for part in parts if part)
+class Insertion(Protocol):
+    """One change of the backbone. `insert` is called once, then `detach` and `attach` at will."""
+
+    host: nn.Module
+    host_name: str
+
+    @property
+    def attached(self) -> bool: ...
+    def insert(self) -> None: ...
+    def attach(self) -> None: ...
+    def detach(self) -> None: ...
+    def remove(self) -> None: ...
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """(name on the backbone while attached, parameter) of what was inserted."""
+
+    def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """(name in a saved file, tensor) of what was inserted."""
+
+    def constants(self) -> Iterable[Tensor]:
+        """Buffers, and parameters that never train."""
 
 
 def _untrained(module: nn.Module) -> set[str]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.backbone_state import probing
+from opendelta.dispatch import first_hidden, map_hidden
 from opendelta.exceptions import InsertionError
-from opendelta.insertion import first_hidden, map_hidden, own_modules
+from opendelta.ownership import own_modules
 
 # (input width, output width) attributes: Linear and quantised linears, transformers' Conv1D,
 # convolutions, embeddings.

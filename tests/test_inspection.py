@@ -26,8 +26,9 @@ from rich.text import Text
 from torch import nn
 
 import opendelta
+from opendelta.dispatch import AfterDispatcher, after
 from opendelta.exceptions import DeltaWarning
-from opendelta.insertion import AfterDispatcher, ModuleInsertion, after
+from opendelta.insertion import ModuleInsertion
 from opendelta.inspection import (
     Visualization,
     inspect_module_statistics,

@@ -26,7 +26,7 @@ from web_selection import Backbone, Selection, selecting
 
 from opendelta import BitFitModel, LoraModel
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError
-from opendelta.insertion import own_modules
+from opendelta.ownership import own_modules
 from opendelta.web import interactive, select_modules, selector
 from opendelta.web.app import selection_app
 from opendelta.web.tree import Node, folded_tree

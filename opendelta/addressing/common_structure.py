@@ -30,7 +30,7 @@ from opendelta.addressing.inference import find_blocks, is_norm
 from opendelta.addressing.roles import FUSED, Block
 from opendelta.addressing.towers import find_towers, input_embeddings, output_embeddings
 from opendelta.exceptions import AddressingError, DeltaWarning, nearest
-from opendelta.insertion import own_modules
+from opendelta.ownership import own_modules
 
 logger = logging.getLogger(__name__)
 

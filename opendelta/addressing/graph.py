@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from torch import nn
 
-from opendelta.insertion import own_modules
+from opendelta.ownership import own_modules
 from opendelta.sizes import read_widths
 
 

@@ -12,13 +12,8 @@ from opendelta.backbone_state import BackboneState
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import InsertionError
-from opendelta.insertion import (
-    ParameterInsertion,
-    ParameterSlot,
-    inserted_names,
-    own_modules,
-    place_of,
-)
+from opendelta.insertion import ParameterInsertion, ParameterSlot, place_of
+from opendelta.ownership import inserted_names, own_modules
 from opendelta.sizes import read_widths
 
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from opendelta.basemodel import DeltaBase
+from opendelta.dispatch import AfterDispatcher, Args, Kwargs, after, map_hidden
 from opendelta.exceptions import ConfigError
-from opendelta.insertion import AfterDispatcher, Args, Kwargs, after, map_hidden
 
 
 def after_channels(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:

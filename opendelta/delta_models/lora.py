@@ -15,8 +15,10 @@ from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
 from opendelta.construction import reads_without_calling
 from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.dispatch import AfterDispatcher, onto
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
-from opendelta.insertion import AfterDispatcher, ModuleInsertion, onto, own_children
+from opendelta.insertion import ModuleInsertion
+from opendelta.ownership import own_children
 from opendelta.sizes import read_widths
 
 

@@ -19,8 +19,7 @@ from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.adapter import Bottleneck
-from opendelta.exceptions import AddressingError, ConfigError, InsertionError
-from opendelta.insertion import (
+from opendelta.dispatch import (
     AfterDispatcher,
     Args,
     BeforeDispatcher,
@@ -28,6 +27,7 @@ from opendelta.insertion import (
     first_hidden,
     map_hidden,
 )
+from opendelta.exceptions import AddressingError, ConfigError, InsertionError
 
 
 class ParallelAdapterLayer(nn.Module):

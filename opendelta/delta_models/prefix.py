@@ -27,15 +27,10 @@ from opendelta.delta_models.lookup_attention import (
     watch_attention_lookup,
 )
 from opendelta.delta_models.prefixed_call import begin, end, running_call
+from opendelta.dispatch import Args, BeforeDispatcher, Kwargs
 from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
-from opendelta.insertion import (
-    Args,
-    BeforeDispatcher,
-    Kwargs,
-    ModuleInsertion,
-    dotted,
-    own_modules,
-)
+from opendelta.insertion import ModuleInsertion
+from opendelta.ownership import dotted, own_modules
 from opendelta.sizes import read_widths, run_pseudo_input
 
 

@@ -17,16 +17,9 @@ from opendelta.addressing.patterns import lineage
 from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.dispatch import AfterDispatcher, Args, BeforeDispatcher, Kwargs, first_hidden
 from opendelta.exceptions import ConfigError, InsertionError
-from opendelta.insertion import (
-    AfterDispatcher,
-    Args,
-    BeforeDispatcher,
-    Kwargs,
-    dotted,
-    first_hidden,
-    own_modules,
-)
+from opendelta.ownership import dotted, own_modules
 
 ROOT, LAYER = "root", "soft_prompt_layer"
 PROMPT_ID = -1  # stands for a position of the prompt among ids

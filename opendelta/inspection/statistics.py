@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from opendelta.insertion import inserted_names, inserted_parameters
+from opendelta.ownership import inserted_names, inserted_parameters
 
 logger = logging.getLogger(__name__)
 

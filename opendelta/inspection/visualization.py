@@ -27,7 +27,6 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from opendelta.insertion import inserted_names, inserted_parameters, own_modules
 from opendelta.inspection.display import notebook_cell, show
 from opendelta.inspection.tree import (
     DELTA,
@@ -38,6 +37,7 @@ from opendelta.inspection.tree import (
     VIRTUAL,
     ModuleTree,
 )
+from opendelta.ownership import inserted_names, inserted_parameters, own_modules
 
 
 class Visualization:

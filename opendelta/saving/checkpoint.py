@@ -25,7 +25,7 @@ from opendelta.exceptions import (
     warn,
 )
 from opendelta.freezing import EVERY_DELTA, reached
-from opendelta.insertion import uncompiled
+from opendelta.ownership import uncompiled
 from opendelta.saving.files import (
     CONFIG_FILE,
     SAFETENSORS_FILE,

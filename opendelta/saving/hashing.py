@@ -12,13 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.backbone_state import BackboneState
-from opendelta.insertion import (
-    ParameterSlot,
-    dotted,
-    own_children,
-    own_modules,
-    uncompiled,
-)
+from opendelta.insertion import ParameterSlot
+from opendelta.ownership import dotted, own_children, own_modules, uncompiled
 
 # Bytes copied at once from a device or a non-contiguous tensor, so that no whole model is copied.
 _PIECE = 1 << 24

@@ -20,7 +20,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 from opendelta.backbone_state import bare
 from opendelta.exceptions import AddressingError, ConfigError
-from opendelta.insertion import own_modules
+from opendelta.ownership import own_modules
 from opendelta.web.app import Count, selection_app
 
 PORTS_TO_TRY = 100

@@ -1,0 +1,214 @@
+"""What runs a delta: the permanent hooks of the modified modules, and what they do.
+
+Each modified module carries at most two permanent hooks, a `Dispatcher` before its forward and one
+after. A dispatcher knows *names*; on each call it looks them up among the children of the module
+that it fires on and calls those that it finds. So attaching and detaching a delta only puts its
+module in or out of the host's ``_modules``, and copies, replicas, shards and compiled graphs of a
+backbone find their own deltas.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from opendelta.exceptions import InsertionError
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+# --- reading and writing the hidden state ------------------------------------------------------
+
+
+def locate_hidden(args: Args, kwargs: Kwargs) -> int | str:
+    """Where the hidden state is among a module's arguments: a position or a keyword.
+
+    It is the first argument, ``hidden_states``, the first float tensor, or the first tensor.
+
+    Raises:
+        InsertionError: if no argument is a tensor.
+    """
+    if args and isinstance(args[0], Tensor):
+        return 0
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        return "hidden_states"
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    tensors = [(where, value) for where, value in named if isinstance(value, Tensor)]
+    if not tensors:
+        raise InsertionError("The modified module is called without any tensor: there is no input.")
+    return next((where for where, v in tensors if v.is_floating_point()), tensors[0][0])
+
+
+def first_hidden(args: Args, kwargs: Kwargs) -> Tensor:
+    """The hidden state among a module's arguments, see `locate_hidden`."""
+    where = locate_hidden(args, kwargs)
+    found: Tensor = args[where] if isinstance(where, int) else kwargs[where]
+    return found
+
+
+def map_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`output` with its hidden state replaced by ``change(hidden)``.
+
+    The hidden state is the output itself, the first element of a tuple or list, or the first
+    floating-point tensor of a dict or ``ModelOutput``. The caller's containers are not changed.
+
+    Raises:
+        InsertionError: if there is no tensor at these places.
+    """
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        changed = [change(output[0]), *output[1:]]
+        if hasattr(output, "_fields"):  # a namedtuple takes its fields one by one
+            return type(output)(*changed)
+        return type(output)(changed)
+    if isinstance(output, Mapping):
+        for key, value in output.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+                changed_items = {**output, key: change(value)}
+                if all(isinstance(name, str) for name in changed_items):
+                    return type(output)(**changed_items)  # a ModelOutput takes keywords alone
+                return type(output)(changed_items)  # type: ignore[call-arg]
+    raise InsertionError(
+        f"The modified module returned a {type(output).__name__}; expected a tensor, or a tuple, "
+        "list, dict or ModelOutput whose first tensor is the hidden state."
+    )
+
+
+# --- what a dispatcher does with one delta module -------------------------------------------------
+# An action before the forward maps (delta, host, args, kwargs) to new arguments; one after it maps
+# (delta, host, args, kwargs, output) to the new output.
+
+
+def before(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Pass the input through the delta (``delta.pre_forward`` where there is one)."""
+    if hasattr(delta, "pre_forward"):
+        new_args, new_kwargs = delta.pre_forward(*args, **kwargs)
+        return new_args, new_kwargs
+    where = locate_hidden(args, kwargs)
+    changed = delta(first_hidden(args, kwargs))
+    if isinstance(where, int):
+        return (*args[:where], changed, *args[where + 1 :]), kwargs
+    return args, {**kwargs, where: changed}
+
+
+def after(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Pass the output through the delta (``delta.post_forward`` where there is one)."""
+    if hasattr(delta, "post_forward"):
+        return delta.post_forward(output)
+    return map_hidden(output, delta)
+
+
+def parallel(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Add to the output what the delta makes of the module's own arguments."""
+    return map_hidden(output, lambda hidden: hidden + delta(*args, **kwargs))
+
+
+def onto(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Let the delta add onto the output itself: ``delta(hidden output, hidden input)``."""
+    source = first_hidden(args, kwargs)
+    return map_hidden(output, lambda hidden: delta(hidden, source))
+
+
+class Dispatcher:
+    """The permanent hook of a module, one on each side of its forward.
+
+    Attributes:
+        entries: ``(name, action)`` in order of execution.
+        handle: kept for `remove`, and in pickles, where it keeps torch's hook counter from
+            handing out the same id again in another process.
+        fired: whether its module was called since it was registered (outside compiled code).
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, Callable[..., Any]]] = []
+        self.handle: RemovableHandle | None = None
+        self.fired = False
+
+    @classmethod
+    def on(cls, module: nn.Module) -> Dispatcher | None:
+        """The dispatcher of this class on `module`, if it has one."""
+        for hook in cls.hooks(module).values():
+            if type(hook) is cls:
+                return hook
+        return None
+
+    @staticmethod
+    def hooks(module: nn.Module) -> dict[int, Any]:
+        raise NotImplementedError
+
+    def register(self, module: nn.Module) -> None:
+        raise NotImplementedError
+
+    def add(self, name: str, action: Callable[..., Any]) -> None:
+        self.entries.append((name, action))
+
+    def discard(self, name: str) -> None:
+        self.entries = [entry for entry in self.entries if entry[0] != name]
+        if not self.entries and self.handle is not None:
+            self.handle.remove()
+
+
+class BeforeDispatcher(Dispatcher):
+    """Runs the attached deltas before the forward, the last one inserted first."""
+
+    @staticmethod
+    def hooks(module: nn.Module) -> dict[int, Any]:
+        return module._forward_pre_hooks
+
+    def register(self, module: nn.Module) -> None:
+        self.handle = module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
+
+    def add(self, name: str, action: Callable[..., Any]) -> None:
+        self.entries.insert(0, (name, action))
+
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if not torch.compiler.is_compiling():
+            self.fired = True
+        for name, action in self.entries:
+            delta = module._modules.get(name)
+            if delta is not None:
+                args, kwargs = action(delta, module, args, kwargs)
+        return args, kwargs
+
+
+class AfterDispatcher(Dispatcher):
+    """Runs the attached deltas after the forward, in order of insertion.
+
+    Its hook comes first, so that those of others, such as transformers' capture of hidden states,
+    see the module's output with the deltas.
+    """
+
+    @staticmethod
+    def hooks(module: nn.Module) -> dict[int, Any]:
+        return module._forward_hooks
+
+    def register(self, module: nn.Module) -> None:
+        self.handle = module.register_forward_hook(self, prepend=True, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            self.fired = True
+        for name, action in self.entries:
+            delta = module._modules.get(name)
+            if delta is not None:
+                output = action(delta, module, args, kwargs, output)
+        return output
+
+
+def add_bias(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Hook of a module whose forward ignores ``bias``: add the parameter of that name, if any."""
+    bias = getattr(module, "bias", None)  # an attribute, not a parameter, on a replica
+    return output if bias is None else map_hidden(output, lambda hidden: hidden + bias)
+
+
+def forget_compiled_code() -> None:
+    """Make compiled models trace again: graphs are not guarded on the arrival of a new hook."""
+    dynamo = sys.modules.get("torch._dynamo")  # a process that never compiled has no graphs
+    if dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"]:
+        dynamo.reset()

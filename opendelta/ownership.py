@@ -1,0 +1,83 @@
+"""Which modules and tensors are the backbone's own, and which a delta's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from opendelta.dispatch import AfterDispatcher, BeforeDispatcher
+
+STANDS_FOR = "_stands_for"  # attribute of a delta module that replaced one of the backbone's
+
+
+def inserted_names(module: nn.Module) -> tuple[str, ...]:
+    """Names under which deltas sit on `module`, attached or not, in order of execution."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return ()
+    dispatchers = (BeforeDispatcher.on(module), AfterDispatcher.on(module))
+    entries = [entry for dispatcher in dispatchers if dispatcher for entry in dispatcher.entries]
+    return tuple(dict.fromkeys(name for name, _ in entries))
+
+
+def inserted_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of this module's direct parameters that belong to a delta (BitFit's ``bias``)."""
+    return tuple(name for name, p in module._parameters.items() if getattr(p, "_is_delta", False))
+
+
+def own_modules(
+    root: nn.Module, remove_duplicate: bool = True, originals: bool = False
+) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules()` of the backbone alone: nothing that sits inside a delta.
+
+    Args:
+        root: the backbone or a part of it.
+        remove_duplicate: whether a module with several names comes once, under the first.
+        originals: whether a replaced module comes in the place of what replaced it, rather than
+            being left out.
+    """
+    seen: set[int] = set()
+    stack = [("", root)]
+    while stack:
+        name, module = stack.pop()
+        if remove_duplicate and id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        for child_name, child in reversed(own_children(module, originals)):
+            stack.append((f"{name}.{child_name}" if name else child_name, child))
+
+
+def own_children(module: nn.Module, originals: bool = False) -> list[tuple[str, nn.Module]]:
+    """(name, child) of a module's children that are the backbone's own, see `own_modules`."""
+    if not module._modules:
+        return []
+    deltas = inserted_names(module)
+    children = []
+    for name, child in module._modules.items():
+        if child is None or name in deltas:
+            continue
+        if STANDS_FOR in child.__dict__:
+            if not originals:
+                continue
+            (child,) = child.__dict__[STANDS_FOR]
+        children.append((name, child))
+    return children
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` returned; any other module itself."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
+def own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of one of the backbone's modules and its own below it."""
+    for _, part in own_modules(module):
+        yield from (p for p in part._parameters.values() if p is not None)
+        yield from (b for b in part._buffers.values() if b is not None)
+
+
+def dotted(*parts: str) -> str:
+    """The dotted name of `parts`, empty ones left out."""
+    return ".".join(part for part in parts if part)
