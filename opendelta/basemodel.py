@@ -42,8 +42,6 @@ class DeltaBase(SaveLoadMixin):
         delta_type: the method's name in configs.
         config_class: the method's config.
         default_modified_modules: common names that are modified if the user names none.
-        default_ends: for a default role that is a whole unit, the projection of it behind which
-            the delta goes (``{"attn": "proj"}``), where the unit has one.
 
     Args:
         backbone_model: the model to modify.
@@ -66,7 +64,6 @@ class DeltaBase(SaveLoadMixin):
     delta_type: ClassVar[str] = ""
     config_class: ClassVar[type[BaseDeltaConfig]] = BaseDeltaConfig
     default_modified_modules: ClassVar[list[str]] = []
-    default_ends: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -122,7 +119,7 @@ class DeltaBase(SaveLoadMixin):
         self.uses_defaults = not patterns
         self.modified_modules = patterns or list(self.default_modified_modules)
         self.common_structure = bool(common_structure) or self.uses_defaults
-        self._common_names = None
+        self._structure = None
         self.config: BaseDeltaConfig = self.config_class()
 
     def _construct(self, arguments: dict[str, Any]) -> None:

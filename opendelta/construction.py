@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import nn
@@ -12,8 +12,7 @@ from torch import nn
 from opendelta import dispatch as actions
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.addressing.patterns import REGEX_MARK, as_patterns, lineage, matches
-from opendelta.addressing.roles import FUSED
-from opendelta.addressing.targets import excluded_modules, find_targets
+from opendelta.addressing.targets import excluded_modules, find_targets, offer_names
 from opendelta.backbone_state import BackboneState
 from opendelta.dispatch import AfterDispatcher, BeforeDispatcher, Dispatcher
 from opendelta.exceptions import AddressingError, InsertionError
@@ -70,31 +69,6 @@ def _places(insertion: Insertion) -> list[nn.Module]:
     return insertion.slot.places if isinstance(insertion, ParameterInsertion) else [insertion.host]
 
 
-def common_names(backbone: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Module name -> its common names, and those of units that are no module of their own.
-
-    OPT's ``fc1`` and ``fc2`` are ``ff.w1`` and ``ff.w2``, and no module is ``ff``: both answer to
-    that name too.
-    """
-    structure = CommonStructureMap(backbone, strict=False)
-    names = {}
-    for name, common in structure.matched_pairs.items():
-        fused = common.rpartition(".")[2] in FUSED
-        names[name] = structure.names(name) if fused else (common,)
-    taken = {common for commons in names.values() for common in commons} | {
-        name for name, _ in own_modules(backbone)
-    }
-
-    def with_units(common: str) -> Iterator[str]:
-        yield common
-        yield from itertools.takewhile(lambda unit: unit not in taken, lineage(common)[1:])
-
-    return {
-        name: tuple(dict.fromkeys(n for common in commons for n in with_units(common)))
-        for name, commons in names.items()
-    }
-
-
 class Construction(nn.Module):
     """The part of `DeltaBase` that modifies the backbone.
 
@@ -102,7 +76,7 @@ class Construction(nn.Module):
     then the whole plan is carried out. Outside of it each insertion acts at once.
     """
 
-    default_ends: ClassVar[dict[str, str]]
+    default_modified_modules: ClassVar[list[str]]
     config_class: ClassVar[type[BaseDeltaConfig]]
 
     backbone_model: nn.Module
@@ -119,7 +93,7 @@ class Construction(nn.Module):
     _module_names: dict[int, str]
     _target_names: list[str]
     _measured: dict[str, tuple[int, int]]
-    _common_names: dict[str, tuple[str, ...]] | None
+    _structure: CommonStructureMap | None
 
     # --- addressing -------------------------------------------------------------------------
 
@@ -134,17 +108,18 @@ class Construction(nn.Module):
 
     def common_names_of(self, name: str) -> Iterator[str]:
         """The common names of a module or parameter of the backbone."""
-        known = self.all_common_names()
+        known = self.structure.addresses
         yield from known.get(name, ())
         module, _, leaf = name.rpartition(".")
         for common in known.get(module, ()):
             yield f"{common}.{leaf}"
 
-    def all_common_names(self) -> dict[str, tuple[str, ...]]:
-        """Module name -> common names, for the modules that have some."""
-        if self._common_names is None:
-            self._common_names = common_names(self.backbone_model)
-        return self._common_names
+    @property
+    def structure(self) -> CommonStructureMap:
+        """The backbone's common structure, made when it is first asked for."""
+        if self._structure is None:
+            self._structure = CommonStructureMap(self.backbone_model, strict=False)
+        return self._structure
 
     def find_key(self, key: str, target_list: Sequence[str]) -> bool:
         """Whether some pattern of `target_list` addresses the module called `key`.
@@ -178,19 +153,25 @@ class Construction(nn.Module):
         A module that is registered twice may be addressed by either name; the first is returned.
         """
         known_as = {name: self._module_names[id(module)] for name, module in self._own}
-        names = list(known_as)
-        common = self.all_common_names() if self.common_structure else {}
-        if self.common_structure and not common:
-            CommonStructureMap(self.backbone_model)  # raises, saying what it found and what to do
 
-        def lookup(name: str) -> Iterable[str]:
-            return common.get(name, ()) if self.common_structure else (name,)
+        def by_name(pattern: str) -> list[str]:
+            return [name for name in known_as if name and matches(name, pattern)]
 
         if self.uses_defaults:
-            every = [name for commons in common.values() for name in commons]
-            patterns = [self._default_site(pattern, every) for pattern in patterns]
-        found = find_targets(names, patterns, lookup, required=not self.uses_defaults)
-        excluded = excluded_modules(names, self.exclude_modules, self.names_of)
+            found = self.default_targets(self._recognised())
+        elif self.common_structure:
+            structure = self._recognised()
+            commons = [common for known in structure.addresses.values() for common in known]
+            found = find_targets(patterns, structure.addressed, commons, structure.offer())
+        else:
+            names = [name for name in known_as if name]
+            found = find_targets(patterns, by_name, names, offer_names(names))
+
+        def by_any_name(pattern: str) -> list[str]:
+            common = self.structure.addressed(pattern) if self.common_structure else []
+            return [*by_name(pattern), *common]
+
+        excluded = excluded_modules(self.exclude_modules, by_any_name, [*known_as])
         self._excluded = {known_as[name] for name in excluded}
         kept = [
             list(dict.fromkeys(n for hit in hits if not self.is_excluded(n := known_as[hit])))
@@ -202,6 +183,30 @@ class Construction(nn.Module):
                 f"modified_modules={list(patterns)} addresses."
             )
         return kept
+
+    def _recognised(self) -> CommonStructureMap:
+        if not self.structure.addresses:
+            CommonStructureMap(self.backbone_model)  # raises, saying what it found and what to do
+        return self.structure
+
+    def default_targets(self, structure: CommonStructureMap) -> list[list[str]]:
+        """The modules that are modified where the user names none, for each default role.
+
+        Raises:
+            AddressingError: if the backbone has none of the roles.
+        """
+        found = [structure.addressed(role) for role in self.default_modified_modules]
+        return self._some_of(found)
+
+    def _some_of(self, found: list[list[str]]) -> list[list[str]]:
+        """`found`, if there is anything in it."""
+        if any(found):
+            return found
+        raise AddressingError(
+            f"{type(self.backbone_model).__name__} has none of the default places of "
+            f"{type(self).__name__}, {', '.join(map(repr, self.default_modified_modules))}. "
+            f"{self.structure.offer()} Name the modules to modify with modified_modules=[...]."
+        )
 
     def is_excluded(self, name: str) -> bool:
         """Whether `exclude_modules` addresses the module called `name` or one around it."""
@@ -217,13 +222,6 @@ class Construction(nn.Module):
         known = [known for known, _ in own_modules(self.backbone_model)]
         longer = {name for name in names if any(other.endswith("." + name) for other in known)}
         return [f"{REGEX_MARK}^{re.escape(n)}" if n in longer else n for n in names]
-
-    def _default_site(self, role: str, names: Iterable[str]) -> str:
-        end = self.default_ends.get(role)
-        site = f"{role}.{end}" if end else role
-        if any(matches(name, site) for name in names):
-            return site
-        return role
 
     # --- building ---------------------------------------------------------------------------
 

@@ -11,7 +11,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 
 from torch import nn
 
@@ -27,6 +30,7 @@ from opendelta.addressing.graph import (
     words,
 )
 from opendelta.addressing.inference import find_blocks, is_norm
+from opendelta.addressing.patterns import lineage, matches_any
 from opendelta.addressing.roles import FUSED, Block
 from opendelta.addressing.towers import find_towers, input_embeddings, output_embeddings
 from opendelta.exceptions import AddressingError, DeltaWarning, nearest
@@ -149,16 +153,30 @@ class CommonStructureMap:
         common = self.transform(org_key, strict=False) or ""
         if org_key not in self._named:
             return (common,)
-        home, _, end = common.rpartition(".")
-        return tuple(join(home, part) for part in FUSED.get(end, (end,)))
+        return _played(common)
 
     def roles(self) -> list[str]:
         """The roles that this backbone has: ``attn``, ``attn.q``, ``ff.w1``, ``embeddings`` ..."""
-        found: set[str] = set()
-        for named in self._named.values():
-            home, _, end = named.role.rpartition(".")
-            found.update(join(home, part) for part in FUSED.get(end, (end,)))
+        found = {role for named in self._named.values() for role in _played(named.role)}
         return sorted(found - {""})
+
+    def addressed(self, pattern: str) -> list[str]:
+        """The modules that a pattern addresses by one of their common names, in module order.
+
+        A pattern may begin with a tower's name, as in ``vision.attn.q``, or with ``all`` for every
+        tower. OPT's ``fc1`` and ``fc2`` are ``ff.w1`` and ``ff.w2``, and no module is ``ff``: both
+        answer to that name too.
+        """
+        structure, rest = self.scoped(pattern)
+        return [name for name, known in structure.addresses.items() if matches_any(known, rest)]
+
+    def offer(self) -> str:
+        """What the backbone offers to patterns by common names."""
+        towers = f", its towers are {', '.join(self.towers)} (as in vision.attn.q)"
+        return (
+            f"Its roles are {', '.join(self.roles())}{towers if self.towers else ''} "
+            "(`print(opendelta.CommonStructureMap(model).explain())` shows which is which)."
+        )
 
     def scoped(self, pattern: str) -> tuple[CommonStructureMap, str]:
         """What a pattern that begins with a tower's name stands for.
@@ -168,11 +186,36 @@ class CommonStructureMap:
             the map of ``vision``. For any other pattern, this map and the pattern as it is.
         """
         tower, _, rest = pattern.partition(".")
-        if tower not in self.towers or not rest:
+        if tower not in (*self.towers, "all") or not rest:
             return self, pattern
         if tower not in self._scoped:
             self._scoped[tower] = CommonStructureMap(self._backbone, strict=False, scope=tower)
         return self._scoped[tower], rest
+
+    @cached_property
+    def addresses(self) -> dict[str, tuple[str, ...]]:
+        """Module -> the names by which patterns address it, for the modules that have some."""
+        names = {name: self.names(name) for name in self.matched_pairs}
+        taken = {common for known in names.values() for common in known} | {*self._graph.modules}
+
+        def with_units(common: str) -> Iterator[str]:
+            yield common
+            yield from takewhile(lambda unit: unit not in taken, lineage(common)[1:])
+
+        return {
+            name: tuple(dict.fromkeys(unit for common in known for unit in with_units(common)))
+            for name, known in names.items()
+        }
+
+    def blocks(self) -> dict[str, dict[str, list[str]]]:
+        """Block -> role -> the modules that play it there, by common names."""
+        found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for name in self.matched_pairs:
+            named = self._named[name]
+            if named.block:
+                for role in _played(named.role):
+                    found[named.block][role].append(name)
+        return found
 
     def outputs(self, role: str) -> list[str]:
         """The modules whose output is the output of a role, wherever the backbone plays it.
@@ -358,6 +401,12 @@ def _outer_role(common: str) -> str:
     parts = common.split(".")
     starts = [n for n, part in enumerate(parts) if part in ("embeddings", "layer_norm", "lm_head")]
     return ".".join(parts[starts[0] :]) if starts else ""
+
+
+def _played(role: str) -> tuple[str, ...]:
+    """The roles that a module plays: ``attn.qkv`` is ``attn.q``, ``attn.k`` and ``attn.v``."""
+    home, _, end = role.rpartition(".")
+    return tuple(join(home, part) for part in FUSED.get(end, (end,)))
 
 
 def _is_block(common: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from torch import nn
+
 from opendelta.addressing.graph import Graph, is_depthwise, join, leaf_of, parent_of, words
 from opendelta.addressing.roles import (
     DOWN,
@@ -142,3 +144,14 @@ def fused_experts(graph: Graph) -> list[str]:
             (*words(leaf_of(name)), *words(type(graph.modules[name]).__name__))
         )
     ]
+
+
+def about_experts(module: nn.Module) -> str:
+    """For an error about a module without linears: that its experts are the reason."""
+    stacks = [p for p in module.parameters() if p.dim() == 3]
+    if not stacks or hasattr(module, "kernel_size"):
+        return ""
+    return (
+        f" Its {stacks[0].shape[0]} experts are fused in 3-D parameters, without linears or biases "
+        "of their own: adapters go behind the whole (AdapterModel, ParallelAdapterModel)."
+    )

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from opendelta.addressing.patterns import REGEX_MARK, fold_numbers, matches_any
+from opendelta.addressing.patterns import REGEX_MARK, fold_numbers
 from opendelta.exceptions import AddressingError, UnmatchedPatternWarning, nearest, warn
 
-NamesOf = Callable[[str], Iterable[str]]
-
-
-def matched_modules(names: Sequence[str], pattern: str, names_of: NamesOf) -> list[str]:
-    """Those of `names` that `pattern` addresses by one of their names, in module order."""
-    return [name for name in names if name and matches_any(names_of(name), pattern)]
+Find = Callable[[str], list[str]]  # the modules that a pattern addresses
 
 
 def find_targets(
-    names: Sequence[str], patterns: Sequence[str], names_of: NamesOf, *, required: bool
+    patterns: Sequence[str], find: Find, known: Sequence[str], offer: str
 ) -> list[list[str]]:
     """The modules that each pattern addresses.
 
     Args:
-        names: names of the backbone's own modules, in module order.
         patterns: what to look for.
-        names_of: the names by which a module may be addressed.
-        required: whether each pattern must address something (the user's own), or only one of
-            them all (a method's defaults).
+        find: which modules one of them addresses.
+        known: the names that patterns may address, for the error.
+        offer: a sentence on what there is, for the error.
 
     Returns:
         One list of module names for each pattern.
@@ -33,32 +27,31 @@ def find_targets(
     Raises:
         AddressingError: naming the pattern that addresses nothing and the nearest names.
     """
-    found = [matched_modules(names, pattern, names_of) for pattern in patterns]
-    empty = [pattern for pattern, hits in zip(patterns, found, strict=True) if not hits]
-    if empty and (required or len(empty) == len(patterns)):
-        known = list(dict.fromkeys(other for name in names if name for other in names_of(name)))
-        folded = fold_numbers(known)
-        shown = ", ".join(folded[:8]) + (", ..." if len(folded) > 8 else "")
-        if not required:
+    found = [find(pattern) for pattern in patterns]
+    for pattern, hits in zip(patterns, found, strict=True):
+        if not hits:
+            regex = not pattern.startswith(REGEX_MARK) and set(pattern) & set("*+?|()[]^\\")
+            hint = f" A regular expression begins with {REGEX_MARK!r}." if regex else ""
             raise AddressingError(
-                f"The backbone has none of the default places, {', '.join(map(repr, patterns))}; "
-                f"by their common names its modules are {shown} ($ is any number; "
-                "`print(opendelta.CommonStructureMap(model).explain())` shows which is which). "
-                "Name the modules to modify with modified_modules=[...]."
+                f"modified_modules: {pattern!r} addresses no module of the backbone."
+                + nearest(pattern, [*known, *_suffixes(known)])
+                + hint
+                + f" {offer}"
             )
-        regex = not empty[0].startswith(REGEX_MARK) and set(empty[0]) & set("*+?|()[]^\\")
-        hint = f" A regular expression begins with {REGEX_MARK!r}." if regex else ""
-        raise AddressingError(
-            f"modified_modules: {empty[0]!r} addresses no module of the backbone."
-            + nearest(empty[0], [*known, *_suffixes(known)])
-            + hint
-            + f" Its modules are {shown}, where $ is any number "
-            "(`opendelta.Visualization(model).structure_graph()` shows them)."
-        )
     return found
 
 
-def excluded_modules(names: Sequence[str], patterns: Sequence[str], names_of: NamesOf) -> set[str]:
+def offer_names(names: Sequence[str]) -> str:
+    """What a backbone offers to patterns by its modules' own names."""
+    folded = fold_numbers(names)
+    shown = ", ".join(folded[:8]) + (", ..." if len(folded) > 8 else "")
+    return (
+        f"Its modules are {shown}, where $ is any number "
+        "(`opendelta.Visualization(model).structure_graph()` shows them)."
+    )
+
+
+def excluded_modules(patterns: Sequence[str], find: Find, known: Sequence[str]) -> set[str]:
     """The modules that `exclude_modules` addresses; those inside them are excluded too.
 
     Warns:
@@ -66,11 +59,11 @@ def excluded_modules(names: Sequence[str], patterns: Sequence[str], names_of: Na
     """
     excluded: set[str] = set()
     for pattern in patterns:
-        hits = matched_modules(names, pattern, names_of)
+        hits = find(pattern)
         if not hits:
             warn(
                 f"exclude_modules: {pattern!r} addresses no module, so it excludes nothing."
-                + nearest(pattern, [*names, *_suffixes(names)]),
+                + nearest(pattern, [*known, *_suffixes(known)]),
                 UnmatchedPatternWarning,
             )
         excluded.update(hits)

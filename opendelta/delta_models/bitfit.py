@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from opendelta.addressing.feed_forward import about_experts
 from opendelta.auto_delta import register
 from opendelta.backbone_state import BackboneState
 from opendelta.basemodel import DeltaBase
@@ -80,6 +81,7 @@ class BitFitModel(DeltaBase):
             raise InsertionError(
                 f"{key!r} ({type(target).__name__}) has no bias and takes none: BitFit trains the "
                 "biases of linears, convolutions and norms, and of modules that hold such."
+                + about_experts(target)
             )
 
     def _takes_part(self, module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.basemodel import DeltaBase
 from opendelta.dispatch import AfterDispatcher, Args, Kwargs, after, map_hidden
 from opendelta.exceptions import ConfigError
@@ -28,12 +29,14 @@ class BottleneckModel(DeltaBase):
     """
 
     default_modified_modules: ClassVar[list[str]] = ["attn", "ff"]
-    default_ends: ClassVar[dict[str, str]] = {"attn": "proj", "ff": "w2"}
     layer_name: ClassVar[str]
 
     def new_layer(self, width: int) -> nn.Module:
         """A bottleneck for hidden states of shape (..., width)."""
         raise NotImplementedError
+
+    def default_targets(self, structure: CommonStructureMap) -> list[list[str]]:
+        return self._some_of([structure.outputs(role) for role in self.default_modified_modules])
 
     def update_module(self, module: nn.Module, key: str) -> None:
         """Put a bottleneck behind the module called `key`."""

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from opendelta.addressing.common_structure import CommonStructureMap
+from opendelta.addressing.feed_forward import about_experts
 from opendelta.addressing.patterns import as_patterns, matches_any
 from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
@@ -88,8 +90,12 @@ def _add_product(output: Tensor, z: Tensor, lora_b: Tensor, scaling: float) -> T
     """``output + scaling * z B^T`` in the output's dtype, in one operation where dtypes agree."""
     rows = output.reshape(-1, output.shape[-1])
     if rows.dtype == z.dtype:
-        return torch.addmm(rows, z, lora_b.t(), alpha=scaling).view(output.shape)
-    return torch.add(rows, (z @ lora_b.t()).to(rows.dtype), alpha=scaling).view(output.shape)
+        added = torch.addmm(rows, z, lora_b.t(), alpha=scaling)
+    else:
+        added = torch.add(rows, (z @ lora_b.t()).to(rows.dtype), alpha=scaling)
+    # No view: what a node of the graph returns as a view must not be changed in place, and some
+    # backbones scale their queries so.
+    return torch.ops.aten._unsafe_view(added, output.shape)
 
 
 def fused_applies(output: Tensor, x: Tensor, lora_a: Tensor) -> bool:
@@ -262,6 +268,12 @@ class LoraModel(DeltaBase):
     ) -> None:
         self._construct(locals())
 
+    def default_targets(self, structure: CommonStructureMap) -> list[list[str]]:
+        """The projections of q and v; in a backbone without any, those of the feed-forward."""
+        if {"attn.q", "attn.v"}.isdisjoint(structure.roles()):
+            return self._some_of([structure.addressed(role) for role in ("ff.w1", "ff.w2")])
+        return super().default_targets(structure)
+
     def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
         super().plan(backbone, patterns)
         modified = {i.host_name for i in self._planned or () if isinstance(i, ModuleInsertion)}
@@ -288,6 +300,7 @@ class LoraModel(DeltaBase):
         if not parts:
             raise InsertionError(
                 f"{key!r} ({type(target).__name__}) holds no linear that LoRA could be put on."
+                + about_experts(target)
             )
         for name, part in parts.items():
             if not self._mine_on(part) and not self.is_excluded(name):
@@ -311,7 +324,7 @@ class LoraModel(DeltaBase):
             raise InsertionError(
                 f"{name!r} is a {type(target).__name__}, which is no linear map: LoRA goes on "
                 "linears, convolutions (not transposed ones) and embeddings, or on a module that "
-                "holds linears."
+                "holds linears." + about_experts(target)
             )
         return LoraLayer(*widths, r, alpha, self.lora_dropout)
 

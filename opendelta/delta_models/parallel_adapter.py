@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
@@ -167,6 +168,24 @@ class ParallelAdapterModel(DeltaBase):
     def patterns_for(self, names: Sequence[str]) -> list[str]:
         """Each clicked module twice: an adapter beside it."""
         return [pattern for pattern in super().patterns_for(names) for _ in range(2)]
+
+    def default_targets(self, structure: CommonStructureMap) -> list[list[str]]:
+        """The defaults in pairs, block by block.
+
+        Where a block has not one second module for each first, as with experts, or no module
+        that is its whole attention, the adapter spans the unit from its first to its last module.
+        """
+        found: list[list[str]] = [[] for _ in self.default_modified_modules]
+        for roles in structure.blocks().values():
+            for at in range(0, len(found), 2):
+                first, second = self.default_modified_modules[at : at + 2]
+                firsts, seconds = roles.get(first, []), roles.get(second, [])
+                if len(firsts) != len(seconds) or not firsts:
+                    unit = first.partition(".")[0]
+                    firsts = seconds = roles.get(unit, [])
+                found[at] += firsts
+                found[at + 1] += seconds
+        return self._some_of(found)
 
     def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
         """Pair the targets of each two patterns in module order and put an adapter on each pair."""
