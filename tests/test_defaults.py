@@ -1,0 +1,186 @@
+"""Where deltas go that no one named modules for, and common names that reach other towers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import backbones
+import pytest
+import torch
+import transformers
+from placed import METHODS, unchanged
+from torch import Tensor, nn
+
+import opendelta
+from opendelta import (
+    AdapterModel,
+    BitFitModel,
+    CompacterModel,
+    LoraModel,
+    LowRankAdapterModel,
+    ParallelAdapterModel,
+)
+from opendelta.exceptions import AddressingError, InsertionError
+from opendelta.insertion import ModuleInsertion
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+IDS = torch.tensor([[5, 6, 7, 8, 9, 3, 4, 2], [4, 3, 9, 8, 7, 6, 5, 2]])
+
+
+def clip() -> nn.Module:
+    part = {k: v for k, v in TEXT.items() if "token" not in k and k != "vocab_size"}
+    vision = {**part, "image_size": 8, "patch_size": 4}
+    text = {**part, "vocab_size": 40, "eos_token_id": 2}
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    ).eval()
+
+
+def mixtral() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        **TEXT, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2
+    )
+    return transformers.MixtralModel(config).eval()
+
+
+def places(delta: nn.Module) -> list[str]:
+    return [i.host_name for i in delta.insertions if isinstance(i, ModuleInsertion)]
+
+
+def changed_by_training(model: nn.Module, delta: nn.Module, **inputs: Tensor) -> bool:
+    """Whether one step on the delta's parameters alone changes what the model computes."""
+    delta.freeze_module()
+    with torch.no_grad():
+        first = model(**inputs)[0]
+        for name, p in delta.named_parameters():
+            if name.endswith("lora_B"):
+                p.normal_()
+    target = torch.randn(first.shape, generator=torch.Generator().manual_seed(0))
+    loss = (model(**inputs)[0] - target).square().mean()
+    loss.backward()
+    assert all(p.grad is not None for p in delta.parameters())
+    torch.optim.SGD(delta.parameters(), 0.1).step()
+    return not torch.equal(first, model(**inputs)[0])
+
+
+# --- towers ---------------------------------------------------------------------------------------
+
+TOWERS = {
+    "attn.q": {"text_model"},
+    "text.attn.q": {"text_model"},
+    "vision.attn.q": {"vision_model"},
+    "all.attn.q": {"text_model", "vision_model"},
+    "vision.0.attn.q": {"vision_model"},
+}
+
+
+@pytest.mark.parametrize(("pattern", "towers"), TOWERS.items(), ids=TOWERS)
+def test_other_towers_are_reached_by_name(pattern: str, towers: set[str]) -> None:
+    delta = LoraModel(clip(), modified_modules=[pattern], common_structure=True)
+    layers = (0,) if ".0." in pattern else (0, 1)
+    assert places(delta) == [
+        f"{tower}.encoder.layers.{layer}.self_attn.q_proj"
+        for tower in sorted(towers)
+        for layer in layers
+    ]
+
+
+def test_a_tower_can_be_excluded_and_its_roles_too() -> None:
+    delta = LoraModel(
+        clip(),
+        modified_modules=["all.attn.q"],
+        common_structure=True,
+        exclude_modules=["vision.1.attn"],
+    )
+    assert [n for n in places(delta) if n.startswith("vision")] == [
+        "vision_model.encoder.layers.0.self_attn.q_proj"
+    ]
+
+
+def test_an_unknown_tower_raises_with_those_that_there_are() -> None:
+    model = clip()
+    with unchanged(model), pytest.raises(AddressingError, match="towers are text, vision"):
+        LoraModel(model, modified_modules=["audio.attn.q"], common_structure=True)
+
+
+# --- roles ----------------------------------------------------------------------------------------
+
+
+def test_a_role_that_is_not_there_raises_with_the_roles_that_are() -> None:
+    model = backbones.build("bert")
+    with unchanged(model), pytest.raises(AddressingError) as raised:
+        LoraModel(model, modified_modules=["crossattn.q"], common_structure=True)
+    told = str(raised.value)
+    assert "'crossattn.q'" in told and "Did you mean 'attn.q'" in told
+    roles = (
+        "attn, attn.k, attn.layer_norm, attn.proj, attn.q, attn.v, embeddings, ff, ff.layer_norm"
+    )
+    assert f"Its roles are {roles}, ff.w1, ff.w2 (" in told
+
+
+def test_lora_goes_on_the_feed_forward_where_there_is_no_attention() -> None:
+    sizes = {k: v for k, v in TEXT.items() if k != "num_attention_heads"}
+    model = transformers.FNetModel(transformers.FNetConfig(**sizes)).eval()
+    delta = LoraModel(model)
+    assert places(delta) == [
+        f"encoder.layer.{layer}.{part}.dense"
+        for layer in (0, 1)
+        for part in ("intermediate", "output")
+    ]
+    assert changed_by_training(model, delta, input_ids=IDS)
+
+
+def test_lora_on_queries_that_the_backbone_scales_in_place() -> None:
+    config = transformers.LongformerConfig(**TEXT, attention_window=4)
+    model = transformers.LongformerModel(config).eval()
+    assert changed_by_training(model, LoraModel(model), input_ids=IDS)
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [AdapterModel, LowRankAdapterModel, CompacterModel])
+def test_fused_experts_take_one_adapter(method: type[opendelta.DeltaBase]) -> None:
+    model = mixtral()
+    delta = method(model)
+    assert places(delta) == [
+        f"layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn.o_proj", "mlp.experts")
+    ]
+    assert changed_by_training(model, delta, input_ids=IDS)
+
+
+def test_fused_experts_take_a_parallel_adapter() -> None:
+    model = mixtral()
+    delta = ParallelAdapterModel(model)
+    assert set(places(delta)) == {
+        f"layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn", "mlp.experts")
+    }
+    assert changed_by_training(model, delta, input_ids=IDS)
+
+
+@pytest.mark.parametrize("method", [LoraModel, BitFitModel])
+def test_experts_have_no_linear_and_no_bias(method: type[opendelta.DeltaBase]) -> None:
+    model = mixtral()
+    with unchanged(model), pytest.raises(InsertionError, match=r"experts.*AdapterModel"):
+        method(model, modified_modules=["ff"], common_structure=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_defaults_on_a_mixture_of_experts(method: str) -> None:
+    model = mixtral()
+    with torch.no_grad():
+        before = model(IDS)[0]
+        delta = getattr(opendelta, method)(model)
+        delta.detach()
+        assert torch.equal(model(IDS)[0], before)
