@@ -17,14 +17,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import backbones
 import pytest
 import torch
 from flask.testing import FlaskClient
+from placed import METHODS
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from web_selection import Backbone, Selection, selecting
 
-from opendelta import BitFitModel, LoraModel
+import opendelta
+from opendelta import AutoDeltaModel, BitFitModel, DeltaBase, LoraModel
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError
 from opendelta.ownership import own_modules
 from opendelta.web import interactive, select_modules, selector
@@ -98,11 +101,15 @@ def test_cancelling_raises_and_leaves_the_backbone_alone(start: Start) -> None:
 
 
 def construct(
-    capsys: pytest.CaptureFixture[str], pool: ThreadPoolExecutor, backbone: nn.Module
+    capsys: pytest.CaptureFixture[str],
+    pool: ThreadPoolExecutor,
+    backbone: nn.Module,
+    method: type[DeltaBase] = LoraModel,
+    **kwargs: Any,
 ) -> tuple[Selection, Future[Any]]:
     listener, port = taken_port()
     listener.close()
-    future: Future[Any] = pool.submit(LoraModel, backbone, interactive_modify=port)
+    future: Future[Any] = pool.submit(method, backbone, interactive_modify=port, **kwargs)
     return Selection(capsys, future), future
 
 
@@ -116,6 +123,38 @@ def test_a_delta_goes_on_what_was_selected(capsys: pytest.CaptureFixture[str]) -
     added = set(backbone.state_dict()) - set(Backbone().state_dict())
     assert {name.partition(".lora")[0] for name in added} == set(chosen)
     assert delta.modified_modules == chosen
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "SoftPromptModel"])
+def test_the_live_count_is_what_the_method_will_add(
+    method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cls, backbone = getattr(opendelta, method), backbones.build("bert")
+    total = sum(p.numel() for p in backbone.parameters())
+    state = torch.get_rng_state()
+    names = ["encoder.layer.0.attention.self", "encoder.layer.1.attention.self"]
+    with ThreadPoolExecutor() as pool:
+        selection, future = construct(capsys, pool, backbone, cls)
+        said = selection.post("count", {"names": names})[1]["text"]
+        assert torch.equal(torch.get_rng_state(), state)
+        selection.post("submit", {"names": names})
+        delta = future.result(timeout=20)
+    added = sum(p.numel() for p in delta.parameters())
+    assert said == f"2 modules, {added:,} parameters, {100 * added / total:.2f} %"
+
+
+def test_a_selection_is_kept_by_the_modules_own_names(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    backbone = backbones.build("bert")
+    with ThreadPoolExecutor() as pool:
+        selection, future = construct(capsys, pool, backbone, LoraModel, common_structure=True)
+        selection.post("submit", {"names": ["encoder.layer.1.attention.self.key"]})
+        delta = future.result(timeout=20)
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    again = AutoDeltaModel.from_finetuned(tmp_path, backbone_model=backbones.build("bert"))
+    assert {i.host_name for i in again.insertions} == {"encoder.layer.1.attention.self.key"}
 
 
 def test_a_cancelled_construction_leaves_the_backbone_as_it_was(
