@@ -33,7 +33,7 @@ compare: $(VENV)/examples-$(KEY)
 test: lint types
 	$(PYTEST) -m "$(QUICK)"
 
-test-all: lint types
+test-all: lint types $(VENV)/browser-$(KEY)
 	$(PYTEST)
 
 lint: $(VENV)/test-$(KEY)
@@ -53,6 +53,15 @@ $(VENV)/examples-$(KEY): | $(RUN)
 $(VENV)/test-$(KEY): | $(RUN)
 	@echo "Installing what the tests need into $(VENV): about a minute, once."
 	$(INSTALL) --editable ".[test,examples]"
+	@touch $@
+
+# The browser is a package of the system, not of Python.
+$(VENV)/browser-$(KEY): $(VENV)/test-$(KEY)
+	$(INSTALL) --editable ".[browser]"
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+	    || (apt-get -qq update && apt-get -qq install -y chromium) \
+	    || (echo "The browser tests need Chromium: install it, or leave them out with" \
+	        "\`pytest -m 'not browser'\`." && false)
 	@touch $@
 
 clean:

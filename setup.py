@@ -33,6 +33,7 @@ setup(
             "peft>=0.18",  # the speed tests measure construction against it
             "setuptools>=70.1",  # the packaging test builds a wheel without a network
         ],
+        "browser": ["playwright>=1.45"],
         "docs": ["sphinx>=8", "myst-parser>=4", "furo"],
         "bmt": ["bmtrain", "model-center"],
         "accelerate": ["accelerate>=1.0"],
