@@ -14,6 +14,7 @@ from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel, register
 from opendelta.backbone_state import deltas
 from opendelta.basemodel import DeltaBase
+from opendelta.combining import combine
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.adapter import AdapterConfig, AdapterModel
 from opendelta.delta_models.bitfit import BitFitConfig, BitFitModel
@@ -32,6 +33,7 @@ from opendelta.inspection import (
     num_total_parameters,
     num_trainable_parameters,
 )
+from opendelta.routing import route
 from opendelta.saving.hashing import gen_model_hash, gen_parameter_hash
 from opendelta.version import __version__
 from opendelta.web import interactive
@@ -63,6 +65,7 @@ __all__ = [
     "SoftPromptModel",
     "Visualization",
     "__version__",
+    "combine",
     "deltas",
     "gen_model_hash",
     "gen_parameter_hash",
@@ -73,4 +76,5 @@ __all__ = [
     "num_total_parameters",
     "num_trainable_parameters",
     "register",
+    "route",
 ]

@@ -178,3 +178,27 @@ class AutoDeltaModel(_ClassMethodsOnly):
             *model_args,
             **kwargs,
         )
+
+    @classmethod
+    def from_peft(cls, path: str | os.PathLike[str], backbone_model: nn.Module) -> DeltaBase:
+        """A LoRA that PEFT saved, as a `LoraModel` on `backbone_model` in eval mode.
+
+        Where LoRA is and of which rank is read off the tensors, whatever patterns PEFT was given.
+        What PEFT trained of the backbone itself (`modules_to_save`, biases) is loaded into it and
+        becomes the delta's `unfrozen_modules`, which `freeze_module` leaves trainable.
+
+        Args:
+            path: the folder that PEFT's ``save_pretrained`` wrote.
+            backbone_model: modified in place.
+
+        Raises:
+            ConfigError: for the config of another method than LoRA, or of a variant of it (DoRA).
+            CheckpointError: if a file is missing or damaged, or does not fit the backbone.
+            InsertionError: if LoRA of ours does not go on one of the modules.
+
+        Example:
+            >>> AutoDeltaModel.from_peft("peft_adapter", model).save_finetuned("my_delta")
+        """
+        from opendelta.exchange import from_peft
+
+        return from_peft(path, backbone_model)

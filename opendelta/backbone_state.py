@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from opendelta.dispatch import forget_compiled_code
+from opendelta.dispatch import Dispatcher, forget_compiled_code
 from opendelta.exceptions import ConfigError, DeltaWarning, warn
 from opendelta.insertion import Insertion, ModuleInsertion, ParameterSlot
 from opendelta.ownership import dotted, own_modules
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase
+    from opendelta.merging import MergedWeight
 
 
 class BackboneState:
@@ -32,7 +33,10 @@ class BackboneState:
     Attributes:
         deltas: the delta objects, in order of insertion.
         was_trainable: ``requires_grad`` of the backbone's parameters before the first freeze.
+        trained: names of the backbone's parameters that some freeze left trainable.
         slots: places of parameters that deltas replaced, by name.
+        merged: the backbone's parameters that deltas are folded into, by name.
+        untied_configs: configs whose ``tie_word_embeddings`` merging set to False.
         trimmed: whether `state_dict()` is reduced to its active part while a delta is attached.
         held: overrides `trimmed` after an attach or detach with ``reset_state_dict=False``.
         probing: whether a pseudo input runs, which is nobody's first forward.
@@ -42,11 +46,15 @@ class BackboneState:
     def __init__(self) -> None:
         self.deltas: list[DeltaBase] = []
         self.was_trainable: dict[str, bool] = {}
+        self.trained: set[str] = set()
         self.slots: dict[str, ParameterSlot] = {}
+        self.merged: dict[str, MergedWeight] = {}
+        self.untied_configs: list[Any] = []
         self.trimmed = False
         self.held: bool | None = None
         self.told_ties: set[str] = set()
         self.handles: list[RemovableHandle] = []
+        self.gradient_handles: list[RemovableHandle] = []
         self.first_forward: RemovableHandle | None = None
         self.probing = False
 
@@ -74,30 +82,44 @@ class BackboneState:
                 backbone.register_state_dict_post_hook(state),
                 backbone.register_load_state_dict_pre_hook(state.accept_trimmed),
             ]
+        return state
+
+    def settle_hooks(self, backbone: nn.Module) -> None:
+        """Have the forward hooks of gradient checkpointing, or none if every delta is merged."""
+        merged = {id(fold.delta) for weight in self.merged.values() for fold in weight.folds}
+        if all(id(delta) in merged for delta in self.deltas):
+            self.drop_forward_hooks()
+        elif not self.gradient_handles:
             for _, module in own_modules(backbone):
                 if "gradient_checkpointing" in module.__dict__ or hasattr(
                     type(module), "gradient_checkpointing"
                 ):
-                    state.handles.append(
+                    self.gradient_handles.append(
                         module.register_forward_pre_hook(let_gradients_in, prepend=True)
                     )
-        return state
+
+    def drop_forward_hooks(self) -> None:
+        if self.first_forward is not None:
+            self.first_forward.remove()
+            self.first_forward = None
+        for handle in self.gradient_handles:
+            handle.remove()
+        self.gradient_handles.clear()
 
     def forget(self, delta: DeltaBase, backbone: nn.Module) -> None:
         """Strike `delta` off; with the last one restore `requires_grad` and take the hooks off."""
+        forget_compiled_code()
         self.deltas = [other for other in self.deltas if other is not delta]
         self.slots = {name: slot for name, slot in self.slots.items() if slot.layers}
+        self.settle_hooks(backbone)
         if self.deltas:
             return
         for name, p in backbone.named_parameters(remove_duplicate=False):
             if name in self.was_trainable:
                 p.requires_grad_(self.was_trainable[name])
-        if self.first_forward is not None:
-            self.handles.append(self.first_forward)
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        forget_compiled_code()
 
     # --- the first forward --------------------------------------------------------------------
 
@@ -181,6 +203,15 @@ def own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield dotted(name, own_name), p
 
 
+def unmerged(backbone: nn.Module) -> dict[int, Tensor]:
+    """Id of each parameter that deltas are merged into -> what is there without them."""
+    return {
+        id(weight.parameter): weight.bare
+        for state in BackboneState.within(backbone)
+        for weight in state.merged.values()
+    }
+
+
 def active_names(module: nn.Module, constants: set[int]) -> set[str]:
     """Names that a trimmed state dict of `module` holds: what trains, and constants of deltas.
 
@@ -250,8 +281,8 @@ def let_gradients_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
         return None
     if not torch.is_grad_enabled() or any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return None
-    if not any(p.requires_grad for p in module.parameters()):
-        return None
+    if not any(p.requires_grad for p in module.parameters()) and Dispatcher.router is None:
+        return None  # in a route what trains need not be attached
     for position, value in enumerate(args):
         if isinstance(value, Tensor) and value.is_floating_point():
             return (*args[:position], value.detach().requires_grad_(), *args[position + 1 :])

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from opendelta.addressing.patterns import as_patterns
 from opendelta.arguments import checked
 from opendelta.backbone_state import BackboneState, SubmoduleTrim
 from opendelta.backends import check_backend
+from opendelta.combining import require_equal_hyperparameters, weighted_sums
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import (
     AddressingError,
@@ -25,13 +26,14 @@ from opendelta.exceptions import (
 from opendelta.freezing import EVERY_DELTA, freeze
 from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion
 from opendelta.inspection import Summary, num_total_parameters, print_log, summary
+from opendelta.merging import MergeMixin
 from opendelta.ownership import uncompiled
-from opendelta.saving.checkpoint import SaveLoadMixin, check_backbone
+from opendelta.saving.checkpoint import check_backbone
 
 INTERACTIVE_PORT = 8888
 
 
-class DeltaBase(SaveLoadMixin):
+class DeltaBase(MergeMixin):
     """Base class of all deltas: small trainable modules on a backbone that is otherwise frozen.
 
     A delta is an `nn.Module` whose parameters are those it added (or took over), under the names
@@ -42,6 +44,7 @@ class DeltaBase(SaveLoadMixin):
         delta_type: the method's name in configs.
         config_class: the method's config.
         default_modified_modules: common names that are modified if the user names none.
+        added_positions: how many positions each text gets longer by (soft prompts).
 
     Args:
         backbone_model: the model to modify.
@@ -64,6 +67,7 @@ class DeltaBase(SaveLoadMixin):
     delta_type: ClassVar[str] = ""
     config_class: ClassVar[type[BaseDeltaConfig]] = BaseDeltaConfig
     default_modified_modules: ClassVar[list[str]] = []
+    added_positions = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -105,18 +109,13 @@ class DeltaBase(SaveLoadMixin):
             )
         self.exclude_modules = as_patterns(exclude_modules, "exclude_modules")
         self.unfrozen_modules = as_patterns(unfrozen_modules, "unfrozen_modules")
-        if interactive_modify:
-            if patterns:
-                raise ValueError(
-                    "interactive_modify and modified_modules both choose the modules; give one."
-                )
-            from opendelta.web import select_modules
-
-            port = INTERACTIVE_PORT if interactive_modify is True else interactive_modify
-            chosen = select_modules(self.backbone_model, port, method=self.delta_type)
-            patterns, common_structure = self.patterns_for(chosen), False
-            self.__dict__.setdefault("arguments", {})["modified_modules"] = patterns
-        self.uses_defaults = not patterns
+        if interactive_modify and patterns:
+            raise ValueError(
+                "interactive_modify and modified_modules both choose the modules; give one."
+            )
+        port = INTERACTIVE_PORT if interactive_modify is True else interactive_modify
+        self.interactive_port = port or None
+        self.uses_defaults = not patterns and not interactive_modify
         self.modified_modules = patterns or list(self.default_modified_modules)
         self.common_structure = bool(common_structure) or self.uses_defaults
         self._structure = None
@@ -176,7 +175,7 @@ class DeltaBase(SaveLoadMixin):
         cls,
         config: BaseDeltaConfig | dict[str, Any],
         backbone_model: nn.Module,
-        check_hash: bool = True,
+        check_hash: bool | str = True,
         **kwargs: Any,
     ) -> DeltaBase:
         """Put an untrained delta on a backbone as a config says.
@@ -184,7 +183,8 @@ class DeltaBase(SaveLoadMixin):
         Args:
             config: the config, or a dict of its fields.
             backbone_model: modified in place.
-            check_hash: whether a hash in the config is compared with the backbone's.
+            check_hash: whether a hash in the config is compared with the backbone's; ``"full"``
+                reads the whole backbone for it.
             kwargs: fields that override the config's, and `interactive_modify`.
 
         Raises:
@@ -195,8 +195,7 @@ class DeltaBase(SaveLoadMixin):
         """
         model_class = cls._class_for(config)
         made = model_class.config_from(config, **kwargs)
-        if check_hash:
-            check_backbone(made, backbone_model)
+        check_backbone(made, backbone_model, check_hash)
         names = model_class.constructor_fields()
         fields = {name: getattr(made, name) for name in names if hasattr(made, name)}
         if "interactive_modify" in kwargs:
@@ -244,7 +243,7 @@ class DeltaBase(SaveLoadMixin):
             UnmatchedPatternWarning: for a pattern that names nothing.
             DeltaWarning: if nothing is left to train.
         """
-        self._require_presence()
+        self.require_presence()
         if module is not None and not isinstance(module, nn.Module):
             raise ConfigError(
                 f"freeze_module: the first argument, module={module!r:.80}, is a part of the "
@@ -290,7 +289,7 @@ class DeltaBase(SaveLoadMixin):
 
     @property
     def is_attached(self) -> bool:
-        """Whether any part of this delta acts on the backbone now."""
+        """Whether any part of this delta is attached; a merged delta is not, though it acts."""
         return any(insertion.attached for insertion in self.insertions)
 
     def attach(self, module: nn.Module | None = None, reset_state_dict: bool = True) -> None:
@@ -301,7 +300,7 @@ class DeltaBase(SaveLoadMixin):
             reset_state_dict: whether ``state_dict()`` follows (reduced after `freeze_module`).
 
         Raises:
-            InsertionError: if the delta was removed.
+            InsertionError: if the delta is merged or was removed.
         """
         state = self._switching(reset_state_dict)
         for insertion in self._inside(module):
@@ -316,7 +315,7 @@ class DeltaBase(SaveLoadMixin):
             reset_state_dict: whether ``state_dict()`` follows (full, once no delta is attached).
 
         Raises:
-            InsertionError: if the delta was removed.
+            InsertionError: if the delta is merged or was removed.
         """
         state = self._switching(reset_state_dict)
         for insertion in reversed(self._inside(module)):
@@ -324,7 +323,8 @@ class DeltaBase(SaveLoadMixin):
         state.held = None if reset_state_dict else state.held
 
     def _switching(self, reset_state_dict: bool) -> BackboneState:
-        self._require_presence()
+        self.require_presence()
+        self.require_unmerged()
         state = BackboneState.create(self.backbone_model)
         if not reset_state_dict:
             state.held = state.trims
@@ -352,12 +352,6 @@ class DeltaBase(SaveLoadMixin):
             for insertion in reversed(before):
                 insertion.detach()
 
-    def _require_presence(self) -> None:
-        if self._removed:
-            raise InsertionError(
-                f"This {type(self).__name__} was removed from its backbone: construct a new one."
-            )
-
     def _inside(self, module: nn.Module | None) -> list[Insertion]:
         if module is None or uncompiled(module) is self.backbone_model:
             return self.insertions
@@ -374,12 +368,59 @@ class DeltaBase(SaveLoadMixin):
         return inside
 
     def remove(self) -> None:
-        """Take the delta off for good; with the last one the backbone is as before construction."""
+        """Take the delta off for good; with the last one the backbone is as before construction.
+
+        A merged delta is unmerged first; `merge_and_remove` leaves its effect in the weights.
+        """
+        if self.is_merged:
+            self.unmerge()
         state = self._switching(True)
         for insertion in reversed(self.insertions):
             insertion.remove()
         state.forget(self, self.backbone_model)
         self._removed = True
+
+    def merge_and_remove(self, safe: bool = False, untie: bool = False) -> nn.Module:
+        """Leave this delta's effect in the backbone's weights for good, and take the delta off.
+
+        With the last delta gone the backbone is a plain model, whose ``save_pretrained`` writes
+        what loads without this library. The original weights are let go.
+
+        Args:
+            safe, untie: see `merge`, which is called unless the delta is merged already.
+
+        Returns:
+            The backbone.
+
+        Raises:
+            InsertionError: see `merge`. Nothing is changed then.
+        """
+        if not self.is_merged:
+            self.merge(safe, untie)
+        self.merge_for_good()
+        self.remove()
+        return self.backbone_model
+
+    # --- arithmetic -------------------------------------------------------------------------
+
+    def combined_config(self, deltas: Sequence[DeltaBase]) -> BaseDeltaConfig:
+        """The config of a sum of deltas of this method, of which this is the first, see `combine`.
+
+        Raises:
+            ConfigError: if they do not fit together.
+        """
+        require_equal_hyperparameters(deltas)
+        return self.config
+
+    def combined_tensors(
+        self, deltas: Sequence[DeltaBase], weights: Sequence[float]
+    ) -> dict[str, Tensor]:
+        """What a weighted sum of deltas of this method holds, as by `own_tensors`.
+
+        Raises:
+            ConfigError: if they do not fit together.
+        """
+        return weighted_sums(deltas, weights)
 
     # --- looking ----------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
 from torch import nn
 
 from opendelta import dispatch as actions
@@ -23,6 +24,7 @@ from opendelta.insertion import (
     Replacement,
     place_of,
 )
+from opendelta.inspection import num_total_parameters
 from opendelta.ownership import inserted_names, own_modules, uncompiled
 from opendelta.sizes import measure_widths, random_state_kept_on_error, read_widths
 
@@ -86,6 +88,9 @@ class Construction(nn.Module):
     exclude_modules: list[str]
     common_structure: bool
     uses_defaults: bool
+    interactive_port: int | None
+    modified_modules: list[str]
+    delta_type: ClassVar[str]
     _planned: list[Insertion] | None
     _planned_on: dict[int, list[Insertion]]
     _excluded: set[str]
@@ -237,22 +242,14 @@ class Construction(nn.Module):
         Returns:
             The backbone.
         """
-        self._planned, self._planned_on = [], {}
         self._own = list(own_modules(backbone, remove_duplicate=False))
         self._module_names = {}
         for name, module in self._own:
             self._module_names.setdefault(id(module), name)
+        if self.interactive_port is not None:
+            modified_modules = self._select_modules(backbone, self.interactive_port)
         with random_state_kept_on_error():
-            try:
-                self.plan(backbone, modified_modules)
-                planned = self._planned
-                if not planned:
-                    raise InsertionError(
-                        f"Nothing in {modified_modules} is a module that {type(self).__name__} can "
-                        "modify."
-                    )
-            finally:
-                self._planned, self._planned_on = None, {}
+            planned = self._planned_insertions(backbone, modified_modules)
             self.__dict__.setdefault("arguments", {})
             config = self.config_class(**self.arguments)
             self._carry_out(planned)
@@ -262,6 +259,40 @@ class Construction(nn.Module):
             self.config.common_structure = True
         self.config.backbone_class = type(backbone).__name__
         return backbone
+
+    def _planned_insertions(self, backbone: nn.Module, patterns: list[str]) -> list[Insertion]:
+        """What the delta would put on the modules that `patterns` address, nothing carried out."""
+        self._planned, self._planned_on = [], {}
+        try:
+            self.plan(backbone, patterns)
+            planned = self._planned
+        finally:
+            self._planned, self._planned_on = None, {}
+        if not planned:
+            raise InsertionError(
+                f"Nothing in {patterns} is a module that {type(self).__name__} can modify."
+            )
+        return planned
+
+    def _select_modules(self, backbone: nn.Module, port: int) -> list[str]:
+        """Patterns of the modules that the user clicks on the web page."""
+        from opendelta.web import select_modules  # flask is loaded for those who ask for the page
+
+        total = num_total_parameters(backbone)
+
+        def count(names: list[str]) -> tuple[int, float]:
+            with torch.random.fork_rng(devices=[]):
+                planned = self._planned_insertions(backbone, self.patterns_for(names))
+            added = {id(p): p.numel() for i in planned for _, p in i.named_parameters()}
+            return sum(added.values()), sum(added.values()) / total
+
+        self.common_structure = False  # what is clicked has the backbone's own name
+        chosen = select_modules(backbone, port, method=self.delta_type, count=count)
+        self.modified_modules = self.patterns_for(chosen)
+        self.__dict__.setdefault("arguments", {}).update(
+            modified_modules=self.modified_modules, common_structure=False
+        )
+        return self.modified_modules
 
     def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
         """Call `update_module` for every target, in module order."""
@@ -510,6 +541,7 @@ class Construction(nn.Module):
         state = BackboneState.create(self.backbone_model)
         if not any(delta is self for delta in state.deltas):
             state.deltas.append(cast("DeltaBase", self))
+        state.settle_hooks(self.backbone_model)
         state.watch_first_forward(self.backbone_model)
         for insertion in planned:
             if isinstance(insertion, ParameterInsertion):
@@ -548,7 +580,7 @@ class Construction(nn.Module):
         if not base.isidentifier():
             raise InsertionError(f"delta_name={base!r} is not a valid attribute name.")
         taken = set(inserted_names(host))
-        taken |= {i.name for i in self._mine_on(host)}
+        taken |= {i.name for i in self._mine_on(host)} | self._merged_names(host)
         name = next(n for n in numbered(base) if n not in taken)
         if hasattr(host, name):
             raise InsertionError(
@@ -556,6 +588,13 @@ class Construction(nn.Module):
                 f"{self.name_of(host)!r} ({type(host).__name__}): pass another delta_name."
             )
         return name
+
+    def _merged_names(self, host: nn.Module) -> set[str]:
+        """Names on `host` that merged deltas take again when they are unmerged."""
+        state = BackboneState.of(self.backbone_model)
+        weights = state.merged.values() if state is not None else ()
+        folds = (fold for weight in weights if weight.host is host for fold in weight.folds)
+        return {i.name for _, i in folds if isinstance(i, ModuleInsertion)}
 
     def _lone_name(self, host: nn.Module, base: str) -> str:
         """The name that the delta module would have if this delta were alone on the backbone."""

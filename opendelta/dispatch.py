@@ -10,8 +10,8 @@ backbone find their own deltas.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,10 @@ def onto(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -
     return map_hidden(output, lambda hidden: delta(hidden, source))
 
 
+# Actions that only add to the output, so that their order does not matter.
+ADDITIVE: set[Callable[..., Any]] = {parallel, onto}
+
+
 class Dispatcher:
     """The permanent hook of a module, one on each side of its forward.
 
@@ -123,7 +127,11 @@ class Dispatcher:
         handle: kept for `remove`, and in pickles, where it keeps torch's hook counter from
             handing out the same id again in another process.
         fired: whether its module was called since it was registered (outside compiled code).
+        router: finds the route that is in force for a module, see `opendelta.routing`; None while
+            there is none in any thread.
     """
+
+    router: ClassVar[Callable[[nn.Module], Any] | None] = None
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, Callable[..., Any]]] = []
@@ -145,8 +153,10 @@ class Dispatcher:
     def register(self, module: nn.Module) -> None:
         raise NotImplementedError
 
-    def add(self, name: str, action: Callable[..., Any]) -> None:
-        self.entries.append((name, action))
+    def add(self, name: str, action: Callable[..., Any], later: Collection[str] = ()) -> None:
+        """Enter a delta; `later` are the names of those that were inserted after it."""
+        at = [name in later for name, _ in self.entries]
+        self.entries.insert(at.index(True) if True in at else len(at), (name, action))
 
     def discard(self, name: str) -> None:
         self.entries = [entry for entry in self.entries if entry[0] != name]
@@ -164,12 +174,16 @@ class BeforeDispatcher(Dispatcher):
     def register(self, module: nn.Module) -> None:
         self.handle = module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
 
-    def add(self, name: str, action: Callable[..., Any]) -> None:
-        self.entries.insert(0, (name, action))
+    def add(self, name: str, action: Callable[..., Any], later: Collection[str] = ()) -> None:
+        at = [name in later for name, _ in self.entries]
+        self.entries.insert(at.index(False) if False in at else len(at), (name, action))
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if not torch.compiler.is_compiling():
             self.fired = True
+        if Dispatcher.router is not None and (route := Dispatcher.router(module)) is not None:
+            args, kwargs = route.run(self.entries, module, (args, kwargs))
+            return args, kwargs
         for name, action in self.entries:
             delta = module._modules.get(name)
             if delta is not None:
@@ -194,6 +208,8 @@ class AfterDispatcher(Dispatcher):
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         if not torch.compiler.is_compiling():
             self.fired = True
+        if Dispatcher.router is not None and (route := Dispatcher.router(module)) is not None:
+            return route.run(self.entries, module, (args, kwargs, output))[2]
         for name, action in self.entries:
             delta = module._modules.get(name)
             if delta is not None:

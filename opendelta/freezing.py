@@ -152,6 +152,7 @@ def freeze(
             p.requires_grad_(reached and state.was_trainable[names[0]])
             if p.requires_grad and key not in aside:
                 declared.append(names[0])
+                state.trained.add(names[0])
         trains = trains or (p.requires_grad and key not in aside)
 
     if selection.unmatched and warn_unmatched:

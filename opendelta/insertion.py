@@ -117,13 +117,31 @@ class ModuleInsertion:
         return self.name in self.host._modules
 
     def insert(self) -> None:
+        self.enter_dispatcher()
+        self.host._modules[self.name] = self.module
+
+    def enter_dispatcher(self, later: Iterable[Insertion] = ()) -> None:
+        """Let the host call the delta while attached, before those of `later` on the same host."""
         dispatcher = self.side.on(self.host)
         if dispatcher is None:
             dispatcher = self.side()
             dispatcher.register(self.host)
             forget_compiled_code()
-        dispatcher.add(self.name, self.action)
-        self.host._modules[self.name] = self.module
+        mine = (i for i in later if isinstance(i, ModuleInsertion) and i.host is self.host)
+        names = [insertion.name for insertion in mine]
+        self._followers += [name for name in names if name not in self._followers]
+        dispatcher.add(self.name, self.action, names)
+
+    def leave_dispatcher(self) -> None:
+        dispatcher = self.side.on(self.host)
+        if dispatcher is not None:
+            dispatcher.discard(self.name)
+
+    @property
+    def entries(self) -> list[tuple[str, Callable[..., Any]]]:
+        """What the host calls on this side: (name, action) in order of execution."""
+        dispatcher = self.side.on(self.host)
+        return [] if dispatcher is None else dispatcher.entries
 
     def detach(self) -> None:
         if self.attached:
@@ -135,16 +153,24 @@ class ModuleInsertion:
     def attach(self) -> None:
         if self.attached:
             return
-        new = follow(self.module.parameters(), self._left_at, place_of(self.host))
-        if new is not None:
-            self.module.to(device=new[0], dtype=new[1])
-        if self.module.training != self.host.training:
-            self.module.train(self.host.training)
+        self.follow_host()
         children = self.host._modules
         children[self.name] = self.module
         for name in self._followers:  # the order of parameters, by which optimizers number them
             if name in children:
                 children[name] = children.pop(name)
+
+    def follow_host(self) -> None:
+        """Bring a detached module to its host's device, dtype and train mode."""
+        if self.attached:
+            return
+        now = place_of(self.host)
+        new = follow(self.module.parameters(), self._left_at, now)
+        if new is not None:
+            self.module.to(device=new[0], dtype=new[1])
+        self._left_at = now
+        if self.module.training != self.host.training:
+            self.module.train(self.host.training)
 
     @property
     def reached(self) -> bool:
@@ -154,9 +180,7 @@ class ModuleInsertion:
 
     def remove(self) -> None:
         self.host._modules.pop(self.name, None)
-        dispatcher = self.side.on(self.host)
-        if dispatcher is not None:
-            dispatcher.discard(self.name)
+        self.leave_dispatcher()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.module.named_parameters(prefix=dotted(self.host_name, self.name))

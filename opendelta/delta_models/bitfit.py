@@ -2,20 +2,68 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opendelta.addressing.feed_forward import about_experts
 from opendelta.auto_delta import register
-from opendelta.backbone_state import BackboneState
+from opendelta.backbone_state import BackboneState, unmerged
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.dispatch import Args, Kwargs, map_hidden
 from opendelta.exceptions import InsertionError
-from opendelta.insertion import ParameterInsertion, ParameterSlot, place_of
+from opendelta.insertion import Insertion, ParameterInsertion, ParameterSlot, place_of
 from opendelta.ownership import inserted_names, own_modules
 from opendelta.sizes import read_widths
+
+if TYPE_CHECKING:
+    from opendelta.routing import Rows
+
+
+class BiasInsertion(ParameterInsertion):
+    """A bias in its place, or added row by row while a route is in force."""
+
+    def row_sites(self) -> list[nn.Module]:
+        """The modules whose output is a sum with the bias: linears, convolutions and norms."""
+        return [place for place in self.slot.places if bias_size(place) is not None]
+
+    @staticmethod
+    def routed(
+        insertions: list[BiasInsertion],
+        rows: Rows,
+        host: nn.Module,
+        args: Args,
+        kwargs: Kwargs,
+        output: Any,
+    ) -> Any:
+        """Add to each row of the output what its delta's bias is more than the host's own."""
+        own = host._parameters.get("bias")
+        by_channel = any(hasattr(host, n) for n in ("out_channels", "num_channels", "num_features"))
+
+        def add(hidden: Tensor) -> Tensor:
+            biases = [insertion.parameter.to(hidden) for insertion in insertions]
+            more = [bias if own is None else bias - own for bias in biases]
+            by_row = rows.pick(more, rows.repeats(hidden, host))
+            between = [1] * (hidden.dim() - 2)
+            shape = (len(hidden), -1, *between) if by_channel else (len(hidden), *between, -1)
+            return hidden + by_row.view(shape)
+
+        return map_hidden(output, add)
+
+
+def bias_size(module: nn.Module) -> int | None:
+    """Width of the bias that is, or could be, added to a module's output; None for others."""
+    own_children = set(module._modules) - set(inserted_names(module))
+    if own_children or hasattr(module, "num_embeddings"):
+        return None
+    widths = read_widths(module)
+    if widths is not None:
+        return widths[1]
+    weight = module._parameters.get("weight")  # a norm that only scales
+    return weight.shape[0] if weight is not None and weight.dim() == 1 else None
 
 
 class BitFitConfig(BaseDeltaConfig):
@@ -42,6 +90,8 @@ class BitFitModel(DeltaBase):
     config_class = BitFitConfig
     default_modified_modules: ClassVar[list[str]] = ["attn", "ff", "layer_norm", "lm_head.proj"]
 
+    merges_into: ClassVar[str | None] = "bias"
+
     _places: dict[int, list[tuple[str, nn.Module]]] | None = None
 
     def __init__(
@@ -55,6 +105,25 @@ class BitFitModel(DeltaBase):
         backend: str | None = "hf",
     ) -> None:
         self._construct(locals())
+
+    def merged(self, insertion: Insertion, weight: Tensor) -> Tensor:
+        """The trained bias, which takes the place of the backbone's own."""
+        assert isinstance(insertion, ParameterInsertion)
+        return insertion.parameter.detach().to(weight, copy=True)
+
+    def combined_tensors(
+        self, deltas: Sequence[DeltaBase], weights: Sequence[float]
+    ) -> dict[str, Tensor]:
+        """Differences to the backbone's own biases are summed, so those count for what is left."""
+        sums, originals = super().combined_tensors(deltas, weights), unmerged(self.backbone_model)
+        for insertion in self.insertions:
+            assert isinstance(insertion, ParameterInsertion)
+            insertion.slot.look()
+            original, name = insertion.slot.original, insertion.full_name
+            if original is not None:
+                own = originals.get(id(original), original)
+                sums[name] += (1 - sum(weights)) * own.to(sums[name])
+        return sums
 
     def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
         self._places = self._bias_places()
@@ -86,7 +155,7 @@ class BitFitModel(DeltaBase):
 
     def _takes_part(self, module: nn.Module) -> bool:
         has_bias = module._parameters.get("bias") is not None
-        return has_bias or self._bias_size(module) is not None
+        return has_bias or bias_size(module) is not None
 
     def add_bias_to_modules_have_bias_or_known_type(
         self, c: nn.Module, name: str | None = None
@@ -105,7 +174,7 @@ class BitFitModel(DeltaBase):
             places = (self._places or self._bias_places())[id(bias)]
             self._train(places, nn.Parameter(bias.detach().clone()), ignored=False)
             return
-        size = self._bias_size(c)
+        size = bias_size(c)
         if size is None:
             return
         device, dtype = place_of(c) or (None, None)
@@ -120,16 +189,4 @@ class BitFitModel(DeltaBase):
         slot = state.slots.get(f"{name}.bias") if state is not None else None
         if slot is None:
             slot = ParameterSlot([module for _, module in places], "bias")
-        self._insert(ParameterInsertion(slot, name, parameter, ignored))
-
-    @staticmethod
-    def _bias_size(module: nn.Module) -> int | None:
-        """Width of the bias that a module without one can be given, or None."""
-        own_children = set(module._modules) - set(inserted_names(module))
-        if own_children or hasattr(module, "num_embeddings"):
-            return None
-        widths = read_widths(module)
-        if widths is not None:
-            return widths[1]
-        weight = module._parameters.get("weight")  # a norm that only scales
-        return weight.shape[0] if weight is not None and weight.dim() == 1 else None
+        self._insert(BiasInsertion(slot, name, parameter, ignored))

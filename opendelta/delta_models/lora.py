@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any, ClassVar
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +21,14 @@ from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
 from opendelta.construction import reads_without_calling
 from opendelta.delta_configs import BaseDeltaConfig
-from opendelta.dispatch import AfterDispatcher, onto
+from opendelta.dispatch import AfterDispatcher, Args, Kwargs, first_hidden, map_hidden, onto
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
-from opendelta.insertion import ModuleInsertion
-from opendelta.ownership import own_children
+from opendelta.insertion import Insertion, ModuleInsertion
+from opendelta.ownership import dotted, own_children
 from opendelta.sizes import read_widths
+
+if TYPE_CHECKING:
+    from opendelta.routing import Rows
 
 
 class LowRankAdd(torch.autograd.Function):
@@ -162,12 +169,53 @@ class LoraLayer(nn.Module):
         z = F.linear(F.dropout(x.to(dtype), dropout), self.lora_A)
         return output + (F.linear(z, self.lora_B) * self.scaling).to(output.dtype)
 
+    @staticmethod
+    def routed(
+        layers: list[LoraLayer],
+        rows: Rows,
+        host: nn.Module,
+        args: Args,
+        kwargs: Kwargs,
+        output: Any,
+    ) -> Any:
+        """Add to each row of a batch the term of its delta, all in one product.
+
+        Lower ranks are filled up with zeros, and so are the weights for rows without any term.
+        """
+        x = first_hidden(args, kwargs)
+        rows.repeats(x, host)  # raises where these are not the rows
+        r = max(layer.r for layer in layers)
+        a = rows.pick([F.pad(layer.lora_A, (0, 0, 0, r - layer.r)) for layer in layers])
+        b = rows.pick([F.pad(layer.lora_B * layer.scaling, (0, r - layer.r)) for layer in layers])
+        entries = x.reshape(len(rows), -1, x.shape[-1]).to(a.dtype)
+        if any(layer.training and layer.lora_dropout for layer in layers):
+            lost = rows.pick([a.new_tensor(layer.lora_dropout) for layer in layers])
+            kept = (1 - lost).view(-1, 1, 1)
+            entries = entries * torch.bernoulli(kept.expand_as(entries)) / kept
+        term = entries @ a.mT @ b.mT
+        return map_hidden(output, lambda hidden: hidden + term.to(hidden.dtype).view_as(hidden))
+
+    def update(self, host: Any, dtype: torch.dtype) -> Tensor:
+        """What the term adds to the host's weight, in its layout.
+
+        That is ``scaling * B A`` of shape (out, in), transposed for transformers' `Conv1D`.
+        """
+        product = self.scaling * self.lora_B.to(dtype) @ self.lora_A.to(dtype)
+        return product.t() if hasattr(host, "nf") else product
+
+    def example(self) -> Tensor:
+        """An input of the host, float32, by which to tell what it computes."""
+        width = self.lora_A.shape[1]
+        return torch.linspace(-1, 1, 2 * width, device=self.lora_A.device).view(2, width)
+
 
 class LoraConvLayer(LoraLayer):
     """The low-rank term of a convolution: one of rank r with its kernel, then a pointwise one.
 
     Parameters: `lora_A` (r, in / groups, *kernel), `lora_B` (out, r, 1, ...).
     """
+
+    routed = None  # type: ignore[assignment]  # each delta on its rows alone
 
     def __init__(self, host: Any, r: int, lora_alpha: float, lora_dropout: float) -> None:
         super().__init__(host.in_channels, host.out_channels, r, lora_alpha, lora_dropout)
@@ -193,6 +241,18 @@ class LoraConvLayer(LoraLayer):
         term = self.convolve(z, self.lora_B, groups=self.groups)
         return output + (term * self.scaling).to(output.dtype)
 
+    def update(self, host: Any, dtype: torch.dtype) -> Tensor:
+        """The product of the factors as a kernel (out, in / groups, *kernel)."""
+        b, a = self.lora_B.to(dtype).flatten(1), self.lora_A.to(dtype).flatten(1)
+        return (self.scaling * b @ a).view(host.weight.shape)
+
+    def example(self) -> Tensor:
+        kernel = self.lora_A.shape[2:]
+        sizes = [2 * d * k for d, k in zip(self.options["dilation"], kernel, strict=True)]
+        shape = (1, self.lora_A.shape[1] * self.groups, *sizes)
+        device = self.lora_A.device
+        return torch.linspace(-1, 1, math.prod(shape), device=device).view(shape)
+
 
 class LoraEmbeddingLayer(LoraLayer):
     """The low-rank term of an embedding: ``B A[:, ids]``.
@@ -200,6 +260,8 @@ class LoraEmbeddingLayer(LoraLayer):
     Parameters: `lora_A` (r, vocabulary) from N(0, 1/3), the size that a linear's low-rank
     activation has for inputs of unit variance, and `lora_B` (width, r) with zeros.
     """
+
+    routed = None  # type: ignore[assignment]  # each delta on its rows alone
 
     def __init__(self, host: Any, r: int, lora_alpha: float, lora_dropout: float) -> None:
         super().__init__(host.num_embeddings, host.embedding_dim, r, lora_alpha, lora_dropout)
@@ -212,6 +274,13 @@ class LoraEmbeddingLayer(LoraLayer):
         z = F.embedding(x, self.lora_A.t(), self.padding_idx)
         z = F.dropout(z, self.lora_dropout if self.training else 0.0)
         return output + (F.linear(z, self.lora_B) * self.scaling).to(output.dtype)
+
+    def update(self, host: Any, dtype: torch.dtype) -> Tensor:
+        """The product of the factors as a table (vocabulary, width)."""
+        return super().update(host, dtype).t()
+
+    def example(self) -> Tensor:
+        return torch.arange(min(4, self.lora_A.shape[1]), device=self.lora_A.device)
 
 
 class LoraConfig(BaseDeltaConfig):
@@ -243,6 +312,7 @@ class LoraModel(DeltaBase):
     delta_type: ClassVar[str] = "lora"
     config_class = LoraConfig
     default_modified_modules: ClassVar[list[str]] = ["attn.q", "attn.v"]
+    merges_into: ClassVar[str | None] = "weight"
 
     lora_r: int
     lora_alpha: float
@@ -328,9 +398,112 @@ class LoraModel(DeltaBase):
             )
         return LoraLayer(*widths, r, alpha, self.lora_dropout)
 
+    def merged(self, insertion: Insertion, weight: Tensor) -> Tensor:
+        """A host's weight with the low-rank term in it.
+
+        Raises:
+            InsertionError: if the host does not compute with the sum what the term adds to it.
+        """
+        assert isinstance(insertion, ModuleInsertion) and isinstance(insertion.module, LoraLayer)
+        host, layer = insertion.host, insertion.module
+        update = layer.update(host, weight.dtype).to(weight.device)
+        if not _computes_the_term(host, layer, update):
+            raise InsertionError(
+                f"{insertion.host_name!r} ({type(host).__name__}) does more to its input than its "
+                "kind of layer does, so that a changed weight would not do what the low-rank term "
+                "does. It can be detached and saved, but not merged. Nothing was merged."
+            )
+        return weight + update
+
+    def combined_config(self, deltas: Sequence[DeltaBase]) -> BaseDeltaConfig:
+        """Ranks add up, module by module; with alpha equal to the rank nothing is scaled."""
+        ranks: Counter[str] = Counter()
+        for delta in deltas:
+            for insertion in delta.insertions:
+                assert isinstance(insertion, ModuleInsertion)
+                layer: Any = insertion.module
+                ranks[insertion.host_name] += layer.r
+        usual = max(ranks.values(), key=list(ranks.values()).count)
+        patterns = dict(zip(ranks, self.patterns_for(list(ranks)), strict=True))
+        unusual = {patterns[name]: rank for name, rank in ranks.items() if rank != usual}
+        fields = self.config.to_dict() | {
+            "lora_r": usual,
+            "lora_alpha": usual,
+            "rank_pattern": unusual or None,
+            "alpha_pattern": unusual or None,
+            "modified_modules": list(patterns.values()),
+            "exclude_modules": None,
+            "common_structure": False,
+        }
+        return self.config_class.from_dict(fields)
+
+    def combined_tensors(
+        self, deltas: Sequence[DeltaBase], weights: Sequence[float]
+    ) -> dict[str, Tensor]:
+        """Factors beside each other: ``[B1 B2] [A1; A2] = B1 A1 + B2 A2``."""
+        factors: dict[str, list[Tensor]] = {}
+        for delta, weight in zip(deltas, weights, strict=True):
+            for insertion in delta.insertions:
+                assert isinstance(insertion, ModuleInsertion)
+                layer: Any = insertion.module
+                name = dotted(insertion.host_name, insertion.lone_name)
+                factors.setdefault(f"{name}.lora_A", []).append(layer.lora_A)
+                factors.setdefault(f"{name}.lora_B", []).append(
+                    layer.lora_B * (weight * layer.scaling)
+                )
+        return {
+            name: torch.cat([p.to(parts[0].device) for p in parts], int(name.endswith("B")))
+            for name, parts in factors.items()
+        }
+
+    def export_peft(self, path: str | os.PathLike[str]) -> None:
+        """Write this delta as a PEFT adapter: ``PeftModel.from_pretrained(backbone, path)``.
+
+        The folder gets ``adapter_config.json`` and ``adapter_model.safetensors``. They hold what
+        `save_finetuned` would save: this delta, and the backbone's parameters that were trained
+        with it (whole modules as PEFT's `modules_to_save`).
+
+        Args:
+            path: the folder; it is made if it does not exist.
+
+        Raises:
+            ConfigError: for a convolution with groups, dilation or padding other than zeros, or
+                an embedding with `max_norm`, where PEFT's LoRA computes something else.
+            CheckpointError: if `path` is a file.
+        """
+        from opendelta.exchange import export_peft  # which needs this module first
+
+        export_peft(self, path)
+
     def _by_pattern(self, table: dict[str, Any] | None, name: str, default: Any) -> Any:
         names = tuple(self.names_of(name)) if table else ()
         return next((v for p, v in (table or {}).items() if matches_any(names, p)), default)
+
+
+def _computes_the_term(host: nn.Module, layer: LoraLayer, update: Tensor) -> bool:
+    """Whether `host`, with `update` as its weight and no bias, computes what `layer` adds.
+
+    A class of its own may scale its output or normalise its weight (Gemma's and Bart's embeddings).
+    """
+    if getattr(host, "max_norm", None) is not None:
+        return False
+    if not update.isfinite().all():  # which shows nothing, and is the business of `safe`
+        return True
+    twin, alone = copy.copy(host), copy.copy(layer).eval()
+    twin._parameters = {
+        name: None if p is None else nn.Parameter(torch.zeros_like(p, dtype=update.dtype))
+        for name, p in host._parameters.items()
+    }
+    twin._parameters["weight"] = nn.Parameter(update)
+    alone._parameters = {n: nn.Parameter(p.to(update.dtype)) for n, p in layer.named_parameters()}
+    x = layer.example()
+    x = x.to(update.dtype) if x.is_floating_point() else x
+    try:
+        made = type(host).forward(twin, x)
+        expected = alone(torch.zeros_like(made), x)
+    except Exception:  # a host that takes other inputs, whatever it says of this one
+        return False
+    return torch.allclose(made, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.adapter import Bottleneck
 from opendelta.dispatch import (
+    ADDITIVE,
     AfterDispatcher,
     Args,
     BeforeDispatcher,
@@ -78,6 +79,9 @@ def release(
             "it: choose two modules that run in this order."
         )
     return map_hidden(output, lambda hidden: hidden + delta(source))
+
+
+ADDITIVE.add(release)
 
 
 class DropHeld:

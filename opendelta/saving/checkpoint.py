@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from opendelta.backbone_state import deltas, own_parameters
+from opendelta.backbone_state import BackboneState, deltas, own_parameters, unmerged
 from opendelta.construction import Construction
 from opendelta.delta_configs import BaseDeltaConfig, read_config
 from opendelta.exceptions import (
@@ -38,6 +38,7 @@ from opendelta.saving.files import (
     write_atomically,
     write_tensors,
 )
+from opendelta.saving.hash_cache import backbone_hash
 from opendelta.saving.hashing import bare_parameters, gen_model_hash
 from opendelta.sizes import random_state_kept_on_error
 
@@ -128,10 +129,10 @@ class SaveLoadMixin(Construction):
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """What `save_finetuned` writes: name -> tensor, this delta's first."""
         tensors: dict[str, Tensor] = dict(self.own_tensors())
-        wanted = set(self.declared_backbone_parameters())
+        wanted, originals = set(self.declared_backbone_parameters()), unmerged(self.backbone_model)
         for name, p in own_parameters(self.backbone_model):
             if name in wanted:
-                tensors.setdefault(name, p)
+                tensors.setdefault(name, originals.get(id(p), p))
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def describe_backbone(self, carried: Collection[str]) -> None:
@@ -146,7 +147,7 @@ class SaveLoadMixin(Construction):
         source = getattr(getattr(backbone, "config", None), "_name_or_path", None)
         self.config.backbone_checkpoint_name = source or self.config.backbone_checkpoint_name or ""
         self.config.backbone_hash_excludes = sorted(own.intersection(carried))
-        self.config.backbone_hash = gen_model_hash(
+        self.config.backbone_hash = backbone_hash(
             backbone, excludes=self.config.backbone_hash_excludes
         )
 
@@ -242,7 +243,7 @@ class SaveLoadMixin(Construction):
         state_dict: dict[str, Tensor] | None = None,
         *model_args: Any,
         force_download: bool = False,
-        check_hash: bool = True,
+        check_hash: bool | str = True,
         local_files_only: bool = False,
         **kwargs: Any,
     ) -> Self:
@@ -257,7 +258,8 @@ class SaveLoadMixin(Construction):
             delta_config: a config (or dict) to use instead of the folder's.
             cache_dir, force_download, local_files_only: for deltas that are downloaded.
             state_dict: tensors to load instead of the folder's.
-            check_hash: whether to compare the backbone's hash with the config's.
+            check_hash: whether to compare the backbone's hash with the config's; ``"full"`` reads
+                the whole backbone for it, whatever was read before.
             kwargs: fields of the config to override.
 
         Raises:
@@ -298,7 +300,7 @@ class SaveLoadMixin(Construction):
             state_dict = read_tensors(file)
         on_meta = any(p.is_meta for p in backbone_model.parameters())  # refused below
         if check_hash and not on_meta:
-            check_backbone(config, backbone_model)
+            check_backbone(config, backbone_model, check_hash)
         if any(
             type(other) is model_class and other.is_attached for other in deltas(backbone_model)
         ):
@@ -371,11 +373,20 @@ def _refuse_foreign(folder: Path) -> None:
         ) from error
 
 
-def check_backbone(config: BaseDeltaConfig, backbone: nn.Module) -> None:
-    """Warn if `backbone` is not the one whose hash `config` holds."""
-    if not config.backbone_hash:
+def check_backbone(
+    config: BaseDeltaConfig, backbone: nn.Module, check_hash: bool | str = True
+) -> None:
+    """Warn if `backbone` is not the one whose hash `config` holds, see `from_finetuned`.
+
+    Raises:
+        ConfigError: if `check_hash` is neither a bool nor ``"full"``.
+    """
+    if isinstance(check_hash, str) and check_hash != "full":
+        raise ConfigError(f"check_hash={check_hash!r}; expected True, False or 'full'.")
+    if not check_hash or not config.backbone_hash:
         return
-    actual = gen_model_hash(backbone, excludes=config.backbone_hash_excludes or ())
+    hash_of = gen_model_hash if check_hash == "full" else backbone_hash
+    actual = hash_of(backbone, excludes=config.backbone_hash_excludes or ())
     if actual != config.backbone_hash:
         warn(
             "This delta was trained on another backbone: the hash in its config is "
@@ -404,9 +415,10 @@ def load_tensors(
     own = dict(delta.own_tensors())
     targets: dict[str, Tensor] = dict(own)
     carried = delta.config.backbone_hash_excludes if carried is None else carried
+    originals = unmerged(delta.backbone_model)
     for name, p in own_parameters(delta.backbone_model):
         if carried is None or name in carried:
-            targets.setdefault(name, p)
+            targets.setdefault(name, originals.get(id(p), p))
     if any(tensor.is_meta for tensor in targets.values()):
         raise CheckpointError(
             f"The {type(delta.backbone_model).__name__} is on the meta device, where there is "
@@ -442,3 +454,6 @@ def load_tensors(
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
+        for state in BackboneState.within(delta.backbone_model):
+            for weight in state.merged.values():  # folded anew, from what was loaded
+                weight.put(weight.folds, weight.computed(weight.folds))

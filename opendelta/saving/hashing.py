@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opendelta.backbone_state import BackboneState
+from opendelta.backbone_state import BackboneState, unmerged
 from opendelta.insertion import ParameterSlot
 from opendelta.ownership import dotted, own_children, own_modules, uncompiled
 
@@ -62,22 +62,28 @@ def gen_model_hash(
         32 hex digits.
     """
     model = uncompiled(model)
-    slots = _slots(model)
-    structure = re.sub(r"[ \t\n]", "", _structure(model, slots))
-    md5 = hashlib.md5(structure.encode(), usedforsecurity=False)
+    md5 = structure_hash(model)
     if with_parameters:
         md5 = gen_parameter_hash((p for n, p in bare_parameters(model) if n not in excludes), md5)
-    return md5.hexdigest()
+    return str(md5.hexdigest())
 
 
-def bare_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def structure_hash(model: nn.Module) -> Any:
+    """The md5 object of a model's printed structure, to be continued with its parameters."""
+    structure = re.sub(r"[ \t\n]", "", _structure(model, _slots(model)))
+    return hashlib.md5(structure.encode(), usedforsecurity=False)
+
+
+def bare_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """`named_parameters()` that the model has, or had, without its deltas."""
-    slots, seen = _slots(model), set()
+    slots, originals, seen = _slots(model), unmerged(model), set()
     for name, module in own_modules(model, originals=True):
         for own_name, p in _bare(module, slots).items():
-            if p is not None and id(p) not in seen:
-                seen.add(id(p))
-                yield dotted(name, own_name), p
+            if p is not None:
+                own = originals.get(id(p), p)
+                if id(own) not in seen:
+                    seen.add(id(own))
+                    yield dotted(name, own_name), own
 
 
 def _slots(model: nn.Module) -> Slots:
