@@ -14,6 +14,12 @@ from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel, register
 from opendelta.backbone_state import deltas
 from opendelta.basemodel import DeltaBase
+from opendelta.center import (
+    DeltaCenter,
+    DeltaCenterArguments,
+    create_default_name,
+    create_delta_center_args,
+)
 from opendelta.combining import combine
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.adapter import AdapterConfig, AdapterModel
@@ -51,6 +57,8 @@ __all__ = [
     "CompacterConfig",
     "CompacterModel",
     "DeltaBase",
+    "DeltaCenter",
+    "DeltaCenterArguments",
     "DeltaWarning",
     "LoraConfig",
     "LoraModel",
@@ -66,6 +74,8 @@ __all__ = [
     "Visualization",
     "__version__",
     "combine",
+    "create_default_name",
+    "create_delta_center_args",
     "deltas",
     "gen_model_hash",
     "gen_parameter_hash",

@@ -39,11 +39,13 @@ class InlineAttention(PrefixedCall, TorchFunctionMode):
     """Joins a prefix to the attention computed inline in one call of a module.
 
     Args:
-        host, key, value: see `PrefixedCall`.
+        host, key, value, visible: see `PrefixedCall`.
     """
 
-    def __init__(self, host: nn.Module, key: Tensor, value: Tensor) -> None:
-        PrefixedCall.__init__(self, host, key, value)
+    def __init__(
+        self, host: nn.Module, key: Tensor, value: Tensor, visible: Tensor | None = None
+    ) -> None:
+        PrefixedCall.__init__(self, host, key, value, visible)
         TorchFunctionMode.__init__(self)
         self._scaled: list[tuple[Tensor, Any]] = []  # what was multiplied, and by what factor
         self._query: Tensor | None = None
@@ -124,6 +126,8 @@ class InlineAttention(PrefixedCall, TorchFunctionMode):
         assert query is not None
         logits = (query @ _heads(self.key, query).transpose(-1, -2)) * self._factor
         logits = logits + self._bias
+        if self.visible is not None:
+            logits = logits.masked_fill(~_by_row(self.visible, query), -torch.inf)
         logits = logits.to(scores.dtype).reshape(*scores.shape[:-1], -1)
         both = func(torch.cat([logits, scores], -1), *args[1:], **kwargs)
         self._prefix_probabilities = both[..., : self.tokens]
@@ -156,29 +160,56 @@ class InlineAttention(PrefixedCall, TorchFunctionMode):
         if is_causal:
             lengths = query.shape[-2], key.shape[-2] - count
             attn_mask = torch.ones(lengths, dtype=torch.bool, device=query.device).tril()
+        if attn_mask is None and self.visible is not None:  # one that shows all the text
+            attn_mask = query.new_zeros(*[1] * (query.dim() - 1), key.shape[-2] - count)
         if attn_mask is not None:
-            attn_mask = widen(attn_mask, count)
+            attn_mask = widen(attn_mask, count, self.visible)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **options)
 
 
-def widen(mask: Tensor, count: int) -> Tensor:
-    """A mask (..., keys), boolean or additive, with `count` visible positions in front."""
-    visible = True if mask.dtype == torch.bool else (0 if mask.is_floating_point() else 1)
-    return F.pad(mask, (count, 0), value=visible)
+def widen(mask: Tensor, count: int, visible: Tensor | None = None) -> Tensor:
+    """A mask (batch or 1, ..., keys), boolean or additive, with `count` positions in front.
+
+    Args:
+        visible: which of them each row sees, (batch, count); None for all.
+    """
+    shown: float = True if mask.dtype == torch.bool else 1
+    hidden: float = False if mask.dtype == torch.bool else 0
+    if mask.is_floating_point():
+        shown, hidden = 0, -torch.inf
+    wide = F.pad(mask, (count, 0), value=shown)
+    if visible is None:
+        return wide
+    seen = F.pad(visible, (0, mask.shape[-1]), value=True)
+    return torch.where(_by_row(seen, mask), wide, hidden)
+
+
+def _by_row(visible: Tensor, like: Tensor) -> Tensor:
+    """(batch, tokens) as (batch, 1, ..., tokens) with as many dimensions as `like`.
+
+    Args:
+        like: of that batch (or 1), or, with 3 dimensions, of (batch * heads).
+    """
+    if like.dim() == 3:
+        visible = visible.repeat_interleave(max(1, like.shape[0] // visible.shape[0]), 0)
+    return visible.view(visible.shape[0], *[1] * (like.dim() - 2), visible.shape[1])
 
 
 def _heads(prefix: Tensor, like: Tensor) -> Tensor:
     """A prefix (tokens, width) as (..., tokens, head width) with the leading dimensions of `like`.
 
     Args:
+        prefix: may also be (batch, tokens, width).
         like: (batch, heads, ..., positions, head width) or (batch * heads, positions, head width).
     """
-    split = prefix.to(like.device).unflatten(-1, (-1, like.shape[-1])).transpose(0, 1)
+    split = prefix.to(like.device).unflatten(-1, (-1, like.shape[-1])).transpose(-3, -2)
+    heads = split.shape[-3]
     if like.dim() == 3:
+        split = split.reshape(-1, *split.shape[-2:])
         return split.repeat(like.shape[0] // split.shape[0], 1, 1)
-    if like.shape[1] % split.shape[0] == 0:  # heads of queries may share those of keys
-        split = split.repeat_interleave(like.shape[1] // split.shape[0], 0)
-    split = split.view(split.shape[0], *[1] * (like.dim() - 4), *split.shape[1:])
+    if like.shape[1] % heads == 0:  # heads of queries may share those of keys
+        split = split.repeat_interleave(like.shape[1] // heads, -3)
+    split = split.view(*split.shape[:-2], *[1] * (like.dim() - 4), *split.shape[-2:])
     return split.expand(like.shape[0], -1, *like.shape[2:-2], -1, -1)
 
 

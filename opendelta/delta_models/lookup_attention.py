@@ -25,7 +25,7 @@ class LookupAttention(PrefixedCall):
     """Joins a prefix to what the lookup's functions compute in one call of a module.
 
     Args:
-        host, key, value: see `PrefixedCall`.
+        host, key, value, visible: see `PrefixedCall`.
         relative: the module whose `compute_bias` gives the relative position bias of this
             attention, if it has one.
         past: how many tokens of the text were cached before the call.
@@ -38,8 +38,9 @@ class LookupAttention(PrefixedCall):
         value: Tensor,
         relative: Any = None,
         past: int | Tensor = 0,
+        visible: Tensor | None = None,
     ) -> None:
-        super().__init__(host, key, value)
+        super().__init__(host, key, value, visible)
         self.relative, self.past = relative, past
 
     def attend(
@@ -73,8 +74,13 @@ class LookupAttention(PrefixedCall):
             causal = getattr(module, "is_causal", True) if causal is None else causal
             if causal and not any(name in implementation for name in _WITHOUT_CAUSAL_MASK):
                 attention_mask = _causal_mask(query, key)
+        if attention_mask is None and self.visible is not None:  # one that shows all the text
+            if "flash" in implementation:
+                attention_mask = torch.ones(len(key), key.shape[-2], device=key.device)
+            else:
+                attention_mask = query.new_zeros(1, 1, 1, key.shape[-2])
         if attention_mask is not None:
-            attention_mask = widen(attention_mask, self.tokens)
+            attention_mask = widen(attention_mask, self.tokens, self.visible)
         bias = kwargs.get("position_bias")
         if bias is not None:
             kwargs["position_bias"] = torch.cat([self._prefix_bias(bias), bias], -1)
@@ -132,7 +138,7 @@ def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _to_heads(prefix: Tensor, like: Tensor) -> Tensor:
-    """(tokens, width) as (batch, heads, tokens, head width), the layout of `like`."""
+    """(tokens, width), or that by row, as (batch, heads, tokens, head width) like `like`."""
     batch, heads, _, depth = like.shape
-    split = prefix.to(like).view(prefix.shape[0], heads, depth).transpose(0, 1)
+    split = prefix.to(like).unflatten(-1, (heads, depth)).transpose(-3, -2)
     return split.expand(batch, -1, -1, -1)

@@ -8,11 +8,12 @@ https://arxiv.org/abs/2101.00190. The prefix joins at transformers' attention lo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -27,11 +28,14 @@ from opendelta.delta_models.lookup_attention import (
     watch_attention_lookup,
 )
 from opendelta.delta_models.prefixed_call import begin, end, running_call
-from opendelta.dispatch import Args, BeforeDispatcher, Kwargs
+from opendelta.dispatch import Args, BeforeDispatcher, Kwargs, first_hidden
 from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
 from opendelta.insertion import ModuleInsertion
 from opendelta.ownership import dotted, own_modules
 from opendelta.sizes import read_widths, run_pseudo_input
+
+if TYPE_CHECKING:
+    from opendelta.routing import Rows
 
 
 class ReparameterizationNetwork(nn.Module):
@@ -106,6 +110,26 @@ class PrefixLayer(nn.Module):
         both = network(self.start, self.start + sum(self.widths))
         return both[:, : self.widths[0]], both[:, self.widths[0] :]
 
+    @staticmethod
+    def routed(
+        layers: list[PrefixLayer], rows: Rows, host: nn.Module, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
+        """Let each row of a batch have the prefix of its delta, hidden positions filling it up.
+
+        They come in front, so that what is seen sits right before the text.
+        """
+        repeats = rows.repeats(first_hidden(args, kwargs), host)
+        tokens = max(layer.tokens for layer in layers)
+
+        def picked(prefixes: Iterable[Tensor]) -> Tensor:
+            filled = [F.pad(prefix, (0, 0, tokens - len(prefix), 0)) for prefix in prefixes]
+            return rows.pick(filled, repeats)
+
+        keys, values = zip(*(layer() for layer in layers), strict=True)
+        seen = picked(torch.ones_like(key[:, :1]) for key in keys)[..., 0] > 0
+        _begin(layers[0], host, kwargs, picked(keys), picked(values), seen)
+        return args, kwargs
+
     def become_plain(self) -> None:
         """Hold the generated prefix as parameters of its own."""
         key, value = (part.detach().clone() for part in self())
@@ -119,14 +143,27 @@ def enter(layer: PrefixLayer, host: nn.Module, args: Args, kwargs: Kwargs) -> tu
     call = running_call()
     if call is not None and call.host is host:
         call.put_in_front(key, value)
-    elif layer.inline:
-        begin(InlineAttention(host, key, value))
+    else:
+        _begin(layer, host, kwargs, key, value)
+    return args, kwargs
+
+
+def _begin(
+    layer: PrefixLayer,
+    host: nn.Module,
+    kwargs: Kwargs,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None = None,
+) -> None:
+    """Begin a call of `host` with a prefix, see `PrefixedCall`."""
+    if layer.inline:
+        begin(InlineAttention(host, key, value, visible))
     elif layer.relative:
         past = cached_tokens(host, kwargs.get("past_key_values"))
-        begin(LookupAttention(host, key, value, layer.relative[0], past))
+        begin(LookupAttention(host, key, value, layer.relative[0], past, visible))
     else:
-        begin(LookupAttention(host, key, value))
-    return args, kwargs
+        begin(LookupAttention(host, key, value, visible=visible))
 
 
 def leave(host: nn.Module, args: Args, output: Any) -> None:

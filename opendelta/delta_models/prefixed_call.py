@@ -20,21 +20,25 @@ class PrefixedCall:
 
     Args:
         host: the module.
-        key: prefix keys of shape (tokens, width); `value`: prefix values, likewise.
+        key: prefix keys of shape (tokens, width), or (batch, tokens, width) where each row has
+            its own; `value`: prefix values, likewise.
+        visible: which of them each row sees, (batch, tokens); None for all.
 
     Attributes:
         joined: whether the prefix has taken part in an attention.
     """
 
-    def __init__(self, host: nn.Module, key: Tensor, value: Tensor) -> None:
-        self.host, self.key, self.value = host, key, value
+    def __init__(
+        self, host: nn.Module, key: Tensor, value: Tensor, visible: Tensor | None = None
+    ) -> None:
+        self.host, self.key, self.value, self.visible = host, key, value, visible
         self.joined = False
         self.frame = None if torch.compiler.is_compiling() else _frame_of_module_call()
 
     @property
     def tokens(self) -> int:
         """Length of the prefix."""
-        return self.key.shape[0]
+        return self.key.shape[-2]
 
     def put_in_front(self, key: Tensor, value: Tensor) -> None:
         """Let another prefix of the same module come before this one."""

@@ -315,6 +315,11 @@ class SoftPromptModel(DeltaBase):
     ) -> None:
         self._construct(locals())
 
+    @property
+    def added_positions(self) -> int:  # type: ignore[override]
+        """How many positions each text gets longer by."""
+        return self.soft_token_num
+
     def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
         """Put the prompt on the model that takes token ids."""
         if self.soft_token_num < 1:

@@ -1,0 +1,481 @@
+"""Mixed batches: each row of a batch computed with a delta of its own.
+
+While a route is in force, a module's dispatchers hand over to it. It runs for each named delta what
+they would run, on that delta's rows alone, and puts the rows together again. A method that can do
+several deltas at once says how, in a function `routed` of its delta module's class::
+
+    routed(layers, rows, host, args, kwargs[, output]) -> what an action returns
+
+where ``layers`` holds the module of each delta and `Rows` tells which row is whose. What a delta
+puts in the place of a parameter needs that function too, and `row_sites`, see `BiasInsertion`.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import cached_property, partial
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opendelta.backbone_state import deltas as deltas_of
+from opendelta.basemodel import DeltaBase
+from opendelta.construction import reads_without_calling
+from opendelta.dispatch import Args, Dispatcher, Kwargs, first_hidden
+from opendelta.exceptions import ConfigError, InsertionError
+from opendelta.insertion import ModuleInsertion, ParameterInsertion, Replacement
+from opendelta.ownership import own_modules, uncompiled
+
+Entry = tuple[str, Callable[..., Any]]  # of a dispatcher
+Step = tuple[Callable[..., Any], nn.Module]  # an action and the delta module that it runs
+
+
+@contextmanager
+def route(backbone: nn.Module, deltas: Sequence[DeltaBase | None]) -> Iterator[None]:
+    """Compute each row of a batch with its own delta, for the time of a ``with`` block.
+
+    The deltas that are named act on their rows, attached or not, and no others act. Forwards give
+    what each row gives alone with its delta, gradients too. In ``generate``, where a row becomes
+    several (beams, returned sequences), all of them have its delta. A route holds for the thread
+    or task that enters it; an inner one takes the place of an outer one. Gradient checkpointing
+    runs the forward again, so that then ``backward`` belongs inside the block. Compiled models run
+    eagerly there.
+
+    Rows are told by the first dimension. A module that is called with several entries for each
+    row (tokens in line, windows of an image) must hold those of one row next to each other.
+
+    Args:
+        backbone: the model, or one that wraps it.
+        deltas: for each row a delta of this backbone, or None for the bare backbone.
+
+    Raises:
+        ConfigError: on entry for an empty list, or an entry that is neither a delta nor None; in
+            the forward if the batch is not as long as the list.
+        InsertionError: on entry for a delta that is not on this backbone (any more) or does not
+            act row by row, or if the rows would get different numbers of soft prompt tokens; in
+            the forward if a module is called with something that does not consist of the rows.
+
+    Example:
+        >>> with opendelta.route(model, [delta_zh, delta_fr, None, delta_zh]):
+        ...     logits = model(**batch_of_four).logits
+    """
+    here = deltas_of(backbone)
+    made = Route(uncompiled(backbone), _checked(deltas, here), here)
+    with (
+        _held("dispatchers", _dispatchers_ask, made),
+        _held(made.backbone, partial(_only_modules, here), made),
+        made.hooks(),
+    ):
+        token = _ROUTES.set((*_ROUTES.get(), made))
+        _IN_FORCE.append(made)
+        try:
+            yield
+        finally:
+            _IN_FORCE.remove(made)
+            _ROUTES.reset(token)
+
+
+def _checked(
+    deltas: Sequence[DeltaBase | None], here: list[DeltaBase]
+) -> list[DeltaBase | None]:
+    """The entries as a list, if all can be routed on the backbone whose deltas are `here`."""
+    if not isinstance(deltas, (list, tuple)) or not deltas:
+        raise ConfigError(
+            f"route() takes a list with a delta, or None, for each row of the batch; "
+            f"not {deltas!r:.80}."
+        )
+    for row, delta in enumerate(deltas):
+        if delta is None:
+            continue
+        if any(delta is other for other in here):
+            delta.require_unmerged()
+            continue
+        what = f"deltas[{row}] is a {type(delta).__name__}"
+        if not isinstance(delta, DeltaBase):
+            raise ConfigError(f"{what}; expected a delta, or None for the bare backbone.")
+        raise InsertionError(
+            f"{what} that is not on this backbone, or was removed from it. "
+            f"opendelta.deltas(backbone) lists the {len(here)} that are."
+        )
+    counts = [0 if delta is None else delta.added_positions for delta in deltas]
+    if len(set(counts)) > 1:
+        raise InsertionError(
+            f"Soft prompts would make the rows of this batch longer by {counts} tokens. Rows of "
+            "one batch are equally long: route soft prompts of one length together, on every row."
+        )
+    return list(deltas)
+
+
+# --- which row is whose ---------------------------------------------------------------------------
+
+
+class Rows:
+    """Which of several deltas acts on which row.
+
+    Args:
+        of_row: for each row of the list the position of its delta among `count`; `count` where none
+            of them acts.
+        count: the number of deltas.
+        name_of: the name of a module of the backbone.
+    """
+
+    def __init__(self, of_row: list[int], count: int, name_of: Callable[[nn.Module], str]) -> None:
+        self.of_row, self.count, self._name_of = of_row, count, name_of
+        self._indices: dict[tuple[torch.device, int], Tensor] = {}
+        self._members: dict[tuple[torch.device, int], tuple[list[Tensor], Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.of_row)
+
+    @property
+    def all_one(self) -> bool:
+        """Whether one delta acts on every row."""
+        return self.of_row == [0] * len(self)
+
+    def repeats(self, hidden: Tensor, host: nn.Module) -> int:
+        """How many entries of `hidden`, (entries, ...), belong to each row.
+
+        Raises:
+            InsertionError: if it does not consist of the rows.
+        """
+        entries = hidden.shape[0] if hidden.dim() else 0
+        if not entries or entries % len(self):
+            raise InsertionError(
+                f"{self._name_of(host)!r} is called with a tensor of shape {tuple(hidden.shape)}, "
+                f"whose first dimension is no multiple of the {len(self)} rows: whose entries "
+                "these are cannot be told (experts are called so, and positions that all rows "
+                "share). Leave this module out with exclude_modules, or run the rows apart."
+            )
+        return entries // len(self)
+
+    def pick(self, tensors: Sequence[Tensor], repeats: int = 1) -> Tensor:
+        """For each entry the tensor of its delta, zeros for none.
+
+        Args:
+            tensors: one for each delta, of one shape.
+
+        Returns:
+            A tensor of shape (rows * repeats, *shape).
+        """
+        index = self._index(tensors[0].device, repeats)
+        return torch.stack([*tensors, torch.zeros_like(tensors[0])]).index_select(0, index)
+
+    def _index(self, device: torch.device, repeats: int) -> Tensor:
+        key = device, repeats
+        if key not in self._indices:
+            index = torch.tensor(self.of_row, device=device)
+            self._indices[key] = index.repeat_interleave(repeats)
+        return self._indices[key]
+
+    def members(self, device: torch.device, repeats: int) -> tuple[list[Tensor], Tensor]:
+        """The entries of each delta and then those of none; where each entry is in that order."""
+        key = device, repeats
+        if key not in self._members:
+            index = self._index(torch.device("cpu"), repeats)
+            parts = [(index == number).nonzero().flatten() for number in range(self.count + 1)]
+            inverse = torch.cat(parts).argsort()
+            self._members[key] = [part.to(device) for part in parts], inverse.to(device)
+        return self._members[key]
+
+
+class Route:
+    """One list of deltas for the rows of one backbone.
+
+    Args:
+        backbone: the model whose forwards get such batches.
+        deltas: for each row its delta, or None.
+        here: all deltas of the backbone.
+
+    Raises:
+        InsertionError: if one of the deltas does not act row by row.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, deltas: list[DeltaBase | None], here: list[DeltaBase]
+    ) -> None:
+        self.backbone, self.deltas = backbone, deltas
+        self.hosts = {id(i.host) for delta in here for i in delta.insertions}
+        self.modules: dict[int, dict[str, tuple[DeltaBase, nn.Module]]] = {}
+        self.parameters: dict[nn.Module, dict[Any, dict[DeltaBase, Any]]] = {}
+        self._rows: dict[tuple[DeltaBase, ...], Rows] = {}
+        for delta in dict.fromkeys(delta for delta in deltas if delta is not None):
+            for insertion in delta.insertions:
+                if isinstance(insertion, ModuleInsertion):
+                    insertion.follow_host()
+                    on_host = self.modules.setdefault(id(insertion.host), {})
+                    on_host[insertion.name] = delta, insertion.module
+                elif isinstance(insertion, (ParameterInsertion, Replacement)):
+                    for site in self._sites(insertion):
+                        self.hosts.add(id(site))
+                        kinds = self.parameters.setdefault(site, {})
+                        kinds.setdefault(_routed(insertion), {})[delta] = insertion
+
+    def _sites(self, insertion: Any) -> list[nn.Module]:
+        """The modules to whose output a parameter of a delta is added."""
+        sites: list[nn.Module] = insertion.row_sites() if hasattr(insertion, "row_sites") else []
+        if not sites or any(reads_without_calling(self.backbone, self.name_of(s)) for s in sites):
+            raise InsertionError(
+                f"What this delta puts in the place of {insertion.name!r} in "
+                f"{insertion.host_name!r} acts on a whole batch, not row by row: such a delta "
+                "cannot be routed. Construct it with exclude_modules for that module."
+            )
+        return sites
+
+    def name_of(self, module: nn.Module) -> str:
+        """The name of a module of the backbone."""
+        return self._names[id(module)]
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(module): name for name, module in own_modules(self.backbone)}
+
+    def rows(self, deltas: Iterable[DeltaBase]) -> Rows:
+        """Which of `deltas` acts on which row."""
+        key = tuple(deltas)
+        if key not in self._rows:
+            numbers = {delta: number for number, delta in enumerate(key)}
+            of_row = [len(key) if d is None else numbers.get(d, len(key)) for d in self.deltas]
+            self._rows[key] = Rows(of_row, len(key), self.name_of)
+        return self._rows[key]
+
+    # --- delta modules ----------------------------------------------------------------------
+
+    def run(self, entries: list[Entry], host: nn.Module, state: Any) -> Any:
+        """Run the entries of a dispatcher of `host`, each on its delta's rows.
+
+        Args:
+            state: ``(args, kwargs)`` before the forward, ``(args, kwargs, output)`` after it.
+
+        Returns:
+            The new state.
+        """
+        named = self.modules.get(id(host), {})
+        kinds: dict[Any, dict[DeltaBase, list[Step]]] = {}
+        for name, action in entries:
+            if name in named:
+                delta, module = named[name]
+                chains = kinds.setdefault(_routed(module), {})
+                chains.setdefault(delta, []).append((action, module))
+        for routed, chains in kinds.items():
+            rows = self.rows(chains)
+            if rows.all_one:
+                (steps,) = chains.values()
+                state = _chained(steps, host, state)
+            elif routed is None:
+                state = self._apart(list(chains.values()), rows, host, state)
+            else:
+                layers = [module for ((_, module),) in chains.values()]
+                state = _step(partial(routed, layers, rows), host, state)
+        return state
+
+    def _apart(self, chains: list[list[Step]], rows: Rows, host: nn.Module, state: Any) -> Any:
+        """Run each delta's steps on its rows, and put the rows together again."""
+        hidden = first_hidden(*state[:2])
+        members, inverse = rows.members(hidden.device, rows.repeats(hidden, host))
+        shares = [(m, steps) for m, steps in zip(members, [*chains, []], strict=True) if len(m)]
+        before = [_selected(state, m, len(hidden)) for m, _ in shares]
+        after = [_chained(s, host, part) for part, (_, s) in zip(before, shares, strict=True)]
+        try:
+            return _joined(state, before, after, [len(m) for m, _ in shares], inverse)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InsertionError(
+                f"{self.name_of(host)!r}: what the deltas of this batch make of its rows is of "
+                f"different kinds and cannot be put together ({error}). Run them apart."
+            ) from error
+
+    # --- the batch, and parameters ----------------------------------------------------------
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Hooks that are needed only while this route is in force."""
+        with ExitStack() as stack:
+            register = self.backbone.register_forward_pre_hook
+            stack.callback(register(self._check_batch, prepend=True, with_kwargs=True).remove)
+            for site in self.parameters:
+                handle = site.register_forward_hook(
+                    self._give_parameters, prepend=True, with_kwargs=True
+                )
+                stack.callback(handle.remove)
+            yield
+
+    def _check_batch(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Before the backbone: compare the batch with the list."""
+        values = (*args, *kwargs.values())
+        sizes = [len(v) for v in values if isinstance(v, Tensor) and v.dim() > 1]
+        if self is not _innermost(lambda other: other.backbone is module) or not sizes:
+            return
+        count, given = len(self.deltas), sizes[0]
+        if given != count and (given % count or not _runs_inside("generate")):
+            raise ConfigError(
+                f"The batch has {given} rows and route() was given {count} deltas: name one for "
+                "each row, None for the bare backbone."
+            )
+
+    def _give_parameters(self, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        """After a module with a parameter that deltas replace: give each row its delta's."""
+        if find(host) is self:
+            for routed, insertions in self.parameters[host].items():
+                rows = self.rows(insertions)
+                output = routed([*insertions.values()], rows, host, args, kwargs, output)
+        return output
+
+
+def _routed(inserted: Any) -> Any:
+    """How several of a kind act on a batch at once; None where each must on its rows alone."""
+    return getattr(type(inserted), "routed", None)
+
+
+def _step(action: Callable[..., Any], host: nn.Module, state: Any) -> Any:
+    """The state after an action (without its delta): new arguments, or a new output."""
+    result = action(host, *state)
+    return result if len(state) == 2 else (*state[:2], result)
+
+
+def _chained(steps: list[Step], host: nn.Module, state: Any) -> Any:
+    for action, module in steps:
+        state = _step(partial(action, module), host, state)
+    return state
+
+
+# --- taking rows out of arguments and outputs, and putting them back ------------------------------
+
+
+def _selected(value: Any, members: Tensor, entries: int) -> Any:
+    """`value` with only some rows of the tensors in it that have `entries` of them."""
+    if isinstance(value, Tensor):
+        is_by_row = value.dim() and value.shape[0] == entries
+        return value.index_select(0, members.to(value.device)) if is_by_row else value
+    return _rebuilt(value, lambda key: _selected(value[key], members, entries))
+
+
+def _joined(whole: Any, before: list[Any], after: list[Any], sizes: list[int], at: Tensor) -> Any:
+    """The results of several parts of `whole` in one, what did not change taken from `whole`.
+
+    Args:
+        whole: what the parts were taken from.
+        before, after: the parts, and what became of them.
+        sizes: how many rows each has; `at`: where each row of the whole is among theirs.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: if they do not fit together.
+    """
+    if all(new is old for new, old in zip(after, before, strict=True)):
+        return whole
+    first = after[0]
+    if any(type(new) is not type(first) for new in after):
+        raise TypeError(f"types {sorted({type(new).__name__ for new in after})}")
+    if isinstance(first, Tensor):
+        was_shared = isinstance(whole, Tensor) and whole.shape[:1] != at.shape
+        if not was_shared and [new.shape[:1] for new in after] == [(size,) for size in sizes]:
+            return torch.cat(after).index_select(0, at.to(first.device))
+        if not all(torch.equal(new, first) for new in after):
+            raise ValueError(f"a tensor of shape {tuple(first.shape)} that all rows share")
+        return first
+
+    def item(key: Any) -> Any:
+        olds = [_item(old, key) for old in before]
+        return _joined(_item(whole, key), olds, [new[key] for new in after], sizes, at)
+
+    return _rebuilt(first, item)
+
+
+def _item(container: Any, key: Any) -> Any:
+    """``container[key]``, None where there is none."""
+    try:
+        return container[key]
+    except (IndexError, KeyError, TypeError):
+        return None
+
+
+def _rebuilt(container: Any, item: Callable[[Any], Any]) -> Any:
+    """A tuple, list or mapping of the same kind with ``item(key)`` for each key; others as is."""
+    if isinstance(container, (tuple, list)):
+        items = [item(position) for position in range(len(container))]
+        return type(container)(*items) if hasattr(container, "_fields") else type(container)(items)
+    if isinstance(container, Mapping):
+        made: Any = copy.copy(container)
+        for key in container:
+            made[key] = item(key)
+        return made
+    return container
+
+
+# --- what is in force -----------------------------------------------------------------------------
+
+_ROUTES: ContextVar[tuple[Route, ...]] = ContextVar("opendelta_routes", default=())
+_IN_FORCE: list[Route] = []  # of all threads
+_LOCK = threading.RLock()
+_HELD: dict[Any, tuple[ExitStack, list[Route]]] = {}  # what several routes need, and which
+
+
+def _innermost(holds: Callable[[Route], bool]) -> Route | None:
+    """The route entered last, of those in force in this thread, for which `holds` is true."""
+    routes: Sequence[Route] = _ROUTES.get()
+    if not routes and torch._C._current_graph_task_id() >= 0:
+        routes = _IN_FORCE  # a backward that runs a forward again, in a thread of the engine's
+    return next((made for made in reversed(routes) if holds(made)), None)
+
+
+def find(host: nn.Module) -> Route | None:
+    """The route that is in force for a module that carries deltas."""
+    return _innermost(lambda made: id(host) in made.hosts)
+
+
+@contextmanager
+def _held(
+    key: Any, context: Callable[[], AbstractContextManager[None]], by: Route
+) -> Iterator[None]:
+    """A context that the first route of all threads to ask for `key` enters and the last leaves."""
+    with _LOCK:
+        if key not in _HELD:
+            stack = ExitStack()
+            stack.enter_context(context())
+            _HELD[key] = stack, []
+        stack, holders = _HELD[key]
+        holders.append(by)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            holders.remove(by)
+            if not holders:
+                del _HELD[key]
+                stack.close()
+
+
+@contextmanager
+def _dispatchers_ask() -> Iterator[None]:
+    """Dispatchers ask for a route; compiled code, which does not, is set aside."""
+    dynamo = "torch._dynamo" in sys.modules  # a process that never compiled has no such code
+    Dispatcher.router = find
+    try:
+        with torch.compiler.set_stance("force_eager") if dynamo else nullcontext():
+            yield
+    finally:
+        Dispatcher.router = None
+
+
+@contextmanager
+def _only_modules(deltas: list[DeltaBase]) -> Iterator[None]:
+    """A backbone with nothing of its deltas in the place of its own parameters and modules."""
+    with ExitStack() as stack:
+        for insertion in [i for delta in deltas for i in delta.insertions][::-1]:
+            if not isinstance(insertion, ModuleInsertion) and insertion.attached:
+                insertion.detach()
+                stack.callback(insertion.attach)
+        yield
+
+
+def _runs_inside(function: str) -> bool:
+    """Whether a function of this name is running, further out."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return frame is not None
