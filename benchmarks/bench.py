@@ -62,9 +62,7 @@ class Row:
     passed: bool | None
 
 
-def of_floor(
-    item: str, times: dict[str, list[float]], most: float | None, of_peft: float
-) -> Row:
+def of_floor(item: str, times: dict[str, list[float]], most: float | None, of_peft: float) -> Row:
     """A row whose contenders are compared with the floor, and ours with PEFT too."""
     ours, theirs = (ratio(times[name], times["floor"]) for name in ("ours", "peft"))
     between = ratio(times["ours"], times["peft"])
@@ -77,9 +75,7 @@ def of_floor(
 def of_peft(item: str, times: dict[str, list[float]], most: float) -> Row:
     """A row in which PEFT is the measure."""
     ours = ratio(times["ours"], times["peft"])
-    return Row(
-        item, "PEFT", ours.middle, 1.0, str(ours), f"<= {most} x PEFT", ours.middle <= most
-    )
+    return Row(item, "PEFT", ours.middle, 1.0, str(ours), f"<= {most} x PEFT", ours.middle <= most)
 
 
 def calls(models: dict[str, Any], inputs: Any, call: Callable[..., Any]) -> dict[str, Any]:
@@ -192,8 +188,9 @@ def files(rounds: int) -> Iterator[Row]:
     shape = SHAPES["MiniLM"]
     with tempfile.TemporaryDirectory() as folder:
         places = {name: Path(folder) / name for name in ("ours", "peft")}
-        lora, theirs = with_lora(shape.build(), shape.targets), with_peft(
-            shape.build(), shape.targets
+        lora, theirs = (
+            with_lora(shape.build(), shape.targets),
+            with_peft(shape.build(), shape.targets),
         )
         (delta,) = deltas(lora)
         delta.save_finetuned(places["ours"])  # hashes the backbone once
@@ -246,9 +243,7 @@ def files(rounds: int) -> Iterator[Row]:
         yield of_base("verified load, again", times["second"], allowed, "load + 1.05 md5", 0.5)
 
 
-def of_base(
-    item: str, times: list[float], of: list[float], base: str, most: float
-) -> Row:
+def of_base(item: str, times: list[float], of: list[float], base: str, most: float) -> Row:
     ours = ratio(times, of)
     return Row(item, base, ours.middle, None, str(ours), f"<= {most}", ours.middle <= most)
 

@@ -37,19 +37,19 @@ def _bert(width: int, layers: int, heads: int) -> nn.Module:
 
 
 def _gpt2() -> nn.Module:
-    return transformers.GPT2Model(
-        transformers.GPT2Config(
-            vocab_size=1000, n_layer=4, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
-            bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
+    dropouts = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    config = transformers.GPT2Config(
+        vocab_size=1000, n_layer=4, bos_token_id=1, eos_token_id=2, **dropouts
     )
+    return transformers.GPT2Model(config)
 
 
 def _t5() -> nn.Module:
-    return transformers.T5Model(
-        transformers.T5Config(vocab_size=1000, d_model=768, d_ff=3072, num_heads=12, d_kv=64,
-                              num_layers=2, num_decoder_layers=2, dropout_rate=0.0)  # fmt: skip
-    )
+    config = transformers.T5Config(
+        vocab_size=1000, d_model=768, d_ff=3072, num_heads=12, d_kv=64, num_layers=2,
+        num_decoder_layers=2, dropout_rate=0.0,
+    )  # fmt: skip
+    return transformers.T5Model(config)
 
 
 def llama(width: int = 768, layers: int = 4) -> nn.Module:

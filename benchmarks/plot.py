@@ -16,7 +16,8 @@ def plot(rows: Sequence[Any]) -> str:
     parts = []
     for number, row in enumerate(rows):
         top = 40 + LINE * number
-        parts.append(f'<text x="{LEFT - 8}" y="{top + 15}" text-anchor="end">{escape(row.item)}</text>')
+        place = f'x="{LEFT - 8}" y="{top + 15}" text-anchor="end"'
+        parts.append(f"<text {place}>{escape(row.item)}</text>")
         for value, shift, colour in ((row.ours, 0, "#8250df"), (row.peft, 12, "#9aa0a6")):
             if value is not None:
                 width = min(value, most) * scale
