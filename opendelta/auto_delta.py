@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from torch import Tensor, nn
 
-from opendelta.delta_configs import BaseDeltaConfig, read_config
+from opendelta.center.resolve import resolve, source_arguments
+from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import ConfigError, nearest
+from opendelta.saving.files import read_config
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase
@@ -119,13 +121,16 @@ class AutoDeltaConfig(_ClassMethodsOnly):
         """The config of a saved delta of any method.
 
         Args:
-            finetuned_delta_path: a folder that holds ``config.json``, or that file.
-            kwargs: fields to override, and arguments of loading.
+            finetuned_delta_path: a folder that holds ``config.json``, or that file, or its URL,
+                or the name of a delta on a center.
+            kwargs: fields to override, and where it comes from (``center``, ``cache_dir``, ...,
+                see `opendelta.center.resolve.resolve`).
 
         Raises:
             CheckpointError: if there is no config, or it is not a delta's.
         """
-        config = cls.from_dict(read_config(finetuned_delta_path), **kwargs)
+        source = resolve(finetuned_delta_path, **source_arguments(kwargs))
+        config = cls.from_dict(read_config(source), **kwargs)
         config.from_file = True
         return config
 

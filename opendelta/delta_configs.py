@@ -10,11 +10,15 @@ import copy
 import inspect
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from opendelta.center.center import DeltaCenter
+from opendelta.center.names import check_name
+from opendelta.center.resolve import SOURCE_ARGUMENTS, resolve, source_arguments
 from opendelta.exceptions import CheckpointError, ConfigError, UnknownArgumentError, nearest
-from opendelta.saving.files import CONFIG_FILE, resolve_folder, write_atomically
+from opendelta.saving.files import CONFIG_FILE, read_config, write_atomically
 from opendelta.version import __version__
 
 if TYPE_CHECKING:
@@ -23,17 +27,20 @@ if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase
 
 # Arguments of loading, which every config loader accepts and which are not configuration.
-LOADING_ARGUMENTS = frozenset(
-    "backbone_model cache_dir revision force_download local_files_only check_hash center token "
-    "proxies resume_download use_auth_token interactive_modify".split()
+LOADING_ARGUMENTS = SOURCE_ARGUMENTS | frozenset(
+    "backbone_model check_hash proxies resume_download use_auth_token interactive_modify".split()
 )
 # Keys of 0.3.2's files that say nothing today.
 _LEGACY_KEYS = frozenset({"sequential", "scaled", "bottleneck_dim"})
+# What `save_finetuned(push_to_hub=True)` of a config takes.
+_PUSH_ARGUMENTS = "center token repo_id temp_dir message private revision create_pr".split()
 # What a saved config says beyond its fields.
 _FACTS: dict[str, type] = {
     "backbone_hash_excludes": list,
     "weights_file": str,
     "weights_sha256": str,
+    "list_tags": list,
+    "dict_tags": dict,
     "opendelta_version": str,
     "transformers_version": str,
     "torch_version": str,
@@ -64,6 +71,8 @@ class BaseDeltaConfig:
     backbone_hash_excludes: list[str] | None
     weights_file: str | None
     weights_sha256: str | None
+    list_tags: list[Any] | None
+    dict_tags: dict[str, Any] | None
 
     def __init__(
         self,
@@ -186,10 +195,7 @@ class BaseDeltaConfig:
             ConfigError: naming a field that JSON cannot hold.
         """
         for name, value in self.to_dict().items():
-            try:
-                json.dumps(value)
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"{name}={value!r:.80} cannot be saved: {error}.") from error
+            require_json(name, value)
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def __eq__(self, other: object) -> bool:
@@ -208,13 +214,15 @@ class BaseDeltaConfig:
         """The config of a saved delta.
 
         Args:
-            finetuned_delta_path: a folder that holds ``config.json``, or such a file.
-            kwargs: fields to override, and arguments of loading (``cache_dir``, ...).
+            finetuned_delta_path: a folder that holds ``config.json``, or such a file, or its
+                URL, or the name of a delta on a center.
+            kwargs: fields to override, and where it comes from (``center``, ``cache_dir``, ...,
+                see `opendelta.center.resolve.resolve`).
 
         Raises:
             CheckpointError: if there is no such file, or it is not a delta's.
         """
-        values = read_config(finetuned_delta_path)
+        values = read_config(resolve(finetuned_delta_path, **source_arguments(kwargs)))
         if cls.delta_type and canonical_type(values["delta_type"]) != cls.delta_type:
             raise ConfigError(
                 f"{finetuned_delta_path} holds a {values['delta_type']!r} delta, not a "
@@ -229,59 +237,55 @@ class BaseDeltaConfig:
 
         Args:
             save_directory: the folder.
-            kwargs: ``push_to_hub``, which this version refuses if it is true.
+            kwargs: ``push_to_hub=True`` publishes it too, with what the folder holds of a delta:
+                under the name ``repo_id`` (None: that of the folder), on ``center`` with ``token``
+                (see `DeltaCenter.from_url`), with ``message``, ``private``, ``revision`` and
+                ``create_pr`` (see `DeltaCenter.push`). With ``temp_dir=True`` the folder is not
+                touched, and the config is published alone.
 
         Raises:
-            NotImplementedError: for ``push_to_hub=True``.
+            CheckpointError: if `save_directory` is a file.
+            CenterError: if it cannot be published.
         """
-        if kwargs.pop("push_to_hub", False):
-            raise NotImplementedError(
-                "This version does not publish. Upload the folder, for instance with "
-                "`huggingface_hub.upload_folder`."
-            )
+        folder = Path(save_directory)
+        push = kwargs.pop("push_to_hub", False)
+        options = {name: kwargs.pop(name, None) for name in _PUSH_ARGUMENTS}
         if kwargs:
             raise UnknownArgumentError(
                 f"save_finetuned of a config does not take {', '.join(map(repr, kwargs))}."
             )
-        folder = Path(save_directory)
         if folder.is_file():
             raise CheckpointError(f"{folder} is a file; a config is saved into a folder.")
+        if not push:
+            self._write(folder)
+            return
+        center = DeltaCenter.from_url(options.pop("center"), options.pop("token"))
+        name = check_name(options.pop("repo_id") or folder.absolute().name)
+        with tempfile.TemporaryDirectory() as scratch:
+            if options.pop("temp_dir"):
+                folder = Path(scratch)
+            if not (folder / (self.weights_file or "none")).is_file():
+                self.weights_file = self.weights_sha256 = None  # it vouches for no weights here
+            self._write(folder)
+            center.push(folder, name, **{**options, "create_pr": bool(options["create_pr"])})
+
+    def _write(self, folder: Path) -> None:
         facts = {"opendelta_version": __version__, **_library_versions()}
         for name, value in facts.items():
             setattr(self, name, value)
         write_atomically(folder / CONFIG_FILE, self.to_json_string().encode())
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields in a delta's ``config.json`` (a folder that holds it, or the file itself).
+def require_json(name: str, value: Any) -> None:
+    """Refuse a field that JSON cannot hold.
 
     Raises:
-        CheckpointError: if it is missing, is not JSON, or is not a delta's config.
+        ConfigError: naming it.
     """
-    file = Path(path)
-    if file.is_file() and file.suffix in (".safetensors", ".bin", ".pt"):
-        raise CheckpointError(
-            f"{file} holds weights; name its folder, {str(file.parent)!r}, which holds the "
-            f"{CONFIG_FILE} too, or load weights alone with delta.load_checkpoint."
-        )
-    if not file.is_file():
-        file = resolve_folder(path) / CONFIG_FILE
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file.parent} holds no {CONFIG_FILE}: no delta was saved there."
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}).") from error
-    if not isinstance(values, dict) or "delta_type" not in values:
-        kind = values.get("model_type") if isinstance(values, dict) else None
-        what = f"the config of a {kind!r} backbone" if kind else "not the config of a delta"
-        raise CheckpointError(
-            f"{file} is {what}: it has no 'delta_type'. Load a backbone with its own class, then "
-            "its delta from the folder that save_finetuned wrote."
-        )
-    return values
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}={value!r:.80} cannot be saved: {error}.") from error
 
 
 def canonical_type(delta_type: str) -> str:

@@ -35,6 +35,14 @@ class CheckpointError(OpenDeltaError, RuntimeError):
     """A delta's file that is missing, damaged, foreign, or does not fit the backbone."""
 
 
+class CenterError(CheckpointError):
+    """A delta that cannot be pushed to a DeltaCenter, or pulled from it."""
+
+
+class UnreachableError(CenterError):
+    """A DeltaCenter that does not answer now, or is not to be asked."""
+
+
 class DeltaWarning(UserWarning):
     """Something that works, but probably not as meant."""
 

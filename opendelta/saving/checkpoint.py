@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.backbone_state import BackboneState, deltas, own_parameters, unmerged
+from opendelta.center.arguments import DeltaCenterArguments
+from opendelta.center.center import DeltaCenter
+from opendelta.center.publish import Publication
+from opendelta.center.resolve import resolve, source_arguments
 from opendelta.construction import Construction
-from opendelta.delta_configs import BaseDeltaConfig, read_config
+from opendelta.delta_configs import BaseDeltaConfig, require_json
 from opendelta.exceptions import (
     BackboneMismatchWarning,
     CheckpointError,
@@ -31,6 +35,7 @@ from opendelta.saving.files import (
     SAFETENSORS_FILE,
     TORCH_FILE,
     WEIGHT_FILES,
+    read_config,
     read_tensors,
     require_tensors,
     sha256_of,
@@ -65,7 +70,8 @@ class SaveLoadMixin(Construction):
         state_dict: dict[str, Tensor] | None = None,
         save_function: Callable[..., Any] | None = None,
         push_to_dc: bool = False,
-        center_args: dict[str, Any] | None = {},  # noqa: B006 - documented defaults, never changed
+        # These defaults are the documented ones, and never changed.
+        center_args: DeltaCenterArguments | dict[str, Any] | None = {},  # noqa: B006
         center_args_pool: dict[str, Any] | None = {},  # noqa: B006
         list_tags: list[Any] | None = [],  # noqa: B006
         dict_tags: dict[str, Any] | None = {},  # noqa: B006
@@ -75,6 +81,7 @@ class SaveLoadMixin(Construction):
         *,
         state_dict_only: bool = False,
         overwrite: bool = False,
+        center: str | DeltaCenter | None = None,
     ) -> None:
         """Write this delta into a folder: ``model.safetensors`` and ``config.json``.
 
@@ -88,24 +95,36 @@ class SaveLoadMixin(Construction):
             state_dict: tensors to save instead of the current ones.
             save_function: called with (tensors, path) to write ``pytorch_model.bin``, as 0.3.2
                 did with `torch.save`; None writes ``model.safetensors``.
-            push_to_dc: publish on DeltaCenter; `center_args` to `usage` go with it.
+            push_to_dc: publish it on a center, with a model card (``README.md``).
+            center_args: fields of `DeltaCenterArguments`, above all ``name``.
+            center_args_pool: more of them, for what `center_args` leaves open.
+            list_tags, dict_tags: tags for the config and the card.
+            delay_push: prepare all of it in the folder, but do not push.
+            test_result: for the card; a dict becomes a table.
+            usage: Markdown for the card, below the snippet that loads the delta.
             state_dict_only: write no ``config.json`` (as ``save_config=False``).
             overwrite: replace a ``config.json`` that is not a delta's.
+            center: where to push, see `DeltaCenter.from_url`.
 
         Raises:
             CheckpointError: if the folder holds another kind of config, or cannot be written.
+            CenterError: if the delta cannot be pushed.
         """
-        if push_to_dc:
-            raise NotImplementedError(
-                "This version does not publish on DeltaCenter. Save the delta into a folder and "
-                "upload that, for instance with `huggingface_hub.upload_folder`."
+        writes_config = save_config and not state_dict_only
+        if push_to_dc and not writes_config:
+            raise ConfigError("push_to_dc=True publishes config.json too; leave save_config=True.")
+        publication = None
+        if push_to_dc:  # what can be refused, before anything is written
+            publication = Publication.planned(
+                cast("DeltaBase", self), center, center_args, center_args_pool, not delay_push
             )
         folder = Path(finetuned_delta_path or "./delta_checkpoints/")
         if folder.is_file():
             raise CheckpointError(f"{folder} is a file; a delta is saved into a folder.")
         if not overwrite:
             _refuse_foreign(folder)
-        if self.left_trainable is None and state_dict is None:
+        unsaid = self.left_trainable is None and state_dict is None
+        if unsaid and any(p.requires_grad for _, p in own_parameters(self.backbone_model)):
             warn(
                 "freeze_module was never called on this delta: only its own parameters and its "
                 "unfrozen_modules are saved, although the whole backbone may have been trained.",
@@ -113,7 +132,10 @@ class SaveLoadMixin(Construction):
             )
         tensors = self.checkpoint_tensors() if state_dict is None else state_dict
         name = SAFETENSORS_FILE if save_function is None else TORCH_FILE
-        writes_config = save_config and not state_dict_only
+        for field, tags in (("list_tags", list_tags), ("dict_tags", dict_tags)):
+            if tags:
+                require_json(field, tags)
+                setattr(self.config, field, tags)
         if writes_config:  # before anything is replaced, since it may fail
             self.describe_backbone(tensors)
             self.config.to_json_string()
@@ -125,6 +147,8 @@ class SaveLoadMixin(Construction):
             self.config.save_finetuned(folder)
         else:
             _note_weights(folder / name, digest)
+        if publication is not None:
+            publication.carry_out(folder, test_result, usage or "")
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """What `save_finetuned` writes: name -> tensor, this delta's first."""
@@ -252,19 +276,21 @@ class SaveLoadMixin(Construction):
         Nothing is frozen: to train on, call `freeze_module`.
 
         Args:
-            finetuned_delta_path: the folder that `save_finetuned` wrote; None if both
-                `delta_config` and `state_dict` are given.
+            finetuned_delta_path: the folder that `save_finetuned` wrote, or ``user/name`` on a
+                center; None if both `delta_config` and `state_dict` are given.
             backbone_model: the backbone, modified in place.
             delta_config: a config (or dict) to use instead of the folder's.
-            cache_dir, force_download, local_files_only: for deltas that are downloaded.
+            cache_dir, force_download, local_files_only: for deltas that are downloaded, see
+                `DeltaCenter.pull`.
             state_dict: tensors to load instead of the folder's.
             check_hash: whether to compare the backbone's hash with the config's; ``"full"`` reads
                 the whole backbone for it, whatever was read before.
-            kwargs: fields of the config to override.
+            kwargs: fields of the config to override, and ``center``, ``revision`` and ``token``
+                of deltas that are downloaded, see `opendelta.center.resolve.resolve`.
 
         Raises:
-            CheckpointError: if a file is missing or damaged, or keys do not fit. The backbone is
-                left as it was.
+            CheckpointError: if a file is missing or damaged, or keys do not fit (a `CenterError`
+                where it cannot be downloaded). The backbone is left as it was.
 
         Warns:
             BackboneMismatchWarning: if the backbone is not the one the delta was trained on.
@@ -282,15 +308,25 @@ class SaveLoadMixin(Construction):
                 "from_finetuned(None, ...) needs both delta_config and state_dict; else name the "
                 "folder that save_finetuned wrote."
             )
+        source: Path | None = None
+        if finetuned_delta_path is not None and (delta_config is None or state_dict is None):
+            source = resolve(
+                finetuned_delta_path,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                **source_arguments(kwargs),
+            )
         if delta_config is None:
-            assert finetuned_delta_path is not None
-            delta_config = cls._config_in(finetuned_delta_path, **kwargs)
+            assert source is not None
+            delta_config = cls._config_in(source, **kwargs)
             kwargs = {}
         model_class: type[DeltaBase] = cls._class_for(delta_config)
         config = model_class.config_from(delta_config, **kwargs)
         if state_dict is None:
-            assert finetuned_delta_path is not None
-            file = weights_in(finetuned_delta_path, config.weights_file)
+            assert source is not None
+            folder = source.parent if source.suffix == ".json" else source
+            file = weights_in(folder, config.weights_file)
             expected = config.weights_sha256
             if expected and sha256_of(file) != expected:
                 raise CheckpointError(

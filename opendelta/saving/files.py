@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +39,38 @@ def resolve_folder(path: str | os.PathLike[str]) -> Path:
         f"There is no folder {str(folder)!r}. A delta is saved with "
         "`delta.save_finetuned('some_folder')` and loaded from that folder."
     )
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields in a delta's ``config.json`` (a folder that holds it, or the file itself).
+
+    Raises:
+        CheckpointError: if it is missing, is not JSON, or is not a delta's config.
+    """
+    file = Path(path)
+    if file.is_file() and file.suffix in (".safetensors", ".bin", ".pt"):
+        raise CheckpointError(
+            f"{file} holds weights; name its folder, {str(file.parent)!r}, which holds the "
+            f"{CONFIG_FILE} too, or load weights alone with delta.load_checkpoint."
+        )
+    if not file.is_file():
+        file = resolve_folder(path) / CONFIG_FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file.parent} holds no {CONFIG_FILE}: no delta was saved there."
+        ) from error
+    except (ValueError, RecursionError) as error:  # the latter where brackets nest too deep
+        raise CheckpointError(f"{file} is not valid JSON ({error}).") from error
+    if not isinstance(values, dict) or "delta_type" not in values:
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        what = f"the config of a {kind!r} backbone" if kind else "not the config of a delta"
+        raise CheckpointError(
+            f"{file} is {what}: it has no 'delta_type'. Load a backbone with its own class, then "
+            "its delta from the folder that save_finetuned wrote."
+        )
+    return values
 
 
 def weights_in(path: str | os.PathLike[str], preferred: str | None = None) -> Path:
@@ -132,6 +166,11 @@ def write_tensors(
 def write_atomically(file: Path, content: bytes) -> str | None:
     """Write bytes to `file` through a temporary name; readers see the old file or the whole new."""
     return _replace(file, lambda temporary: Path(temporary).write_bytes(content) and None)
+
+
+def copy_atomically(source: Path, file: Path) -> None:
+    """Copy a file through a temporary name; readers see the old file or the whole new."""
+    _replace(file, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def sha256_of(file: Path) -> str:

@@ -1,0 +1,297 @@
+"""DeltaCenter: where deltas are published and found (specification 1.6, 1.23.1)."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from opendelta.center.cache import Cache, is_offline
+from opendelta.center.contents import (
+    CARD_FILE,
+    TEXT_LIMIT,
+    DeltaInfo,
+    Version,
+    check_file,
+    check_weights,
+    expected_files,
+    files_to_push,
+)
+from opendelta.center.names import DEFAULT_REVISION, check_name, check_revision, is_hash
+from opendelta.exceptions import CenterError, OpenDeltaError, UnreachableError
+from opendelta.saving.files import CONFIG_FILE, read_config
+
+logger = logging.getLogger(__name__)
+
+
+class DeltaCenter(ABC):
+    """A place to push deltas to and to pull them from.
+
+    Engines say how to look a version up, fetch one of its files, publish files and list names;
+    what is checked, and in which order, is the same for all and stands here.
+
+    Attributes:
+        url: of the center, without a password.
+
+    Example:
+        >>> center = DeltaCenter.from_url("file:///shared/deltas")
+        >>> center.push("my_delta", "me/sentiment")
+        >>> folder = center.pull("me/sentiment")
+    """
+
+    url: str
+
+    @staticmethod
+    def from_url(
+        url: str | DeltaCenter | None = None, token: str | bool | None = None
+    ) -> DeltaCenter:
+        """The center at `url`.
+
+        Args:
+            url: None for the environment variable ``DELTACENTER_URL``, else the Hugging Face Hub;
+                ``file:///a/folder``; ``https://...``, a server that speaks the Hub's protocol
+                (``hf://``: the Hub); any URL for which an fsspec driver is installed
+                (``s3://bucket/prefix``). A `DeltaCenter` is returned as it is.
+            token: for the Hub instead of the one that its client finds (``HF_TOKEN``).
+
+        Raises:
+            CenterError: if it is no URL, or its driver is not installed.
+        """
+        if isinstance(url, DeltaCenter):
+            return url
+        url = url or os.environ.get("DELTACENTER_URL") or "hf://"
+        scheme = re.match(r"([a-z][a-z0-9+.-]*)(?:::[^:]+)*://", url)
+        if scheme is None:
+            raise CenterError(
+                f"{url!r:.120} is not the URL of a center: expected 'file:///a/folder' "
+                "(`Path('a folder').resolve().as_uri()`), 'https://...' or 's3://bucket/prefix'."
+            )
+        if scheme[0] == "file://":
+            from opendelta.center.folder import FolderCenter
+
+            return FolderCenter(url)
+        if scheme[0] in ("hf://", "http://", "https://"):
+            from opendelta.center.hub import HubCenter
+
+            return HubCenter(None if scheme[0] == "hf://" else url, token)
+        from opendelta.center.fsspec_center import FsspecCenter
+
+        return FsspecCenter(url)
+
+    # --- what a center does -----------------------------------------------------------------
+
+    def push(
+        self,
+        folder: str | os.PathLike[str],
+        name: str,
+        *,
+        message: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Publish a delta that `save_finetuned` wrote.
+
+        ``config.json``, the weights that it names and ``README.md`` are taken along; other files
+        are not.
+
+        Args:
+            folder: the saved delta.
+            name: ``user/name``.
+            message: why, for centers that keep a history.
+            private: whether only its owners see it, on centers that know owners.
+            revision: the branch to push to; None for ``main``.
+            create_pr: propose the change instead of making it (on the Hub).
+
+        Returns:
+            The revision, a hash; ``pull(name, revision)`` gives this version for good.
+
+        Raises:
+            CheckpointError: if the folder holds no whole delta.
+            CenterError: if the name is refused, or the center does.
+        """
+        check_name(name)
+        branch = check_revision(revision or DEFAULT_REVISION)
+        if is_hash(branch):
+            raise CenterError(f"{branch!r} is the hash of a version; push to a branch's name.")
+        files = files_to_push(Path(folder))
+        with self._online(f"push {name!r} to {self.url}"):
+            pushed = self._push(
+                files,
+                name,
+                branch,
+                message=message or f"Push {name.rpartition('/')[2]}",
+                private=private,
+                create_pr=create_pr,
+            )
+        logger.info("Pushed %s to %s as %s, revision %s.", folder, self.url, name, pushed)
+        return pushed
+
+    def pull(
+        self,
+        name: str,
+        revision: str | None = None,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Path:
+        """The folder of a delta, downloaded where the cache does not hold its current version.
+
+        Args:
+            name: ``user/name``.
+            revision: a branch, a tag, or a hash; None for ``main``.
+            cache_dir: where downloads are kept; None for `default_cache_dir`.
+            force_download: download it again even if it is there.
+            local_files_only: ask no center, take what was pulled last (so does
+                ``DELTACENTER_OFFLINE=1``).
+
+        Raises:
+            CenterError: if there is no such delta, no access, or what came is not whole. The cache
+                is as before then.
+        """
+        check_name(name)
+        asked = check_revision(revision or DEFAULT_REVISION)
+        cache = Cache(self.url, cache_dir)
+        offline = local_files_only or self._is_offline()
+        doing = f"pull {name!r} from {self.url}"
+        if is_hash(asked) and not force_download:
+            known = cache.find(name, asked)
+            if known is not None:
+                return known
+        try:
+            with self._online(doing, offline):
+                version = self._look_up(name, asked)
+        except UnreachableError as error:
+            last = None if force_download and not offline else cache.last(name, asked)
+            if last is None:
+                raise
+            logger.log(
+                logging.INFO if offline else logging.WARNING,
+                "%s Using revision %s of %s, the last one that was pulled.",
+                error,
+                last.name,
+                name,
+            )
+            return last
+        with self._online(doing):
+            folder = None if force_download else cache.find(name, version.revision)
+            if folder is None:
+                folder = cache.put(
+                    name, version.revision, lambda into: self._download(name, version, into)
+                )
+            cache.note(name, asked, version.revision)
+        return folder
+
+    def list(self, search: str = "") -> Sequence[str]:
+        """Names of the deltas on this center, sorted.
+
+        Args:
+            search: only those whose name contains this.
+        """
+        with self._online(f"list {self.url}"):
+            return sorted(self._names(search))
+
+    def info(self, name: str, revision: str | None = None) -> DeltaInfo:
+        """What there is to know about a delta without downloading its weights.
+
+        Raises:
+            CenterError: if there is no such delta, or no access.
+        """
+        check_name(name)
+        asked = check_revision(revision or DEFAULT_REVISION)
+        with (
+            self._online(f"look up {name!r} on {self.url}"),
+            tempfile.TemporaryDirectory() as scratch,
+        ):
+            folder, version = Path(scratch), self._look_up(name, asked)
+            texts = [file for file in (CONFIG_FILE, CARD_FILE) if file in version.files]
+            for file in texts:
+                self._take(name, version, file, folder)
+            return DeltaInfo(
+                name,
+                version.revision,
+                self.url,
+                read_config(folder),
+                {file: remote.size for file, remote in version.files.items()},
+                (folder / CARD_FILE).read_text("utf-8", "replace") if CARD_FILE in texts else "",
+            )
+
+    def full_name(self, name: str) -> str:
+        """The name under which ``push(..., name)`` publishes."""
+        return name
+
+    # --- the same for all engines -----------------------------------------------------------
+
+    def _download(self, name: str, version: Version, into: Path) -> None:
+        """Fetch the files of a version, each checked, and no others."""
+        if CONFIG_FILE not in version.files:
+            raise CenterError(f"{name} on {self.url} holds no {CONFIG_FILE}, so it is no delta.")
+        self._take(name, version, CONFIG_FILE, into)
+        config = read_config(into)
+        for file in expected_files(config, version.files, f"{name} on {self.url}")[1:]:
+            self._take(name, version, file, into)
+        check_weights(config, into)
+
+    def _take(self, name: str, version: Version, file: str, into: Path) -> None:
+        remote = version.files[file]
+        if file in (CONFIG_FILE, CARD_FILE) and remote.size > TEXT_LIMIT:
+            raise CenterError(f"{file} of {name} has {remote.size} bytes; at most {TEXT_LIMIT}.")
+        self._fetch(name, version.revision, file, into / file)
+        check_file(into / file, remote)
+
+    @contextmanager
+    def _online(self, doing: str, offline: bool | None = None) -> Iterator[None]:
+        """Refuse while offline; tell an engine's error as one of ours, with the cause chained."""
+        if self._is_offline() if offline is None else offline:
+            raise UnreachableError(
+                f"Cannot {doing}: offline, as local_files_only or the environment asks."
+            )
+        try:
+            yield
+        except OpenDeltaError:
+            raise
+        except Exception as error:  # each engine has its own, and a broken answer causes any
+            raise self._explained(error, doing) from error
+
+    def _explained(self, error: Exception, doing: str) -> CenterError:
+        """One of our errors for a failure of the engine."""
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full. " if full else ""
+        return CenterError(f"Cannot {doing}: {reason}{type(error).__name__}: {error}")
+
+    def _is_offline(self) -> bool:
+        return is_offline()
+
+    # --- what an engine says ----------------------------------------------------------------
+
+    @abstractmethod
+    def _look_up(self, name: str, revision: str) -> Version:
+        """The version that a branch, tag or hash stands for now."""
+
+    @abstractmethod
+    def _fetch(self, name: str, revision: str, file: str, target: Path) -> None:
+        """Copy one file of a version to `target`."""
+
+    @abstractmethod
+    def _push(
+        self,
+        files: dict[str, Path],
+        name: str,
+        branch: str,
+        *,
+        message: str,
+        private: bool | None,
+        create_pr: bool,
+    ) -> str:
+        """Make these files the newest version of a branch, all at once; its hash."""
+
+    @abstractmethod
+    def _names(self, search: str) -> Iterator[str]:
+        """Names that contain `search`."""

@@ -1,0 +1,64 @@
+"""A center wherever fsspec reaches, with the user's own driver: ``s3://bucket/prefix``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from opendelta.center.contents import TEXT_LIMIT
+from opendelta.center.progress import copy_stream
+from opendelta.center.versions import VersionedCenter
+from opendelta.exceptions import CenterError, UnreachableError
+
+
+class FsspecCenter(VersionedCenter):
+    """Object stores write each object at once, which is what the layout asks of a storage.
+
+    Args:
+        url: with the scheme of an installed driver, which finds credentials in its own way.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = re.sub(r"://[^/@]*@", "://", url).rstrip("/")
+        try:
+            self.storage, self.root = url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise CenterError(f"There is no center at {self.url}: {error}") from error
+
+    def _explained(self, error: Exception, doing: str) -> CenterError:
+        if isinstance(error, (FileNotFoundError, PermissionError)):
+            return super()._explained(error, doing)
+        return UnreachableError(f"Cannot {doing}: {type(error).__name__}: {error}")
+
+    def _read(self, key: str) -> bytes:
+        return self.storage.cat_file(f"{self.root}/{key}", end=TEXT_LIMIT)
+
+    def _write(self, key: str, content: bytes) -> None:
+        self._into_folder(key, lambda path: self.storage.pipe_file(path, content))
+
+    def _copy_to(self, source: Path, key: str) -> None:
+        self._into_folder(key, lambda path: self.storage.put_file(str(source), path))
+
+    def _copy_from(self, key: str, target: Path) -> None:
+        with self.storage.open(f"{self.root}/{key}", "rb") as stream:
+            copy_stream(stream, target, self.storage.size(f"{self.root}/{key}"))
+
+    def _into_folder(self, key: str, write: Callable[[str], Any]) -> None:
+        """Write; where the storage has real folders, make them first."""
+        path = f"{self.root}/{key}"
+        try:
+            write(path)
+        except FileNotFoundError:
+            self.storage.makedirs(path.rpartition("/")[0], exist_ok=True)
+            write(path)
+
+    def _folders(self) -> Iterable[str]:
+        self.storage.invalidate_cache()
+        try:
+            return [str(path).rsplit("/", 1)[-1] for path in self.storage.ls(self.root, False)]
+        except FileNotFoundError:  # nothing was pushed yet
+            return []

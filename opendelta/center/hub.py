@@ -1,0 +1,131 @@
+"""The Hugging Face Hub, or any server that speaks its protocol, through its own client."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+
+from opendelta.center.center import DeltaCenter
+from opendelta.center.contents import FILES, RemoteFile, Version
+from opendelta.center.names import DEFAULT_REVISION
+from opendelta.exceptions import CenterError, UnreachableError
+from opendelta.version import __version__
+
+# Seconds that the server may take to say what it has; downloads have the client's own limits.
+_PATIENCE = 10.0
+_MOST_NAMES = 1000
+_REASONS = {
+    401: "the token is wrong, or there is none and the delta is private or does not exist",
+    403: "the token does not allow it",
+    404: "there is no such delta or revision, or it is private",
+}
+
+
+class HubCenter(DeltaCenter):
+    """One model repository for each delta; a push is one commit.
+
+    Args:
+        endpoint: of the server; None for ``HF_ENDPOINT``, else https://huggingface.co.
+        token: of a user; None for the one that the client finds (``HF_TOKEN``, else that of
+            ``hf auth login``). That one is for ``HF_ENDPOINT`` alone and is sent nowhere else.
+    """
+
+    def __init__(self, endpoint: str | None = None, token: str | bool | None = None) -> None:
+        self.url = (endpoint or constants.ENDPOINT).rstrip("/")
+        if token is None and self.url != constants.ENDPOINT.rstrip("/"):
+            token = False
+        self.api = HfApi(self.url, token, library_name="opendelta", library_version=__version__)
+
+    def full_name(self, name: str) -> str:
+        """``user/name`` for a name alone, which is in the namespace of the token's user.
+
+        Raises:
+            CenterError: if the token is not one.
+        """
+        if "/" in name:
+            return name
+        with self._online(f"see whose token this is on {self.url}"):
+            return f"{self.api.whoami()['name']}/{name}"
+
+    def _is_offline(self) -> bool:
+        return super()._is_offline() or constants.is_offline_mode()
+
+    def _look_up(self, name: str, revision: str) -> Version:
+        if "/" not in name:
+            raise CenterError(f"{name!r} is no name on {self.url}, where each is 'user/name'.")
+        info = self.api.model_info(name, revision=revision, files_metadata=True, timeout=_PATIENCE)
+        files = {
+            file.rfilename: RemoteFile(
+                file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id
+            )
+            for file in info.siblings or ()
+            if file.rfilename in FILES and file.blob_id is not None
+        }
+        if info.sha is None:
+            raise CenterError(f"{self.url} does not say which revision of {name} it has.")
+        return Version(info.sha, files)
+
+    def _fetch(self, name: str, revision: str, file: str, target: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            came = self.api.hf_hub_download(name, file, revision=revision, local_dir=scratch)
+            os.replace(came, target)
+
+    def _push(
+        self,
+        files: dict[str, Path],
+        name: str,
+        branch: str,
+        *,
+        message: str,
+        private: bool | None,
+        create_pr: bool,
+    ) -> str:
+        name = self.full_name(name)
+        if not create_pr:  # which is for a repository that is there, perhaps another user's
+            self.api.create_repo(name, private=private, exist_ok=True)
+            if branch != DEFAULT_REVISION:
+                self.api.create_branch(name, branch=branch, exist_ok=True)
+        commit = self.api.create_commit(
+            name,
+            [CommitOperationAdd(file, path) for file, path in files.items()],
+            commit_message=message,
+            revision=branch,
+            create_pr=create_pr,
+        )
+        return commit.oid
+
+    def _names(self, search: str) -> Iterator[str]:
+        for model in self.api.list_models(filter="opendelta", search=search, limit=_MOST_NAMES):
+            yield model.id
+
+    def _explained(self, error: Exception, doing: str) -> CenterError:
+        causes = list(_causes(error))
+        status = next((e.response.status_code for e in causes if isinstance(e, HfHubHTTPError)), 0)
+        if status in _REASONS:
+            return CenterError(f"Cannot {doing}: {_REASONS[status]} ({status}).")
+        lost = (LocalEntryNotFoundError, OfflineModeIsEnabled)
+        no_answer = any(
+            isinstance(e, lost) or (isinstance(e, HTTPError) and not isinstance(e, HfHubHTTPError))
+            for e in causes
+        )
+        if no_answer or status == 429 or status >= 500:
+            code = f" ({status})" if status else ""
+            return UnreachableError(f"Cannot {doing}: no answer now{code}. {causes[-1]}")
+        return super()._explained(error, doing)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,127 @@
+"""A center on plain storage: versions that never change, and names that point to one of them.
+
+    <user--name>/versions/<revision>/{config.json, model.safetensors, README.md, manifest.json}
+    <user--name>/refs/main
+
+The manifest holds size and sha256 of each file, and the revision is the sha256 of the manifest, so
+that a version proves itself and pushing the same files twice changes nothing. A push writes the
+reference last: until then the name stands for the version before, from then on for the new one,
+whoever else pushes or pulls, and wherever a push is cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from opendelta.center.center import DeltaCenter
+from opendelta.center.contents import FILES, RemoteFile, Version
+from opendelta.center.names import as_file_name, as_name, check_name, is_hash
+from opendelta.exceptions import CenterError
+from opendelta.saving.files import sha256_of
+
+_MANIFEST = "manifest.json"
+
+
+class VersionedCenter(DeltaCenter):
+    """The layout; subclasses read and write keys (paths relative to the center)."""
+
+    def _look_up(self, name: str, revision: str) -> Version:
+        if not is_hash(revision):
+            revision = self._referred(name, revision)
+        try:
+            manifest = self._read(f"{_version(name, revision)}/{_MANIFEST}")
+        except FileNotFoundError as error:
+            raise CenterError(
+                f"There is no revision {revision!r} of {name!r} on {self.url}."
+            ) from error
+        if hashlib.sha256(manifest).hexdigest() != revision:
+            raise CenterError(f"Revision {revision} of {name} on {self.url} is damaged.")
+        try:
+            described = json.loads(manifest)
+            files = {
+                file: RemoteFile(int(described[file]["size"]), str(described[file]["digest"]))
+                for file in FILES
+                if file in described
+            }
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise CenterError(f"Revision {revision} of {name} is not one of a delta.") from error
+        return Version(revision, files)
+
+    def _referred(self, name: str, branch: str) -> str:
+        try:
+            revision = self._read(_reference(name, branch)).decode("ascii", "replace").strip()
+        except FileNotFoundError as error:
+            raise CenterError(f"There is no {name!r} with a {branch!r} on {self.url}.") from error
+        if not is_hash(revision):
+            raise CenterError(f"{name} on {self.url}: the reference {branch!r} is damaged.")
+        return revision
+
+    def _fetch(self, name: str, revision: str, file: str, target: Path) -> None:
+        self._copy_from(f"{_version(name, revision)}/{file}", target)
+
+    def _push(
+        self,
+        files: dict[str, Path],
+        name: str,
+        branch: str,
+        *,
+        message: str,
+        private: bool | None,
+        create_pr: bool,
+    ) -> str:
+        if create_pr:
+            raise CenterError(f"{self.url} knows no pull requests; push to another revision.")
+        described = {
+            file: {"size": path.stat().st_size, "digest": sha256_of(path)}
+            for file, path in files.items()
+        }
+        manifest = json.dumps(described, indent=2, sort_keys=True).encode()
+        revision = hashlib.sha256(manifest).hexdigest()
+        for file, path in files.items():
+            self._copy_to(path, f"{_version(name, revision)}/{file}")
+        self._write(f"{_version(name, revision)}/{_MANIFEST}", manifest)
+        self._write(_reference(name, branch), revision.encode())
+        return revision
+
+    def _names(self, search: str) -> Iterator[str]:
+        for folder in self._folders():
+            try:
+                name = check_name(as_name(folder))
+            except CenterError:  # something else that lies there
+                continue
+            if search in name:
+                yield name
+
+    # --- storage ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def _read(self, key: str) -> bytes:
+        """A small file; FileNotFoundError where there is none."""
+
+    @abstractmethod
+    def _write(self, key: str, content: bytes) -> None:
+        """Make a small file, or replace it, at once."""
+
+    @abstractmethod
+    def _copy_to(self, source: Path, key: str) -> None:
+        """Copy a file there."""
+
+    @abstractmethod
+    def _copy_from(self, key: str, target: Path) -> None:
+        """Copy a file from there."""
+
+    @abstractmethod
+    def _folders(self) -> Iterable[str]:
+        """Names of the folders at the top."""
+
+
+def _version(name: str, revision: str) -> str:
+    return f"{as_file_name(name)}/versions/{revision}"
+
+
+def _reference(name: str, branch: str) -> str:
+    return f"{as_file_name(name)}/refs/{as_file_name(branch)}"
