@@ -21,7 +21,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import configuration_auto, modeling_auto
 
-HIDDEN, INNER, VOCABULARY, POSITIONS, IMAGE, PATCH = 32, 48, 100, 64, 32, 8
+HIDDEN, INNER, VOCABULARY, IMAGE, PATCH = 32, 48, 100, 32, 8
+POSITIONS = 128  # like the vocabulary, room for the 100 of a default soft prompt
 
 # What a field of a config is set to, by its name.
 _SIZES: dict[str, int] = {
@@ -53,7 +54,8 @@ _SIZES: dict[str, int] = {
             cross_head_dim resampler_head_dim resampler_dim_head global_head_dim index_head_dim
             dim_head patch_size num_latents resampler_n_latents resampler_num_latents num_queries
             mamba_d_head mamba_head_dim linear_head_dim hidden_size_per_layer_input num_mel_bins
-            num_conv_pos_embeddings altup_rank laurel_rank num_filters stem_channels""",
+            num_conv_pos_embeddings altup_rank laurel_rank num_filters stem_channels
+            chunk_size mamba_chunk_size zero_expert_num attention_window""",
         ),
         (12, "qk_head_dim"),
         (
@@ -66,7 +68,9 @@ _SIZES: dict[str, int] = {
             audio_hidden_size backbone_hidden_size project_dim output_channels fpn_hidden_size
             feature_size cross_hidden_size attention_hidden_size memory_encoder_hidden_size
             memory_attention_hidden_size hidden_size_global codebook_dim image_size img_size
-            input_image_size crop_size latent_dim vision_output_dim iou_head_hidden_dim""",
+            input_image_size crop_size latent_dim vision_output_dim iou_head_hidden_dim
+            base_channels projector_input_dim projector_output_dim descriptor_dim
+            unit_embed_dim upsample_initial_channel moe_hidden_size""",
         ),
         (
             INNER,
@@ -74,18 +78,21 @@ _SIZES: dict[str, int] = {
             dim_feedforward ffn_hidden_size moe_intermediate_size shared_expert_intermediate_size
             mlp_dim inner_dim intermediate_size_mlp decoder_intermediate_size linear_units
             encoder_linear_units decoder_linear_units shared_intermediate_size
+            expert_ffn_hidden_size
             moe_shared_expert_intermediate_size memory_attention_feed_forward_hidden_size""",
         ),
         (
             POSITIONS,
             """max_position_embeddings n_positions n_ctx max_seq_len max_target_positions
-            max_source_positions max_2d_position_embeddings codebook_size""",
+            max_source_positions max_2d_position_embeddings
+            max_encoder_position_embeddings max_decoder_position_embeddings""",
         ),
+        (64, "codebook_size"),
         (
             VOCABULARY,
             """vocab_size n_words src_vocab_size tgt_vocab_size text_vocab_size
             encoder_vocab_size decoder_vocab_size vocab_size_per_layer_input
-            input_vocab_size output_vocab_size""",
+            input_vocab_size output_vocab_size unit_hifi_gan_vocab_size""",
         ),
     ]
     for name in names.split()
@@ -177,13 +184,16 @@ def _shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
             shrunk[name] = _shrink(value)
         elif isinstance(value, bool) or value is None:
             shrunk[name] = value
-        elif isinstance(value, int) and name in _SIZES:
-            shrunk[name] = min(value, _SIZES[name]) if value > 0 else value
+        elif isinstance(value, int) and value > 0 and name in _SIZES:
+            roomy = _SIZES[name] in (POSITIONS, VOCABULARY)
+            shrunk[name] = _SIZES[name] if roomy else min(value, _SIZES[name])
         elif isinstance(value, int) and ("token" in name or name.endswith("_id")):
             special -= value >= VOCABULARY
             shrunk[name] = special if value >= VOCABULARY else value
         elif isinstance(value, list) and value and name in _STAGES:
             shrunk[name] = [_STAGES[name]] * len(value)
+        elif isinstance(value, list) and _SIZES.get(name) == IMAGE and "image" in name:
+            shrunk[name] = [IMAGE] * len(value)
         elif isinstance(value, list) and name in _WIDENING and isinstance(value[0], int):
             shrunk[name] = [8 * (place + 1) for place in range(len(value))]
         elif (
@@ -238,7 +248,8 @@ def _attempts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         if parameter.default is inspect.Parameter.empty and parameter.kind.value < 2
     ]
     accepted = inspect.signature(model.forward).parameters
-    base = [main, *required] if main in accepted else required
+    mains = main if isinstance(main, list) else [main]
+    base = [*(name for name in mains if name in accepted), *required]
     more = [n for n in ("input_ids", "pixel_values", "input_features", "bbox") if n in accepted]
     for extra in ([], *([name] for name in more), more):
         names = list(dict.fromkeys([*base, *extra]))
@@ -248,6 +259,8 @@ def _attempts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
                 inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             if "decoder_input_ids" in accepted:
                 inputs["decoder_input_ids"] = _ids(2, 5)
+            if "encoder_hidden_states" in accepted:  # what a decoder alone attends to
+                yield inputs | {"encoder_hidden_states": _noise(2, 5, HIDDEN)}
             yield inputs
 
 
@@ -277,7 +290,7 @@ def _values(model: nn.Module, name: str) -> list[Tensor]:
         bins = field("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel",
                      "feature_size", default=0)  # fmt: skip
         frames = field("max_length", default=2 * field("max_source_positions", default=POSITIONS))
-        waves = [_noise(2, 1200), _noise(2, 1, 1200)]
+        waves = [_noise(2, 2400), _noise(2, 1, 2400)]
         spectra = [_noise(2, bins, frames), _noise(2, frames, bins), _noise(2, 1, frames, bins)]
         return spectra + waves if bins and name == "input_features" else waves + spectra
     if name == "bbox":
@@ -293,6 +306,7 @@ def _values(model: nn.Module, name: str) -> list[Tensor]:
 _SWIN = {"image_size": 32, "patch_size": 4, "depths": [1, 1], "num_heads": [2, 2], "embed_dim": 8}
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "align_vision_model": {"width_coefficient": 0.5, "depth_coefficient": 0.3},
     "esmc": {"num_key_value_heads": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "luke": {"entity_vocab_size": 10},
@@ -304,6 +318,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_self_attends_per_block": 2,
     },
     "roc_bert": {"pronunciation_vocab_size": 10, "shape_vocab_size": 10},
+    "glpn": {"image_size": 64},
+    "pvt_v2": {"image_size": 64},
+    "mobilevit": {"initializer_range": 0.2},  # else its convolutions fade all values to nothing
+    "rwkv": {"use_cache": False},  # its cache is written in place, which no backward survives
+    "univnet": {"model_hidden_channels": 8},
+    "switch_transformers": {"num_experts": 2},
     "swin": _SWIN,
     "donut-swin": _SWIN,
     "swinv2": {**_SWIN, "pretrained_window_sizes": [0, 0]},
