@@ -10,6 +10,8 @@ delta.save_finetuned("my_delta")
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel, register
 from opendelta.backbone_state import deltas
@@ -44,6 +46,9 @@ from opendelta.saving.hashing import gen_model_hash, gen_parameter_hash
 from opendelta.version import __version__
 from opendelta.web import interactive
 
+if TYPE_CHECKING:
+    from opendelta.callback import DeltaCallback
+
 __all__ = [
     "AdapterConfig",
     "AdapterModel",
@@ -57,6 +62,7 @@ __all__ = [
     "CompacterConfig",
     "CompacterModel",
     "DeltaBase",
+    "DeltaCallback",
     "DeltaCenter",
     "DeltaCenterArguments",
     "DeltaWarning",
@@ -88,3 +94,12 @@ __all__ = [
     "register",
     "route",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`DeltaCallback` is a class of transformers', whose import takes a second: for who asks."""
+    if name == "DeltaCallback":
+        from opendelta.callback import DeltaCallback
+
+        return DeltaCallback
+    raise AttributeError(f"module 'opendelta' has no attribute {name!r}")

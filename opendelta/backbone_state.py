@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opendelta.backends.bmt import is_distributed
+from opendelta.backends.engines import require_reduced
 from opendelta.dispatch import Dispatcher, forget_compiled_code
 from opendelta.exceptions import ConfigError, DeltaWarning, warn
 from opendelta.insertion import Insertion, ModuleInsertion, ParameterSlot
-from opendelta.ownership import dotted, own_modules
+from opendelta.ownership import dotted, named_tensors, own_modules
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase
@@ -132,9 +134,11 @@ class BackboneState:
         """Hook of the root that acts once, outside of compiled code."""
         if torch.compiler.is_compiling() or self.probing or self.first_forward is None:
             return
+        attached = [i for i in self.insertions if i.attached and isinstance(i, ModuleInsertion)]
+        acting = (p for i in self.insertions if i.attached for _, p in i.named_parameters())
+        require_reduced(module, acting)
         self.first_forward.remove()
         self.first_forward = None
-        attached = [i for i in self.insertions if i.attached and isinstance(i, ModuleInsertion)]
         missed = [dotted(i.host_name, i.name) for i in attached if not i.reached]
         if missed:
             shown = ", ".join(missed[:5]) + f" and {len(missed) - 5} more" * (len(missed) > 5)
@@ -175,14 +179,6 @@ class BackboneState:
     def delta_tensors(self) -> set[int]:
         """Ids of the tensors that deltas keep constant (buffers, parameters that never train)."""
         return {id(t) for delta in self.deltas for t in delta.constants()}
-
-
-def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a full state dict holds, ties repeated: parameters and persistent buffers."""
-    for name, part in module.named_modules(remove_duplicate=False):
-        for own_name, tensor in (*part._parameters.items(), *part._buffers.items()):
-            if tensor is not None and own_name not in part._non_persistent_buffers_set:
-                yield dotted(name, own_name), tensor
 
 
 def own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -232,10 +228,13 @@ def trim(module: nn.Module, state_dict: dict[str, Any], prefix: str, constants: 
 def fill_in(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, constants: set[int]
 ) -> None:
-    """Add to a dict to be loaded what a trimmed one leaves out, with the values there are now."""
+    """Add to a dict to be loaded what a trimmed one leaves out, with the values there are now.
+
+    BMTrain, which takes whole values alone, is to load with ``strict=False`` instead.
+    """
     keep = active_names(module, constants)
     for name, tensor in named_tensors(module):
-        if name not in keep:
+        if name not in keep and not is_distributed(tensor):
             state_dict.setdefault(prefix + name, tensor.detach())
 
 

@@ -15,6 +15,8 @@ from opendelta.addressing.patterns import as_patterns
 from opendelta.arguments import checked
 from opendelta.backbone_state import BackboneState, SubmoduleTrim
 from opendelta.backends import check_backend
+from opendelta.backends.engines import join_engine
+from opendelta.backends.sharding import reshard
 from opendelta.combining import require_equal_hyperparameters, weighted_sums
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import (
@@ -55,7 +57,9 @@ class DeltaBase(MergeMixin):
         interactive_modify: choose modules on a web page; an int is the page's port.
         common_structure: whether the patterns are common names (``attn.q``) rather than the
             backbone's own.
-        backend: the engine, ``"hf"``.
+        backend: the engine: ``"hf"`` for transformers and any other torch module, or ``"bmt"`` for
+            BMTrain and ModelCenter, which must be initialised. A delta on a backbone whose
+            parameters are BMTrain's joins it in either case.
 
     Raises:
         AddressingError: if a pattern addresses nothing.
@@ -198,6 +202,8 @@ class DeltaBase(MergeMixin):
         check_backbone(made, backbone_model, check_hash)
         names = model_class.constructor_fields()
         fields = {name: getattr(made, name) for name in names if hasattr(made, name)}
+        if made.from_file and "backend" not in kwargs:
+            fields.pop("backend", None)  # what it was trained on; this backbone says where it is
         if "interactive_modify" in kwargs:
             fields["interactive_modify"] = kwargs["interactive_modify"]
         with warnings.catch_warnings():
@@ -303,6 +309,7 @@ class DeltaBase(MergeMixin):
             InsertionError: if the delta is merged or was removed.
         """
         state = self._switching(reset_state_dict)
+        join_engine(self.backbone_model, self._inside(module))
         for insertion in self._inside(module):
             insertion.attach()
         state.held = None if reset_state_dict else state.held
@@ -325,6 +332,7 @@ class DeltaBase(MergeMixin):
     def _switching(self, reset_state_dict: bool) -> BackboneState:
         self.require_presence()
         self.require_unmerged()
+        reshard(self.backbone_model)
         state = BackboneState.create(self.backbone_model)
         if not reset_state_dict:
             state.held = state.trims
@@ -338,7 +346,8 @@ class DeltaBase(MergeMixin):
         try:
             yield
         finally:
-            for insertion in before:
+            reshard(self.backbone_model)
+            for insertion in () if self._removed else before:
                 insertion.attach()
 
     @contextmanager
@@ -349,6 +358,7 @@ class DeltaBase(MergeMixin):
         try:
             yield
         finally:
+            reshard(self.backbone_model)
             for insertion in reversed(before):
                 insertion.detach()
 

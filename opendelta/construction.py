@@ -15,6 +15,9 @@ from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.addressing.patterns import REGEX_MARK, as_patterns, lineage, matches
 from opendelta.addressing.targets import excluded_modules, find_targets, offer_names
 from opendelta.backbone_state import BackboneState
+from opendelta.backends import bmt
+from opendelta.backends.engines import join_engine, require_open
+from opendelta.backends.sharding import agreeing, class_name, reshard
 from opendelta.dispatch import AfterDispatcher, BeforeDispatcher, Dispatcher
 from opendelta.exceptions import AddressingError, InsertionError
 from opendelta.insertion import (
@@ -25,7 +28,7 @@ from opendelta.insertion import (
     place_of,
 )
 from opendelta.inspection import num_total_parameters
-from opendelta.ownership import inserted_names, own_modules, uncompiled
+from opendelta.ownership import child_of, inserted_names, own_modules, unblocked, uncompiled
 from opendelta.sizes import measure_widths, random_state_kept_on_error, read_widths
 
 if TYPE_CHECKING:
@@ -82,6 +85,7 @@ class Construction(nn.Module):
     config_class: ClassVar[type[BaseDeltaConfig]]
 
     backbone_model: nn.Module
+    backend: str | None
     arguments: dict[str, Any]
     config: BaseDeltaConfig
     insertions: list[Insertion]
@@ -144,10 +148,8 @@ class Construction(nn.Module):
             AddressingError: if there is none.
         """
         *path, child_name = key.split(".")
-        parent: nn.Module | None = root_module
-        for part in path:
-            parent = None if parent is None else parent._modules.get(part)
-        child = None if parent is None else parent._modules.get(child_name)
+        parent = child_of(root_module, *path)
+        child = None if parent is None else child_of(parent, child_name)
         if parent is None or child is None:
             raise AddressingError(f"{type(root_module).__name__} has no module {key!r}.")
         return parent, child_name, child
@@ -248,16 +250,22 @@ class Construction(nn.Module):
             self._module_names.setdefault(id(module), name)
         if self.interactive_port is not None:
             modified_modules = self._select_modules(backbone, self.interactive_port)
+        require_open(backbone)
+        reshard(backbone)
         with random_state_kept_on_error():
-            planned = self._planned_insertions(backbone, modified_modules)
-            self.__dict__.setdefault("arguments", {})
-            config = self.config_class(**self.arguments)
+            with agreeing(backbone, InsertionError) as plan:
+                planned = self._planned_insertions(backbone, modified_modules)
+                self.__dict__.setdefault("arguments", {})
+                config = self.config_class(**self.arguments)
+                plan += [
+                    f"{name} {tuple(p.shape)}" for i in planned for name, p in i.named_parameters()
+                ]
             self._carry_out(planned)
         self._own, self._target_names, self._measured = [], [], {}
         self.config = config
         if self.uses_defaults:
             self.config.common_structure = True
-        self.config.backbone_class = type(backbone).__name__
+        self.config.backbone_class = class_name(backbone)
         return backbone
 
     def _planned_insertions(self, backbone: nn.Module, patterns: list[str]) -> list[Insertion]:
@@ -324,7 +332,8 @@ class Construction(nn.Module):
     def widths(self, module: nn.Module) -> tuple[int, int]:
         """(input, output) width of a module to be modified.
 
-        Read off its attributes, else measured by one forward for all targets together.
+        Read off its attributes, or under common structure those of its projections, else measured
+        by one forward for all targets together.
 
         Raises:
             InsertionError: if neither is possible.
@@ -333,6 +342,9 @@ class Construction(nn.Module):
         if known is not None:
             return known
         name = self.name_of(module)
+        known = self.structure.unit_widths(name) if self.common_structure else None
+        if known is not None:
+            return known
         if name not in self._measured:
             wanted = {
                 other: target
@@ -348,7 +360,7 @@ class Construction(nn.Module):
         Raises:
             InsertionError: if it is none of them.
         """
-        module = uncompiled(module)
+        module = unblocked(uncompiled(module))
         name = self._module_names.get(id(module))
         if name is None or not self._is_at(name, module):
             self._module_names = {id(m): n for n, m in own_modules(self.backbone_model)}
@@ -361,10 +373,7 @@ class Construction(nn.Module):
         return name
 
     def _is_at(self, name: str, module: nn.Module) -> bool:
-        found: nn.Module | None = self.backbone_model
-        for part in name.split(".") if name else ():
-            found = None if found is None else found._modules.get(part)
-        return found is module
+        return child_of(self.backbone_model, *filter(None, name.split("."))) is module
 
     # --- inserting --------------------------------------------------------------------------
 
@@ -450,6 +459,7 @@ class Construction(nn.Module):
         The general form of `insert_module`, for methods with an action of their own (a function
         of a module, so that it can be pickled).
         """
+        module = unblocked(module)
         host_name = self.name_of(module)
         if reads_without_calling(self.backbone_model, host_name):
             raise InsertionError(
@@ -518,7 +528,10 @@ class Construction(nn.Module):
 
     def _carry_out(self, planned: Sequence[Insertion]) -> None:
         """Carry out all of a plan, or none of it."""
+        if self.backend == "bmt":
+            bmt.distribute(planned)
         done: list[Insertion] = []
+        join_engine(self.backbone_model, planned)
         try:
             for insertion in planned:
                 done.append(insertion)

@@ -220,6 +220,8 @@ class AfterDispatcher(Dispatcher):
 def add_bias(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Hook of a module whose forward ignores ``bias``: add the parameter of that name, if any."""
     bias = getattr(module, "bias", None)  # an attribute, not a parameter, on a replica
+    if bias is None and module._parameters.get("bias") is not None:
+        bias = module.__getattr__("bias")  # there is an attribute too, which says None
     return output if bias is None else map_hidden(output, lambda hidden: hidden + bias)
 
 

@@ -9,15 +9,17 @@ BitFit's bias).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opendelta.backends.sharding import assign, full, is_shard
 from opendelta.dispatch import Dispatcher, add_bias, forget_compiled_code
 from opendelta.exceptions import InsertionError
-from opendelta.ownership import STANDS_FOR, dotted, own_tensors
+from opendelta.ownership import STANDS_FOR, dotted, named_tensors, own_tensors
 
 Place = tuple[torch.device, torch.dtype | None]
 
@@ -82,7 +84,7 @@ def _constants(module: nn.Module, names: set[str]) -> Iterator[Tensor]:
 
 
 def _saved(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    return iter(module.state_dict(prefix=prefix + ".", keep_vars=True).items())
+    return ((dotted(prefix, name), tensor) for name, tensor in named_tensors(module))
 
 
 class ModuleInsertion:
@@ -256,6 +258,7 @@ class ParameterSlot:
         self.existed = [name in place._parameters for place in places]
         self.original = places[0]._parameters.get(name)
         self.layers: list[ParameterInsertion] = []
+        self.held_bare = 0  # by how many routes, see `hold_bare`
         self.handle: RemovableHandle | None = None
         self.left_at: Place | None = None  # where the original was set aside
         self.sharded = False  # whether the parameter in place was seen as a shard
@@ -264,16 +267,37 @@ class ParameterSlot:
     def top(self) -> ParameterInsertion | None:
         """The insertion that acts now."""
         attached = [layer for layer in self.layers if layer.attached]
-        return attached[-1] if attached else None
+        return attached[-1] if attached and not self.held_bare else None
 
     def look(self) -> None:
         """Take up the parameter that is in place now: loading with ``assign`` puts a new one."""
         current, top = self.places[0]._parameters.get(self.name), self.top
-        self.sharded = self.sharded or hasattr(current, "placements")
+        self.sharded = self.sharded or is_shard(current)
         if top is None:
             self.original = current
         elif current is not None:
             top.parameter = current
+
+    @contextmanager
+    def hold_bare(self) -> Iterator[None]:
+        """Within a ``with`` block the original acts; attach and detach say what does afterwards."""
+        if not self.held_bare:
+            attached = [layer for layer in self.layers if layer.attached]
+            for layer in reversed(attached):
+                layer.detach()
+            for layer in attached:
+                layer._attached = True
+        self.held_bare += 1
+        try:
+            yield
+        finally:
+            self.held_bare -= 1
+            if not self.held_bare:
+                attached = [layer for layer in self.layers if layer.attached]
+                for layer in attached:
+                    layer._attached = False
+                for layer in attached:
+                    layer.attach()
 
     def settle(self) -> None:
         """Put what acts now into every place, moved to where that is now."""
@@ -340,16 +364,41 @@ class ParameterInsertion:
         self._switch(False)
 
     def _switch(self, attached: bool) -> None:
-        if self._attached != attached:
+        if self.slot.held_bare:
+            self._attached = attached
+        elif self._attached != attached:
             self.slot.look()
             if self.slot.sharded:
-                raise InsertionError(
-                    f"The {self.name} of {self.host_name!r} is sharded: BitFit's biases cannot be "
-                    "switched on a sharded backbone."
-                )
+                self._switch_values(attached)
+                return
             (self.slot.top or self.slot).left_at = self.slot.place
             self._attached = attached
             self.slot.settle()
+
+    def _switch_values(self, attached: bool) -> None:
+        """Let another content act by its values: the engine holds on to the parameter."""
+        slot, before = self.slot, self.slot.top
+        self._attached = attached
+        held, after = self.host._parameters.get(self.name), slot.top
+        content = slot.original if after is None else after.parameter
+        if held is None or content is None:
+            self._attached = not attached
+            raise InsertionError(
+                f"The bias of {self.host_name!r} is one that the delta adds, and the backbone is "
+                "sharded: it can be neither added nor taken away now."
+            )
+        if before is after:
+            return
+        aside = nn.Parameter(full(held).clone(), held.requires_grad)
+        with torch.no_grad():
+            assign(held, content.detach())
+        held.requires_grad_(content.requires_grad)
+        held._is_delta = after is not None  # type: ignore[attr-defined]  # see `_label`
+        for layer, now in ((before, aside), (after, held)):
+            if layer is None:
+                slot.original = now
+            else:
+                layer.parameter = now
 
     def remove(self) -> None:
         self.detach()

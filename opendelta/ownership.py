@@ -37,7 +37,7 @@ def own_modules(
             being left out.
     """
     seen: set[int] = set()
-    stack = [("", root)]
+    stack = [("", unblocked(root))]
     while stack:
         name, module = stack.pop()
         if remove_duplicate and id(module) in seen:
@@ -61,8 +61,27 @@ def own_children(module: nn.Module, originals: bool = False) -> list[tuple[str, 
             if not originals:
                 continue
             (child,) = child.__dict__[STANDS_FOR]
-        children.append((name, child))
+        children.append((name, unblocked(child)))
     return children
+
+
+def child_of(module: nn.Module, *path: str) -> nn.Module | None:
+    """The module inside `module` that `path` leads to, if there is one."""
+    found: nn.Module | None = unblocked(module)
+    for part in path:
+        child = None if found is None else found._modules.get(part)
+        found = None if child is None else unblocked(child)
+    return found
+
+
+def unblocked(module: nn.Module) -> nn.Module:
+    """The layer inside BMTrain's `Block`; any other module itself.
+
+    A `Block` has its layer's names and is none of its own: children that are set on it are lost,
+    and its recomputation calls the layer, not the `Block`.
+    """
+    inner = module.__dict__.get("_module")  # an attribute, where other wrappers have a child
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -76,6 +95,14 @@ def own_tensors(module: nn.Module) -> Iterator[Tensor]:
     for _, part in own_modules(module):
         yield from (p for p in part._parameters.values() if p is not None)
         yield from (b for b in part._buffers.values() if b is not None)
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a full state dict holds, ties repeated: parameters and persistent buffers."""
+    for name, part in module.named_modules(remove_duplicate=False):
+        for own_name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None and own_name not in part._non_persistent_buffers_set:
+                yield dotted(name, own_name), tensor
 
 
 def dotted(*parts: str) -> str:

@@ -18,9 +18,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cached_property, partial
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def route(backbone: nn.Module, deltas: Sequence[DeltaBase | None]) -> Iterator[N
         ...     logits = model(**batch_of_four).logits
     """
     here = deltas_of(backbone)
-    made = Route(uncompiled(backbone), _checked(deltas, here), here)
+    made = Route(uncompiled(backbone), _checked(deltas, here))
     with (
         _held("dispatchers", _dispatchers_ask, made),
         _held(made.backbone, partial(_only_modules, here), made),
@@ -191,17 +191,14 @@ class Route:
     Args:
         backbone: the model whose forwards get such batches.
         deltas: for each row its delta, or None.
-        here: all deltas of the backbone.
 
     Raises:
         InsertionError: if one of the deltas does not act row by row.
     """
 
-    def __init__(
-        self, backbone: nn.Module, deltas: list[DeltaBase | None], here: list[DeltaBase]
-    ) -> None:
+    def __init__(self, backbone: nn.Module, deltas: list[DeltaBase | None]) -> None:
         self.backbone, self.deltas = backbone, deltas
-        self.hosts = {id(i.host) for delta in here for i in delta.insertions}
+        self.names = {id(module): name for name, module in own_modules(backbone)}
         self.modules: dict[int, dict[str, tuple[DeltaBase, nn.Module]]] = {}
         self.parameters: dict[nn.Module, dict[Any, dict[DeltaBase, Any]]] = {}
         self._rows: dict[tuple[DeltaBase, ...], Rows] = {}
@@ -213,7 +210,6 @@ class Route:
                     on_host[insertion.name] = delta, insertion.module
                 elif isinstance(insertion, (ParameterInsertion, Replacement)):
                     for site in self._sites(insertion):
-                        self.hosts.add(id(site))
                         kinds = self.parameters.setdefault(site, {})
                         kinds.setdefault(_routed(insertion), {})[delta] = insertion
 
@@ -230,11 +226,13 @@ class Route:
 
     def name_of(self, module: nn.Module) -> str:
         """The name of a module of the backbone."""
-        return self._names[id(module)]
+        return self.names[id(module)]
 
-    @cached_property
-    def _names(self) -> dict[int, str]:
-        return {id(module): name for name, module in own_modules(self.backbone)}
+    def __reduce__(self) -> NoReturn:
+        raise InsertionError(
+            "A backbone cannot be copied or pickled within route(): its hooks for this batch would "
+            "go along. Leave the `with` block first."
+        )
 
     def rows(self, deltas: Iterable[DeltaBase]) -> Rows:
         """Which of `deltas` acts on which row."""
@@ -292,6 +290,9 @@ class Route:
 
     # --- the batch, and parameters ----------------------------------------------------------
 
+    # Another thread may take these hooks off while one of torch's calls is about to run them, which
+    # then hands them no keyword arguments.
+
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Hooks that are needed only while this route is in force."""
@@ -305,7 +306,7 @@ class Route:
                 stack.callback(handle.remove)
             yield
 
-    def _check_batch(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    def _check_batch(self, module: nn.Module, args: Args, kwargs: Kwargs = {}) -> None:  # noqa: B006
         """Before the backbone: compare the batch with the list."""
         values = (*args, *kwargs.values())
         sizes = [len(v) for v in values if isinstance(v, Tensor) and v.dim() > 1]
@@ -318,12 +319,15 @@ class Route:
                 "each row, None for the bare backbone."
             )
 
-    def _give_parameters(self, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    def _give_parameters(
+        self, host: nn.Module, args: Args, kwargs: Kwargs, output: Any = None
+    ) -> Any:
         """After a module with a parameter that deltas replace: give each row its delta's."""
-        if find(host) is self:
-            for routed, insertions in self.parameters[host].items():
-                rows = self.rows(insertions)
-                output = routed([*insertions.values()], rows, host, args, kwargs, output)
+        if find(host) is not self:
+            return None
+        for routed, insertions in self.parameters[host].items():
+            rows = self.rows(insertions)
+            output = routed([*insertions.values()], rows, host, args, kwargs, output)
         return output
 
 
@@ -424,8 +428,8 @@ def _innermost(holds: Callable[[Route], bool]) -> Route | None:
 
 
 def find(host: nn.Module) -> Route | None:
-    """The route that is in force for a module that carries deltas."""
-    return _innermost(lambda made: id(host) in made.hosts)
+    """The route that is in force for a module of a backbone."""
+    return _innermost(lambda made: id(host) in made.names)
 
 
 @contextmanager
@@ -465,9 +469,12 @@ def _dispatchers_ask() -> Iterator[None]:
 @contextmanager
 def _only_modules(deltas: list[DeltaBase]) -> Iterator[None]:
     """A backbone with nothing of its deltas in the place of its own parameters and modules."""
+    insertions = [i for delta in deltas for i in delta.insertions]
     with ExitStack() as stack:
-        for insertion in [i for delta in deltas for i in delta.insertions][::-1]:
-            if not isinstance(insertion, ModuleInsertion) and insertion.attached:
+        for slot in {i.slot: None for i in insertions if isinstance(i, ParameterInsertion)}:
+            stack.enter_context(slot.hold_bare())
+        for insertion in reversed(insertions):
+            if isinstance(insertion, Replacement) and insertion.attached:
                 insertion.detach()
                 stack.callback(insertion.attach)
         yield

@@ -36,7 +36,16 @@ def read_widths(module: nn.Module) -> tuple[int, int] | None:
     normalized = getattr(module, "normalized_shape", None)
     if isinstance(normalized, (tuple, list)) and normalized:
         return normalized[-1], normalized[-1]
-    return None
+    # ModelCenter's embeddings and norms say nothing, but what they hold notes its whole shape.
+    whole = getattr(module._parameters.get("weight"), "_original_shape", None)
+    return (whole[0], whole[-1]) if whole else None
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a module looks up rows of a table."""
+    return hasattr(module, "num_embeddings") or (
+        hasattr(module, "padding_idx") and "weight" in module._parameters
+    )
 
 
 def measure_widths(

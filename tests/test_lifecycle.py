@@ -239,3 +239,14 @@ class TestLongLives(Lives.TestCase):
 
 
 TestLongLives.settings = settings(**SLOW, **COMMON)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["LoraModel", "BitFitModel"])
+def test_a_delta_may_be_removed_while_it_is_set_aside(method: str) -> None:
+    model = backbones.build("t5")
+    before = {name: digest(tensor) for name, tensor in model.state_dict().items()}
+    delta: DeltaBase = getattr(opendelta, method)(model)
+    with delta.detached():
+        delta.remove()
+    assert {name: digest(tensor) for name, tensor in model.state_dict().items()} == before
+    assert not delta.is_attached

@@ -12,7 +12,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from opendelta import LoraModel
-from opendelta.delta_models.lora import LoraLayer, fused_applies
+from opendelta.delta_models.lora import LoraLayer
+from opendelta.delta_models.low_rank_add import fused_applies
 from opendelta.exceptions import AddressingError, InsertionError
 
 

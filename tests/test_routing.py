@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 import weights
 from placed import unchanged
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 import opendelta
 from opendelta import (
@@ -382,6 +385,52 @@ def test_an_error_inside_leaves_the_backbone_as_before(method: str) -> None:
     assert torch.equal(run(model, inputs), expected)
 
 
+def test_what_is_switched_inside_acts_afterwards() -> None:
+    model = backbones.build("gpt2")
+    attached, detached, removed = (put("bitfit", model, i) for i in range(3))
+    attached.attach()
+    removed.attach()
+    inputs = batch("gpt2", 2)
+    with torch.no_grad():
+        expected = torch.cat(alone(model, [detached, None], inputs))
+        attached.attach()
+        removed.attach()
+        with opendelta.route(model, [detached, None]):
+            assert attached.is_attached and not detached.is_attached
+            with attached.detached(), detached.attached():
+                close(run(model, inputs), expected)
+            detached.attach()
+            attached.detach()
+            removed.remove()
+            close(run(model, inputs), expected)
+        assert detached.is_attached and not attached.is_attached and not removed.is_attached
+        expected = torch.cat(alone(model, [detached, detached], inputs))
+        detached.attach()
+        close(run(model, inputs), expected)
+
+
+def test_what_is_constructed_inside_does_not_act() -> None:
+    model = backbones.build("gpt2")
+    rows = [put("lora", model), None]
+    inputs = batch("gpt2", 2)
+    with torch.no_grad(), opendelta.route(model, rows):
+        expected = run(model, inputs)
+        put("adapter", model).attach()
+        assert torch.equal(run(model, inputs), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps], ids=["copied", "pickled"])
+def test_a_backbone_is_not_copied_inside(copied: Callable[[nn.Module], Any]) -> None:
+    model = backbones.build("gpt2")
+    delta = put("bitfit", model)
+    with (
+        unchanged(model),
+        opendelta.route(model, [delta, None]),
+        pytest.raises(InsertionError, match="route"),
+    ):
+        copied(model)
+
+
 def test_threads_have_their_own_routes() -> None:
     model = backbones.build("bert")
     deltas = [put(method, model) for method in ("lora", "prefix", "bitfit", "parallel_adapter")]
@@ -416,6 +465,43 @@ def test_threads_have_their_own_routes() -> None:
     for number in range(4):
         close(results[number], expected[number])
     close(results[4], whole)
+
+
+@pytest.mark.parametrize("when", ["before the forward", "after the forward"])
+def test_a_route_may_end_while_another_thread_calls_its_hooks(when: str) -> None:
+    model: Any = backbones.build("bert")
+    delta = put("bitfit", model)
+    inputs = batch("bert", 1)
+    expected = run(model, inputs)
+    entered, leave = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with opendelta.route(model, [delta]):
+            entered.set()
+            leave.wait(timeout=60)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    entered.wait(timeout=60)
+    host, register = {  # torch has listed the module's own hooks when it runs these
+        "before the forward": (model, torch_module.register_module_forward_pre_hook),
+        "after the forward": (
+            model.encoder.layer[0].attention.self.query,
+            torch_module.register_module_forward_hook,
+        ),
+    }[when]
+
+    def end(module: nn.Module, *_: Any) -> None:
+        if module is host:
+            leave.set()
+            thread.join()
+
+    handle = register(end)
+    try:
+        assert torch.equal(run(model, inputs), expected)
+    finally:
+        handle.remove()
+        leave.set()
 
 
 @pytest.mark.parametrize("thread", ["the same", "another"])

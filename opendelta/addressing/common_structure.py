@@ -221,7 +221,8 @@ class CommonStructureMap:
         """The modules whose output is the output of a role, wherever the backbone plays it.
 
         That is the output projection (``attn.proj``, ``ff.w2``), or the whole module where it has
-        none (fused experts, `torch.nn.MultiheadAttention`).
+        none (fused experts, `torch.nn.MultiheadAttention`), or the one projection that there is
+        (a block that is a convolution).
 
         Args:
             role: ``"attn"``, ``"crossattn"`` or ``"ff"``.
@@ -233,7 +234,29 @@ class CommonStructureMap:
                 continue  # the way up alone, as in BERT: its way down stands elsewhere
             if not any(self._named[part].role in ends for part in parts):
                 found.add(root)
+        for roles in self.blocks().values() if role == "attn" else ():
+            if "attn" not in roles and "attn.proj" not in roles:
+                found.update(roles.get("attn.q", ())[-1:])
         return [name for name in self.matched_pairs if name in found]
+
+    def unit_widths(self, name: str) -> tuple[int, int] | None:
+        """(input, output) width of a whole attention or feed-forward, as its projections say.
+
+        Args:
+            name: a module. None is returned if it is no such unit, or not all that it is.
+        """
+        named = self._named.get(name)
+        ends = {"attn": ("q", "proj"), "crossattn": ("q", "proj"), "ff": ("w1", "w2")}
+        if named is None or named.role not in ends:
+            return None
+        first, last = (f"{named.role}.{end}" for end in ends[named.role])
+        parts = [part for part in self._graph.inside_of(name) if part in self._named]
+        firsts = [p for p in parts if first in _played(self._named[p].role)]
+        lasts = [p for p in parts if self._named[p].role == last]
+        linears = self._graph.linears
+        if not firsts or not lasts or not {*firsts, *lasts} <= linears.keys():
+            return None
+        return linears[firsts[0]][0], linears[lasts[-1]][1]
 
     def explain(self) -> Explanation:
         """A table of the modules that have common names: block, role, module, and why."""

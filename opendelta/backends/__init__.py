@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from opendelta.backends.bmt import require_bmtrain
 from opendelta.exceptions import ConfigError
 
-BACKENDS = ("hf",)
+BACKENDS = ("hf", "bmt")
 
 
 def check_backend(backend: str | None) -> None:
-    """Refuse an engine that this version does not know.
+    """Refuse an engine that is not known, or cannot run here.
 
     Raises:
-        ConfigError: naming those it knows.
+        ConfigError: naming those that are known, or what the engine lacks.
     """
     if backend not in BACKENDS:
-        extra = " BMTrain ('bmt') is not supported yet." if backend == "bmt" else ""
         raise ConfigError(
-            f"backend={backend!r}: this version knows {', '.join(map(repr, BACKENDS))}, which "
-            f"serves transformers and any other torch module.{extra}"
+            f"backend={backend!r}; expected 'hf', which serves transformers and any other torch "
+            "module, or 'bmt' for BMTrain and ModelCenter."
         )
+    if backend == "bmt":
+        require_bmtrain()

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.addressing.feed_forward import about_experts
+from opendelta.addressing.graph import words
 from opendelta.auto_delta import register
 from opendelta.backbone_state import BackboneState, unmerged
+from opendelta.backends.sharding import full
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.dispatch import Args, Kwargs, map_hidden
 from opendelta.exceptions import InsertionError
 from opendelta.insertion import Insertion, ParameterInsertion, ParameterSlot, place_of
 from opendelta.ownership import inserted_names, own_modules
-from opendelta.sizes import read_widths
+from opendelta.sizes import is_embedding, read_widths
 
 if TYPE_CHECKING:
     from opendelta.routing import Rows
@@ -57,7 +59,7 @@ class BiasInsertion(ParameterInsertion):
 def bias_size(module: nn.Module) -> int | None:
     """Width of the bias that is, or could be, added to a module's output; None for others."""
     own_children = set(module._modules) - set(inserted_names(module))
-    if own_children or hasattr(module, "num_embeddings"):
+    if own_children or is_embedding(module):
         return None
     widths = read_widths(module)
     if widths is not None:
@@ -143,7 +145,7 @@ class BitFitModel(DeltaBase):
         """Train the biases of the module called `key` and of all inside it."""
         parts = list(self.named_inside(key))
         for name, part in parts:
-            if not self.is_excluded(name):
+            if not (self.is_excluded(name) or (self.uses_defaults and _only_picks(name))):
                 self.add_bias_to_modules_have_bias_or_known_type(part, name)
         if not self.uses_defaults and not any(self._takes_part(part) for _, part in parts):
             target = module.get_submodule(key)
@@ -172,7 +174,7 @@ class BitFitModel(DeltaBase):
         bias = c._parameters.get("bias")
         if bias is not None:
             places = (self._places or self._bias_places())[id(bias)]
-            self._train(places, nn.Parameter(bias.detach().clone()), ignored=False)
+            self._train(places, nn.Parameter(full(bias).clone()), ignored=False)
             return
         size = bias_size(c)
         if size is None:
@@ -190,3 +192,8 @@ class BitFitModel(DeltaBase):
         if slot is None:
             slot = ParameterSlot([module for _, module in places], "bias")
         self._insert(BiasInsertion(slot, name, parameter, ignored))
+
+
+def _only_picks(name: str) -> bool:
+    """Whether a module sits in an indexer, which picks positions and so gets no gradient."""
+    return any("indexer" in words(part) for part in name.split("."))

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.addressing.feed_forward import about_experts
 from opendelta.addressing.patterns import as_patterns, matches_any
 from opendelta.auto_delta import register
+from opendelta.backends.engines import split_by
 from opendelta.basemodel import DeltaBase
 from opendelta.construction import reads_without_calling
 from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.delta_models.low_rank_add import low_rank_add
 from opendelta.dispatch import AfterDispatcher, Args, Kwargs, first_hidden, map_hidden, onto
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
 from opendelta.insertion import Insertion, ModuleInsertion
@@ -29,98 +30,6 @@ from opendelta.sizes import read_widths
 
 if TYPE_CHECKING:
     from opendelta.routing import Rows
-
-
-class LowRankAdd(torch.autograd.Function):
-    """``output + scaling * dropout(x) A^T B^T`` as one node of the autograd graph.
-
-    It keeps ``x`` and the low-rank activation for backward and draws the dropout mask again
-    there. The small products are computed with the rank as their rows, which is several times
-    faster on CPU than the other way round.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        x: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        dropout: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        seed = int(torch.randint(2**62, ()).item()) if dropout else None
-        with torch.autocast(x.device.type, enabled=False):
-            rows = _drop(x.reshape(-1, x.shape[-1]).to(dtype), dropout, seed)
-            z = lora_a.to(dtype) @ rows.t()
-            added = _add_product(output, z.t(), lora_b.to(dtype), scaling)
-        ctx.save_for_backward(x, z, lora_a, lora_b)
-        ctx.scaling, ctx.dropout, ctx.seed, ctx.dtype = scaling, dropout, seed, dtype
-        return added
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, z, lora_a, lora_b = ctx.saved_tensors
-        _, needs_x, needs_a, needs_b = ctx.needs_input_grad[:4]
-        with torch.autocast(x.device.type, enabled=False):
-            a, b = lora_a.to(ctx.dtype), lora_b.to(ctx.dtype)
-            dy = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
-            rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-            if needs_a or (needs_b and torch.is_grad_enabled()):
-                rows = _drop(rows, ctx.dropout, ctx.seed)
-            if torch.is_grad_enabled():  # a second derivative is wanted: z depends on its factors
-                z = a @ rows.t()
-            dz = (b.t() @ dy.t()) * ctx.scaling
-            grad_x = grad_a = grad_b = None
-            if needs_x:
-                grad_x = _drop(dz.t() @ a, ctx.dropout, ctx.seed).to(x.dtype).view(x.shape)
-            if needs_a:
-                grad_a = (dz @ rows).to(lora_a.dtype)
-            if needs_b:
-                grad_b = ((z @ dy).t() * ctx.scaling).to(lora_b.dtype)
-        return grad, grad_x, grad_a, grad_b, None, None, None
-
-
-def _drop(rows: Tensor, dropout: float, seed: int | None) -> Tensor:
-    """Dropout whose mask follows from `seed`."""
-    if not dropout or seed is None:
-        return rows
-    generator = torch.Generator(rows.device).manual_seed(seed)
-    mask = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
-    mask.bernoulli_(1 - dropout, generator=generator)
-    return rows * mask / (1 - dropout)
-
-
-def _add_product(output: Tensor, z: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """``output + scaling * z B^T`` in the output's dtype, in one operation where dtypes agree."""
-    rows = output.reshape(-1, output.shape[-1])
-    if rows.dtype == z.dtype:
-        added = torch.addmm(rows, z, lora_b.t(), alpha=scaling)
-    else:
-        added = torch.add(rows, (z @ lora_b.t()).to(rows.dtype), alpha=scaling)
-    # No view: what a node of the graph returns as a view must not be changed in place, and some
-    # backbones scale their queries so.
-    return torch.ops.aten._unsafe_view(added, output.shape)
-
-
-def fused_applies(output: Tensor, x: Tensor, lora_a: Tensor) -> bool:
-    """Whether `LowRankAdd` computes what the plain operations would.
-
-    Not for tensor subclasses (shards, quantised ones), compilation, and functional or forward-mode
-    differentiation.
-    """
-    return (
-        type(output) is Tensor
-        and type(x) is Tensor
-        and output.shape[:-1] == x.shape[:-1]
-        and output.device == x.device == lora_a.device
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
-    )
 
 
 class LoraLayer(nn.Module):
@@ -158,16 +67,7 @@ class LoraLayer(nn.Module):
     def forward(self, output: Tensor, x: Tensor) -> Tensor:
         """Add the term of `x` (..., in) onto `output` (..., out); returns that shape and dtype."""
         dropout = self.lora_dropout if self.training else 0.0
-        dtype = self.lora_A.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        if fused_applies(output, x, self.lora_A):
-            added: Tensor = LowRankAdd.apply(
-                output, x, self.lora_A, self.lora_B, self.scaling, dropout, dtype
-            )
-            return added
-        z = F.linear(F.dropout(x.to(dtype), dropout), self.lora_A)
-        return output + (F.linear(z, self.lora_B) * self.scaling).to(output.dtype)
+        return low_rank_add(output, x, self.lora_A, self.lora_B, self.scaling, dropout)
 
     @staticmethod
     def routed(
@@ -340,9 +240,12 @@ class LoraModel(DeltaBase):
 
     def default_targets(self, structure: CommonStructureMap) -> list[list[str]]:
         """The projections of q and v; in a backbone without any, those of the feed-forward."""
-        if {"attn.q", "attn.v"}.isdisjoint(structure.roles()):
-            return self._some_of([structure.addressed(role) for role in ("ff.w1", "ff.w2")])
-        return super().default_targets(structure)
+        roles = self.default_modified_modules
+        if set(roles).isdisjoint(structure.roles()):
+            roles = ["ff.w1", "ff.w2"]
+        transposed = {name for name, m in self._own if getattr(m, "transposed", False)}
+        found = [[n for n in structure.addressed(role) if n not in transposed] for role in roles]
+        return self._some_of(found)
 
     def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
         super().plan(backbone, patterns)
@@ -377,7 +280,7 @@ class LoraModel(DeltaBase):
                 layer = self.new_layer(name, part)
                 self.insert_action(part, layer, "lora", AfterDispatcher, onto)
 
-    def new_layer(self, name: str, target: nn.Module) -> LoraLayer:
+    def new_layer(self, name: str, target: Any) -> LoraLayer:
         """The low-rank term for the module called `name`.
 
         Raises:
@@ -385,6 +288,13 @@ class LoraModel(DeltaBase):
         """
         r = self._by_pattern(self.rank_pattern, name, self.lora_r)
         alpha = self._by_pattern(self.alpha_pattern, name, self.lora_alpha)
+        if split_by(target) is not None:
+            from opendelta.delta_models.split_lora import SplitLoraLayer  # needs this module first
+
+            SplitLoraLayer.require_linear(name, target)
+            return SplitLoraLayer(
+                target.in_features, target.out_features, r, alpha, self.lora_dropout
+            )
         if hasattr(target, "num_embeddings") and hasattr(target, "embedding_dim"):
             return LoraEmbeddingLayer(target, r, alpha, self.lora_dropout)
         if hasattr(target, "in_channels") and not getattr(target, "transposed", True):

@@ -35,9 +35,9 @@ class LowRankLinear(nn.Module):
             initialise(weight.data, w_init, 0.01, "low_rank_w_init")
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.b, x.reshape(-1, x.shape[-1]) @ self.W_left, self.W_right).view(
-            *x.shape[:-1], -1
-        )
+        rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.flatten(0, -2)  # no -1 for nothing
+        y = torch.addmm(self.b, rows @ self.W_left, self.W_right)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class LowRankAdapter(nn.Module):

@@ -30,6 +30,7 @@ from opendelta.dispatch import (
     map_hidden,
 )
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError
+from opendelta.sizes import is_embedding
 
 
 class ParallelAdapterLayer(nn.Module):
@@ -60,6 +61,17 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
+def _held(delta: ParallelAdapterLayer) -> Tensor:
+    """The first module's input, taken out."""
+    source = delta.held.pop(_thread(), None)
+    if source is None:
+        raise InsertionError(
+            "The second module of a ParallelAdapter's pair ran, but the first did not run before "
+            "it: choose two modules that run in this order."
+        )
+    return source
+
+
 def hold(
     delta: ParallelAdapterLayer, host: nn.Module, args: Args, kwargs: Kwargs
 ) -> tuple[Args, Kwargs]:
@@ -72,16 +84,45 @@ def release(
     delta: ParallelAdapterLayer, host: nn.Module, args: Args, kwargs: Kwargs, output: Any
 ) -> Any:
     """After the second module: add what the adapter makes of the first one's input."""
-    source = delta.held.pop(_thread(), None)
-    if source is None:
-        raise InsertionError(
-            "The second module of a ParallelAdapter's pair ran, but the first did not run before "
-            "it: choose two modules that run in this order."
-        )
+    source = _held(delta)
     return map_hidden(output, lambda hidden: hidden + delta(source))
 
 
+def release_channels(
+    delta: ParallelAdapterLayer, host: nn.Module, args: Args, kwargs: Kwargs, output: Any
+) -> Any:
+    """`release` after a convolution, whose features are dimension 1, and which may have a stride.
+
+    The adapter then reads every n-th place, as a shortcut beside such a convolution does.
+    """
+
+    def at_its_places(source: Tensor, hidden: Tensor) -> Tensor:
+        for dim in range(2, hidden.dim()):
+            step = -(-source.shape[dim] // hidden.shape[dim])
+            source = source[(slice(None),) * dim + (slice(None, None, step),)]
+        return source.movedim(1, -1)
+
+    held = _held(delta)
+    return map_hidden(
+        output, lambda hidden: hidden + delta(at_its_places(held, hidden)).movedim(-1, 1)
+    )
+
+
 ADDITIVE.add(release)
+
+
+def _keeps_places(convolution: Any) -> bool:
+    """Whether a convolution has an output place for each input place, or each n-th one."""
+    padding = convolution.padding
+    return not convolution.transposed and (
+        padding == "same"
+        or all(
+            2 * pad == gap * (size - 1)
+            for pad, gap, size in zip(
+                padding, convolution.dilation, convolution.kernel_size, strict=True
+            )
+        )
+    )
 
 
 class DropHeld:
@@ -176,19 +217,22 @@ class ParallelAdapterModel(DeltaBase):
     def default_targets(self, structure: CommonStructureMap) -> list[list[str]]:
         """The defaults in pairs, block by block.
 
-        Where a block has not one second module for each first, as with experts, or no module
-        that is its whole attention, the adapter spans the unit from its first to its last module.
+        Where a block has not one second module for each first, as with experts, the adapter goes
+        beside the whole unit; where no module is that, beside its output or only projection.
         """
         found: list[list[str]] = [[] for _ in self.default_modified_modules]
         for roles in structure.blocks().values():
             for at in range(0, len(found), 2):
                 first, second = self.default_modified_modules[at : at + 2]
+                unit = first.partition(".")[0]
                 firsts, seconds = roles.get(first, []), roles.get(second, [])
                 if len(firsts) != len(seconds) or not firsts:
-                    unit = first.partition(".")[0]
-                    firsts = seconds = roles.get(unit, [])
-                found[at] += firsts
-                found[at + 1] += seconds
+                    ends = (roles.get(f"{unit}.{end}", [])[-1:] for end in ("proj", "q"))
+                    firsts = seconds = roles.get(unit) or next(filter(None, ends), [])
+                for pair in zip(firsts, seconds, strict=True):
+                    if self._misfit(*pair) is None:
+                        found[at].append(pair[0])
+                        found[at + 1].append(pair[1])
         return self._some_of(found)
 
     def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
@@ -224,19 +268,35 @@ class ParallelAdapterModel(DeltaBase):
         """Put one adapter from the input of one module to the output of another."""
         first = self.backbone_model.get_submodule(first_name)
         second = self.backbone_model.get_submodule(second_name)
-        for module, name in ((first, first_name), (second, second_name)):
-            if hasattr(module, "out_channels") or hasattr(module, "num_embeddings"):
-                raise ConfigError(
-                    f"{name!r} is a {type(module).__name__}: a ParallelAdapter goes beside modules "
-                    "whose input and output are hidden states of shape (batch, tokens, hidden)."
-                )
+        misfit = self._misfit(first_name, second_name)
+        if misfit is not None:
+            raise ConfigError(misfit)
         (in_width, _), (_, out_width) = self.widths(first), self.widths(second)
         layer = ParallelAdapterLayer(
             in_width, self.bottleneck_dim, out_width, self.non_linearity, self.scaled
         )
         self.insert_action(first, layer, "parallel_adapter", BeforeDispatcher, hold)
-        self.insert_action(second, layer, "parallel_adapter", AfterDispatcher, release)
+        action = release_channels if hasattr(second, "out_channels") else release
+        self.insert_action(second, layer, "parallel_adapter", AfterDispatcher, action)
         return layer
+
+    def _misfit(self, *names: str) -> str | None:
+        """Why a pair of modules cannot have an adapter beside it, if so."""
+        modules = [self.backbone_model.get_submodule(name) for name in names]
+        convolutions = [hasattr(module, "out_channels") for module in modules]
+        for name, module, convolution in zip(names, modules, convolutions, strict=True):
+            if is_embedding(module) or (convolution and not _keeps_places(module)):
+                return (
+                    f"{name!r} is a {type(module).__name__}: a ParallelAdapter goes beside modules "
+                    "whose output has the places of their input, such as linears, attentions, and "
+                    "convolutions that are padded to that end."
+                )
+        if any(convolutions) and not all(convolutions):
+            return (
+                f"{names[0]!r} and {names[1]!r}: one of them is a convolution and one is not, so "
+                "their hidden states are laid out differently."
+            )
+        return None
 
     def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """0.3.2's files hold an adapter under both its modules: the second name is dropped."""

@@ -19,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from opendelta.addressing.patterns import fold_numbers
 from opendelta.auto_delta import register
+from opendelta.backends.bmt import has_distributed
+from opendelta.backends.sharding import is_dtensor
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.inline_attention import InlineAttention
@@ -108,6 +110,12 @@ class PrefixLayer(nn.Module):
         if network is None:
             return self.past_key, self.past_value
         both = network(self.start, self.start + sum(self.widths))
+        if is_dtensor(both):
+            raise InsertionError(
+                "One network generates the prefixes of all modules, but FSDP2 shards it with the "
+                "first of them alone. Put the prefix on after fully_shard, which makes the network "
+                "a unit of its own, or construct it with reparameterize=False."
+            )
         return both[:, : self.widths[0]], both[:, self.widths[0] :]
 
     @staticmethod
@@ -254,6 +262,11 @@ class PrefixModel(DeltaBase):
 
     def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
         """Put a prefix on every target; the network sits on the first."""
+        if has_distributed(backbone):
+            raise ConfigError(
+                "Prefix tuning does not run on BMTrain; LoRA, the adapters, BitFit and soft "
+                "prompts do."
+            )
         for name in ("prefix_token_num", "embed_dim", "mid_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; expected 1 or more.")

@@ -20,12 +20,14 @@ from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.dispatch import AfterDispatcher, Args, BeforeDispatcher, Kwargs, first_hidden
 from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ownership import dotted, own_modules
+from opendelta.sizes import is_embedding
 
 ROOT, LAYER = "root", "soft_prompt_layer"
 PROMPT_ID = -1  # stands for a position of the prompt among ids
 IGNORED_LABEL = -100  # what transformers' and torch's losses leave out
 _NO_TOKENS = {"pos", "position", "positional", "positions", "type", "segment", "relative"}
 SPANS = ("start_positions", "end_positions")  # labels that count positions
+COUNTS = (*SPANS, "length")  # so do ModelCenter's lengths of the texts
 
 
 class SoftPromptLayer(nn.Module):
@@ -103,7 +105,7 @@ class Companion(nn.Module):
     def pre_forward(self, *args: Any, **kwargs: Any) -> tuple[Args, Kwargs]:
         """The model's arguments, with ids that stand for the prompt before those of the text."""
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        known = {*self.expand, "labels", *SPANS}
+        known = {*self.expand, "labels", *COUNTS}
         tensors = [n for n, v in given.items() if isinstance(v, Tensor) and n not in known]
         name = "input_ids" if "input_ids" in tensors else next(iter(tensors), None)
         self.length = 0
@@ -173,7 +175,7 @@ def lengthen(given: Kwargs, layer: SoftPromptLayer | Companion, shape: torch.Siz
     if isinstance(labels, Tensor) and labels.shape == shape and not cached:
         scores_of_classes = labels.is_floating_point()
         given["labels"] = labels if scores_of_classes else longer(labels, count, IGNORED_LABEL)
-    for name in SPANS:
+    for name in COUNTS:
         if isinstance(given.get(name), Tensor):
             given[name] = given[name] + count
     return not cached
@@ -370,8 +372,7 @@ class SoftPromptModel(DeltaBase):
                 self.insert_action(host, companion, name, AfterDispatcher, trim)
 
     def _initial(self, embedding: Any) -> Tensor:
-        count, vocabulary = self.soft_token_num, embedding.num_embeddings
-        width = embedding.embedding_dim
+        count, (vocabulary, width) = self.soft_token_num, self.widths(embedding)
         if not self.token_init:
             return torch.empty(count, width).uniform_(-self.init_range, self.init_range)
         if count > vocabulary:
@@ -435,7 +436,7 @@ def _embedding_of(name: str, host: Any) -> tuple[str, Any]:
     It is what `get_input_embeddings` returns, else the first embedding that is not named after
     positions or types.
     """
-    found = [(n, m) for n, m in own_modules(host) if hasattr(m, "num_embeddings")]
+    found = [(n, m) for n, m in own_modules(host) if is_embedding(m)]
     wanted = _input_embedding(host)
     if wanted is not None:
         found = [(n, m) for n, m in found if m is wanted]

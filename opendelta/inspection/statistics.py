@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from opendelta.ownership import inserted_names, inserted_parameters
+from opendelta.backends.sharding import full_shape
+from opendelta.ownership import inserted_names, inserted_parameters, unblocked
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def numel(p: Tensor) -> int:
     """Values in a parameter: in the whole one where it is sharded, 0 while it has no shape."""
     if is_lazy(p):
         return 0
-    return int(getattr(p, "ds_numel", p.numel()))  # ZeRO-3 leaves an empty tensor behind
+    return full_shape(p).numel()
 
 
 def count(parameters: Iterable[Tensor]) -> int:
@@ -40,7 +41,7 @@ def count(parameters: Iterable[Tensor]) -> int:
 def delta_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of the deltas that are attached inside `module`, each once."""
     found: dict[int, nn.Parameter] = {}
-    for inner in module.modules():
+    for inner in map(unblocked, module.modules()):
         for name in inserted_names(inner):
             delta = inner._modules.get(name)  # None while it is detached
             if delta is not None:

@@ -37,7 +37,8 @@ from opendelta.inspection.tree import (
     VIRTUAL,
     ModuleTree,
 )
-from opendelta.ownership import inserted_names, inserted_parameters, own_modules
+from opendelta.backends.sharding import full_shape
+from opendelta.ownership import inserted_names, inserted_parameters, own_modules, unblocked
 
 
 class Visualization:
@@ -213,7 +214,8 @@ def _below(above: str, name: str) -> str:
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, child) for name, child in module._modules.items() if child is not None)
+    children = module._modules.items()
+    return ((name, unblocked(child)) for name, child in children if child is not None)
 
 
 def _parameters(module: nn.Module, is_delta: bool = False) -> list[tuple[str, str]]:
@@ -222,7 +224,7 @@ def _parameters(module: nn.Module, is_delta: bool = False) -> list[tuple[str, st
     shown = []
     for name, p in module._parameters.items():
         if p is not None:
-            shape = "?" if is_lazy(p) else ", ".join(map(str, p.shape))
+            shape = "?" if is_lazy(p) else ", ".join(map(str, full_shape(p)))
             color = TRAINABLE if p.requires_grad else FROZEN
             shown.append((f"{name}:[{shape}]", DELTA if is_delta or name in of_deltas else color))
     return shown

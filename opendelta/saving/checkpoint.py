@@ -14,6 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.backbone_state import BackboneState, deltas, own_parameters, unmerged
+from opendelta.backends.engines import require_whole
+from opendelta.backends.sharding import (
+    assign,
+    class_name,
+    full,
+    full_shape,
+    is_sharded,
+    reshard,
+    written_once,
+)
 from opendelta.center.arguments import DeltaCenterArguments
 from opendelta.center.center import DeltaCenter
 from opendelta.center.publish import Publication
@@ -29,7 +39,7 @@ from opendelta.exceptions import (
     warn,
 )
 from opendelta.freezing import EVERY_DELTA, reached
-from opendelta.ownership import uncompiled
+from opendelta.ownership import named_tensors, uncompiled
 from opendelta.saving.files import (
     CONFIG_FILE,
     SAFETENSORS_FILE,
@@ -139,25 +149,31 @@ class SaveLoadMixin(Construction):
         if writes_config:  # before anything is replaced, since it may fail
             self.describe_backbone(tensors)
             self.config.to_json_string()
-        digest = write_tensors(folder / name, tensors, save_function)
-        if digest is None:
-            return
-        if writes_config:
-            self.config.weights_file, self.config.weights_sha256 = name, digest
-            self.config.save_finetuned(folder)
-        else:
-            _note_weights(folder / name, digest)
-        if publication is not None:
-            publication.carry_out(folder, test_result, usage or "")
+        with written_once(self.backbone_model) as writes:
+            digest = write_tensors(folder / name, tensors, save_function) if writes else None
+            if digest is None:
+                return
+            if writes_config:
+                self.config.weights_file, self.config.weights_sha256 = name, digest
+                self.config.save_finetuned(folder)
+            else:
+                _note_weights(folder / name, digest)
+            if publication is not None:
+                publication.carry_out(folder, test_result, usage or "")
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """What `save_finetuned` writes: name -> tensor, this delta's first."""
+        """What `save_finetuned` writes: name -> tensor, this delta's first.
+
+        Of shards it is the whole tensors, on every rank.
+        """
+        require_whole(self.backbone_model)
+        reshard(self.backbone_model)
         tensors: dict[str, Tensor] = dict(self.own_tensors())
         wanted, originals = set(self.declared_backbone_parameters()), unmerged(self.backbone_model)
         for name, p in own_parameters(self.backbone_model):
             if name in wanted:
                 tensors.setdefault(name, originals.get(id(p), p))
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+        return {name: full(tensor) for name, tensor in tensors.items()}
 
     def describe_backbone(self, carried: Collection[str]) -> None:
         """Write into the config on which backbone this delta stands.
@@ -167,10 +183,14 @@ class SaveLoadMixin(Construction):
         """
         backbone = self.backbone_model
         own = {name for name, _ in bare_parameters(backbone)}
-        self.config.backbone_class = type(backbone).__name__
+        self.config.backbone_class = class_name(backbone)
         source = getattr(getattr(backbone, "config", None), "_name_or_path", None)
         self.config.backbone_checkpoint_name = source or self.config.backbone_checkpoint_name or ""
         self.config.backbone_hash_excludes = sorted(own.intersection(carried))
+        if is_sharded(backbone):
+            logger.info("The backbone is sharded: no hash of it is saved, since it is not gathered.")
+            self.config.backbone_hash = None
+            return
         self.config.backbone_hash = backbone_hash(
             backbone, excludes=self.config.backbone_hash_excludes
         )
@@ -193,9 +213,11 @@ class SaveLoadMixin(Construction):
         file = Path(path)
         if file.is_dir() or not file.suffix:
             file = file / SAFETENSORS_FILE
-        digest = write_tensors(file, self.checkpoint_tensors(), save_func)
-        if digest is not None and file.name in WEIGHT_FILES:
-            _note_weights(file, digest)
+        tensors = self.checkpoint_tensors()
+        with written_once(self.backbone_model) as writes:
+            digest = write_tensors(file, tensors, save_func) if writes else None
+            if digest is not None and file.name in WEIGHT_FILES:
+                _note_weights(file, digest)
 
     def load_checkpoint(
         self,
@@ -225,7 +247,7 @@ class SaveLoadMixin(Construction):
         self.look_at_places()
         seen: set[int] = set()
         inserted = (pair for insertion in self.insertions for pair in insertion.named_tensors())
-        for name, tensor in itertools.chain(inserted, self.state_dict(keep_vars=True).items()):
+        for name, tensor in itertools.chain(inserted, named_tensors(self)):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield name, tensor
@@ -421,6 +443,12 @@ def check_backbone(
         raise ConfigError(f"check_hash={check_hash!r}; expected True, False or 'full'.")
     if not check_hash or not config.backbone_hash:
         return
+    if check_hash != "full" and is_sharded(backbone):
+        logger.info(
+            "The backbone is sharded: its hash is not compared with the one in the config, since "
+            "it is not gathered unasked. check_hash='full' does, on all ranks."
+        )
+        return
     hash_of = gen_model_hash if check_hash == "full" else backbone_hash
     actual = hash_of(backbone, excludes=config.backbone_hash_excludes or ())
     if actual != config.backbone_hash:
@@ -447,6 +475,8 @@ def load_tensors(
         CheckpointError: naming missing and unexpected keys and shapes that differ.
     """
     require_tensors(tensors, "state_dict")
+    require_whole(delta.backbone_model)
+    reshard(delta.backbone_model)
     tensors = delta.translate_keys(tensors)
     own = dict(delta.own_tensors())
     targets: dict[str, Tensor] = dict(own)
@@ -464,9 +494,9 @@ def load_tensors(
     missing = [name for name in required if name not in tensors]
     unexpected = [name for name in tensors if name not in targets]
     shapes = [
-        f"{name}: {tuple(tensors[name].shape)} in the file, {tuple(targets[name].shape)} here"
+        f"{name}: {tuple(tensors[name].shape)} in the file, {tuple(full_shape(targets[name]))} here"
         for name in tensors
-        if name in targets and tensors[name].shape != targets[name].shape
+        if name in targets and tensors[name].shape != full_shape(targets[name])
     ]
     shapes += [
         f"{name}: {tensor.dtype} in the file, {targets[name].dtype} here"
@@ -489,7 +519,7 @@ def load_tensors(
         )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            targets[name].copy_(tensor)
+            assign(targets[name], tensor)
         for state in BackboneState.within(delta.backbone_model):
             for weight in state.merged.values():  # folded anew, from what was loaded
                 weight.put(weight.folds, weight.computed(weight.folds))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.backbone_state import BackboneState, unmerged
+from opendelta.backends.sharding import class_name, full, full_shape, reshard
 from opendelta.insertion import ParameterSlot
 from opendelta.ownership import dotted, own_children, own_modules, uncompiled
 
@@ -33,7 +34,7 @@ def gen_parameter_hash(generator: Iterable[Tensor], md5: Any = None) -> Any:
     """
     md5 = hashlib.md5(usedforsecurity=False) if md5 is None else md5
     for tensor in generator:
-        flat = tensor.detach()
+        flat = full(tensor)
         if flat.is_quantized:
             gen_parameter_hash(_scales(flat), md5)
             flat = flat.int_repr()
@@ -51,7 +52,8 @@ def gen_model_hash(
     """The md5 of a model: its printed structure without whitespace, then its parameters' bytes.
 
     Deltas are left out, so the hash of a backbone is the same before and after one is put on it;
-    the model may run meanwhile.
+    the model may run meanwhile. The parameters of a sharded model are made whole one at a time, so
+    that the hash is that of the whole model: call it on all ranks or on none.
 
     Args:
         model: the backbone.
@@ -62,6 +64,7 @@ def gen_model_hash(
         32 hex digits.
     """
     model = uncompiled(model)
+    reshard(model)
     md5 = structure_hash(model)
     if with_parameters:
         md5 = gen_parameter_hash((p for n, p in bare_parameters(model) if n not in excludes), md5)
@@ -113,21 +116,28 @@ def _bare(module: nn.Module, slots: Slots) -> dict[str, nn.Parameter | None]:
 def _structure(module: nn.Module, slots: Slots) -> str:
     """`str(module)` without deltas, up to whitespace."""
     cls = type(module)
-    plain = cls.__bases__[-1].__name__
-    name = plain if cls.__name__ == f"FSDP{plain}" else module._get_name()  # renamed by FSDP2
+    name = module._get_name()
+    if name == cls.__name__:
+        name = class_name(module)  # as it was before FSDP2
     children = [(key, _structure(child, slots)) for key, child in own_children(module, True)]
     if cls.__repr__ is nn.ModuleList.__repr__:
         return f"{name}({_folded(children)})"
     if cls.__repr__ is not nn.Module.__repr__ and cls.__repr__ is not nn.ModuleDict.__repr__:
         return repr(module)  # a module that prints itself in its own way
-    extra = _described(module, slots) if id(module) in slots else module.extra_repr()
+    parameters = [p for p in module._parameters.values() if p is not None]
+    changed = id(module) in slots or any(full_shape(p) != p.shape for p in parameters)
+    extra = _described(module, slots) if changed else module.extra_repr()
     return f"{name}({extra}{''.join(f'({key}):{text}' for key, text in children)})"
 
 
 def _described(module: nn.Module, slots: Slots) -> str:
-    """`extra_repr` of a module whose parameter a delta replaced (``bias=True``)."""
+    """`extra_repr` of a module with its own parameters (``bias=True``), each in its whole shape."""
     twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__, _parameters=_bare(module, slots))
+    shapes = {
+        name: None if p is None else torch.empty(full_shape(p), dtype=p.dtype, device="meta")
+        for name, p in _bare(module, slots).items()
+    }
+    twin.__dict__.update(module.__dict__, _parameters=shapes)
     return twin.extra_repr()
 
 

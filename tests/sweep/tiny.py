@@ -111,8 +111,12 @@ _WIDENING = ("hidden_sizes", "embed_dims", "encoder_hidden_sizes", "embed_dim", 
 
 
 def model_types() -> list[str]:
-    """Every type of model that transformers knows."""
-    return list(configuration_auto.CONFIG_MAPPING_NAMES)
+    """Every type of model that transformers knows; of several of one config, the shortest."""
+    named = configuration_auto.CONFIG_MAPPING_NAMES
+    shortest: dict[str, str] = {}
+    for kind in sorted(named, key=len):
+        shortest.setdefault(named[kind], kind)
+    return [kind for kind in named if shortest[named[kind]] == kind]
 
 
 def model_class(model_type: str) -> type[nn.Module]:

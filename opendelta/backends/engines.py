@@ -1,0 +1,172 @@
+"""A delta and the engine that its backbone is on already: shard it the same way, or say what to do.
+
+Put on before the engine wraps the backbone, a delta is like any other part of it and none of this
+applies. Put on afterwards, its parameters would be unknown to the engine, and silently differ
+between the ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from opendelta.backends import bmt
+from opendelta.backends.sharding import is_dtensor, is_flattened, is_shard, is_sharded
+from opendelta.exceptions import InsertionError
+from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, Replacement
+
+_ORDER = (
+    "Construct (or attach) the delta first, then let the engine wrap the backbone with the delta "
+    "on it."
+)
+
+
+def require_open(backbone: nn.Module) -> None:
+    """Refuse a backbone whose engine takes no more parameters.
+
+    Raises:
+        InsertionError: for the wrapper of DDP or DeepSpeed itself, for a backbone under ZeRO-3
+            whose engine was initialised, and for one that FSDP1 flattened.
+    """
+    if hasattr(backbone, "require_backward_grad_sync") or hasattr(backbone, "allreduce_gradients"):
+        raise InsertionError(
+            f"The backbone is wrapped by {type(backbone).__name__} already, which would never "
+            f"average the gradients of a delta that comes later. {_ORDER}"
+        )
+    require_whole(backbone)
+    if any(hasattr(module, "ds_inflight_param_registry") for module in backbone.modules()):
+        raise InsertionError(
+            "DeepSpeed's ZeRO-3 was initialised on this backbone already, and its optimizer "
+            f"takes no more parameters. {_ORDER}"
+        )
+
+
+def require_whole(backbone: nn.Module) -> None:
+    """Refuse a backbone whose modules no longer have parameters of their own.
+
+    Raises:
+        InsertionError: if FSDP1 flattened it.
+    """
+    if any(is_flattened(p) for p in backbone.parameters()):
+        raise InsertionError(
+            "FSDP1 (FullyShardedDataParallel) made flat parameters of this backbone, in which no "
+            "module has its own any more: a delta can be neither put on, saved nor loaded. Use "
+            "FSDP2 (torch.distributed.fsdp.fully_shard), before or after the delta."
+        )
+
+
+def require_reduced(backbone: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse deltas that DDP does not know, during a forward of its.
+
+    Raises:
+        InsertionError: if DDP runs now and was made before one of `parameters`.
+    """
+    ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
+    if ddp is None:
+        return
+    known = {id(p) for p in ddp._module_parameters}
+    if any(p.requires_grad and id(p) not in known for p in parameters):
+        raise InsertionError(
+            f"A delta was put on {type(backbone).__name__} (or unfrozen) after "
+            "DistributedDataParallel wrapped it, so that its gradients are not averaged and the "
+            f"ranks would drift apart. {_ORDER}"
+        )
+
+
+def split_by(host: nn.Module) -> Any:
+    """A parameter of `host` that is on the mesh of tensor parallelism, None if there is none."""
+    if _by_fsdp2(host):
+        return None
+    return next((p for p in host.parameters() if is_dtensor(p)), None)
+
+
+def _by_fsdp2(host: nn.Module) -> bool:
+    """Whether FSDP2 manages a module, which it marks for torch.compile."""
+    return getattr(host, "_is_fsdp_managed_module", False)
+
+
+def join_engine(backbone: nn.Module, insertions: Sequence[Insertion]) -> None:
+    """Make what is about to be put on a backbone part of the engine that sharded it.
+
+    Called on every rank; the values of the first rank become those of all.
+
+    Raises:
+        InsertionError: if the engine, or the method, cannot do that.
+    """
+    if not is_sharded(backbone):
+        return
+    if bmt.has_distributed(backbone):
+        bmt.distribute(insertions)
+        return
+    require_open(backbone)
+    new: dict[int, tuple[Any, Insertion]] = {}
+    for insertion in insertions:
+        if isinstance(insertion, ParameterInsertion):
+            require_unsplit(insertion, "BitFit")
+            if _by_fsdp2(insertion.host) and insertion.host._parameters.get(insertion.name) is None:
+                raise InsertionError(
+                    f"{insertion.host_name!r} has no {insertion.name} yet, and FSDP2 sharded it "
+                    f"already: it would not know one that is added. {_ORDER}"
+                )
+        elif isinstance(insertion, (ModuleInsertion, Replacement)):
+            parameters = list(insertion.module.parameters())
+            if parameters and not any(is_shard(p) for p in parameters):
+                new.setdefault(id(insertion.module), (insertion.module, insertion))
+    holders = Counter(id(p) for module, _ in new.values() for p in module.parameters())
+    shared = any(count > 1 for count in holders.values())
+    for module, insertion in new.values():
+        if hasattr(module, "split_like"):
+            module.split_like(insertion.host)
+            continue
+        require_unsplit(insertion, type(module).__name__)
+        if _by_fsdp2(insertion.host):
+            if shared:
+                raise InsertionError(
+                    "The modules of this delta share parameters, which FSDP2 cannot add to a "
+                    f"backbone that it sharded already. {_ORDER}"
+                )
+            _fully_shard_like(insertion.host, module, backbone)
+
+
+def require_unsplit(insertion: Insertion, what: str) -> None:
+    """Refuse a host that is split by tensor parallelism.
+
+    Raises:
+        InsertionError: naming how it is split.
+    """
+    weight = split_by(insertion.host)
+    if weight is not None:
+        raise InsertionError(
+            f"{insertion.host_name!r} is split by tensor parallelism (placements "
+            f"{tuple(weight.placements)} over {weight.device_mesh.size()} ranks). LoRA on its "
+            f"linears follows the plan, {what} does not: load the backbone without tp_plan, or "
+            "use LoraModel."
+        )
+
+
+def _fully_shard_like(host: nn.Module, delta: nn.Module, backbone: nn.Module) -> None:
+    """Shard a delta module on the mesh of FSDP2's unit around its host, under the same policy."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # late: is slow
+
+    units = [m for m in backbone.modules() if hasattr(m, "set_requires_gradient_sync")]
+    unit: Any = next(u for u in reversed(units) if any(part is host for part in u.modules()))
+    weight = next(p for p in unit.parameters() if is_dtensor(p))
+    mesh = weight.device_mesh
+    if not all(placement.is_replicate() for placement in weight.placements[:-1]):
+        raise InsertionError(
+            f"FSDP2 and tensor parallelism together (placements {tuple(weight.placements)}) take "
+            f"no delta afterwards. {_ORDER}"
+        )
+    for p in delta.parameters():
+        for group in mesh.get_all_groups():
+            torch.distributed.broadcast(p.data, group=group, group_src=0)
+    # Small, and a prefix is used after the module that holds it was called: not resharded between.
+    policy = unit._get_fsdp_state()._mp_policy
+    fully_shard(delta, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    for name in ("pre_forward", "post_forward"):
+        if hasattr(delta, name):
+            register_fsdp_forward_method(delta, name)

@@ -1,0 +1,178 @@
+"""What an engine made of a tensor, told by the tensor itself: no engine is imported.
+
+A sharded tensor is a `DTensor` (FSDP2, tensor parallelism), is partitioned by DeepSpeed's ZeRO-3
+(it has a ``ds_id``), or is distributed by BMTrain (`opendelta.backends.bmt`). What is said of it
+here holds on every rank, and whatever needs other ranks must be called on all of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from opendelta.backends import bmt
+from opendelta.exceptions import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a `DTensor`: it has placements on a mesh of devices."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Whether a tensor is partitioned by ZeRO-3: empty, but while a module that needs it runs."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_flattened(tensor: Any) -> bool:
+    """Whether FSDP1 made one flat tensor of this one and others."""
+    return getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False)
+
+
+def is_shard(tensor: Any) -> bool:
+    """Whether a tensor is a shard, or is held by what made shards of others."""
+    return is_dtensor(tensor) or is_partitioned(tensor)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether some parameter of a module is a shard."""
+    return bmt.has_distributed(module) or any(is_shard(p) for p in module.parameters())
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class; FSDP2 and BMTrain put one of their own before it."""
+    name = type(module).__name__
+    bases = (base.__name__ for base in type(module).__bases__)
+    return next((n for n in bases if name in (f"FSDP{n}", f"bmtrain.Distributed{n}")), name)
+
+
+def full_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole tensor that a shard is from."""
+    noted = "_original_shape" if bmt.is_distributed(tensor) else "ds_shape"
+    shape: torch.Size = getattr(tensor, noted, tensor.shape)
+    return shape
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor that a shard is from, on every rank; any other tensor itself."""
+    if is_dtensor(tensor):
+        whole: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+        return whole
+    if is_partitioned(tensor):
+        with _gathered(tensor):
+            return tensor.detach().clone()
+    if bmt.is_distributed(tensor):
+        return bmt.whole(tensor)
+    return tensor.detach()
+
+
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor, the same on all ranks, into one that may be a shard."""
+    if is_dtensor(target):
+        from torch.distributed.tensor import distribute_tensor  # loaded: there is a DTensor
+
+        mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
+        value = value.to(device=target.device, dtype=target.dtype)
+        target.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
+    elif is_partitioned(target):
+        with _gathered(target, modifier_rank=0):
+            target.copy_(value)
+        if hasattr(target, "_z3_optimizer"):  # whose own copy would overwrite it at the next step
+            sys.modules["deepspeed"].utils.safe_set_full_fp32_param(target, value.float())
+    elif bmt.is_distributed(target):
+        bmt.fill(target, value)
+    else:
+        target.copy_(value)
+
+
+def _gathered(tensor: Tensor, **options: Any) -> Any:
+    """ZeRO-3's own way to a whole parameter; DeepSpeed is loaded where there is one."""
+    return sys.modules["deepspeed"].zero.GatheredParameters([tensor], **options)
+
+
+def reshard(backbone: nn.Module) -> None:
+    """Let FSDP2 put its shards back where a forward without backward left whole tensors."""
+    for module in backbone.modules():
+        if hasattr(module, "set_requires_gradient_sync"):  # an FSDPModule
+            module.reshard()  # type: ignore[operator]
+
+
+# --- all ranks together ---------------------------------------------------------------------------
+
+
+def _groups(backbone: nn.Module) -> list[ProcessGroup]:
+    """The groups of ranks that hold the shards of a backbone; none where it is not sharded."""
+    for p in backbone.parameters():
+        if is_dtensor(p):
+            groups: list[ProcessGroup] = p.device_mesh.get_all_groups()  # type: ignore[attr-defined]
+            return groups
+        if is_partitioned(p):
+            return [p.ds_process_group]  # type: ignore[attr-defined]
+    return []
+
+
+def _said_by_all(backbone: nn.Module, said: str) -> list[str]:
+    """What the ranks that share a backbone say, each once."""
+    if bmt.has_distributed(backbone):
+        return bmt.said_by_all(said)
+    every = [said]
+    for group in _groups(backbone):
+        heard: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather_object(heard, every, group=group)
+        every = sorted({one for some in heard for one in some})
+    return every
+
+
+@contextmanager
+def agreeing(backbone: nn.Module, error: type[Exception]) -> Iterator[list[str]]:
+    """Let the ranks of a sharded backbone compare notes at the end of a ``with`` block.
+
+    Args:
+        backbone: what is sharded; nothing is compared where it is not.
+        error: raised on every rank whose block went well, if the notes differ or another
+            rank's block raised. Each rank sees its own error.
+
+    Yields:
+        A list to write down what must be equal on all ranks.
+    """
+    notes = list[str]()
+    try:
+        yield notes
+    except Exception as own:
+        _said_by_all(backbone, f"{type(own).__name__}: {own}")
+        raise
+    every = _said_by_all(backbone, "\n".join(notes))
+    if len(every) > 1:
+        shown = "\n".join(f"- {one:.2000}" if one else "- nothing against it" for one in every)
+        raise error(f"The ranks that share this backbone must do the same here, but say:\n{shown}")
+
+
+def is_writer(backbone: nn.Module) -> bool:
+    """Whether this rank is the one that writes files: the first of those that share a backbone."""
+    if bmt.has_distributed(backbone):
+        return bmt.is_first()
+    return all(torch.distributed.get_rank(group) == 0 for group in _groups(backbone))
+
+
+@contextmanager
+def written_once(backbone: nn.Module) -> Iterator[bool]:
+    """Within the block one rank writes; after it the file is there on all of them, or all raise.
+
+    Yields:
+        Whether this rank writes. On a backbone that is not sharded each rank does: its files are
+        whole, and the same on ranks that hold the same.
+
+    Raises:
+        CheckpointError: where another rank could not write.
+    """
+    with agreeing(backbone, CheckpointError):
+        yield is_writer(backbone)
+
