@@ -12,7 +12,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 QUICK := not slow and not browser and not sweep and not engines
 
-.PHONY: help quickstart compare test test-all lint types clean
+.PHONY: help quickstart compare test test-all sweep lint types clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make compare     the same, then full fine-tuning and a frozen backbone beside it"
 	@echo "make test        lint, types and the quick tests"
 	@echo "make test-all    lint, types and every test"
+	@echo "make sweep       every method's defaults on every architecture that can be built tiny"
 	@echo "make lint types  one of the checks alone"
 	@echo "make clean       remove the virtual environment and what the tools left"
 
@@ -35,6 +36,10 @@ test: lint types
 
 test-all: lint types $(VENV)/browser-$(KEY)
 	$(PYTEST)
+
+sweep: $(VENV)/test-$(KEY)
+	$(RUN) tests/sweep/sweep.py
+	$(RUN) tests/sweep/placement.py
 
 lint: $(VENV)/test-$(KEY)
 	$(RUN) -m ruff check .

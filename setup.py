@@ -23,6 +23,7 @@ setup(
     packages=find_packages(include=["opendelta", "opendelta.*"]),
     package_data={"opendelta": ["py.typed"], "opendelta.web": ["**/*.html", "**/*.css", "**/*.js"]},
     install_requires=text("requirements.txt").splitlines(),
+    entry_points={"console_scripts": ["opendelta = opendelta.cli:main"]},
     extras_require={
         "test": [
             "pytest>=8",
@@ -32,6 +33,9 @@ setup(
             "ruff>=0.6",
             "peft>=0.18",  # the speed tests measure construction against it
             "setuptools>=70.1",  # the packaging test builds a wheel without a network
+            "nbclient>=0.10",  # these three run the notebooks
+            "nbformat>=5.10",
+            "ipykernel>=6.29",
         ],
         "browser": ["playwright>=1.45"],
         "docs": ["sphinx>=8", "myst-parser>=4", "furo"],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel, register
 from opendelta.backbone_state import deltas
+from opendelta.backends.quantised import quantised_training
 from opendelta.basemodel import DeltaBase
 from opendelta.center import (
     DeltaCenter,
@@ -91,6 +92,7 @@ __all__ = [
     "num_delta_parameters",
     "num_total_parameters",
     "num_trainable_parameters",
+    "quantised_training",
     "register",
     "route",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opendelta.backends.bmt import is_distributed
+from opendelta.backends.quantised import warn_of_repacking
 from opendelta.backends.engines import require_reduced
 from opendelta.dispatch import Dispatcher, forget_compiled_code
 from opendelta.exceptions import ConfigError, DeltaWarning, warn
@@ -58,6 +59,7 @@ class BackboneState:
         self.handles: list[RemovableHandle] = []
         self.gradient_handles: list[RemovableHandle] = []
         self.first_forward: RemovableHandle | None = None
+        self.repacking: RemovableHandle | None = None
         self.probing = False
 
     @classmethod
@@ -122,6 +124,8 @@ class BackboneState:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        if self.repacking is not None:
+            self.repacking.remove()
 
     # --- the first forward --------------------------------------------------------------------
 
@@ -129,6 +133,8 @@ class BackboneState:
         """After the next forward, tell which deltas it never reached."""
         if self.first_forward is None:
             self.first_forward = backbone.register_forward_hook(self.report_unreached)
+        if self.repacking is None and any(hasattr(p, "quant_state") for p in backbone.parameters()):
+            self.repacking = backbone.register_forward_pre_hook(warn_of_repacking)
 
     def report_unreached(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook of the root that acts once, outside of compiled code."""

@@ -26,12 +26,7 @@ from opendelta.exceptions import CenterError, OpenDeltaError
 from opendelta.inspection import Visualization
 from opendelta.inspection.display import plain_text, show
 from opendelta.model_folder import build_backbone
-from opendelta.saving.files import (
-    CONFIG_FILE,
-    copy_atomically,
-    read_config,
-    resolve_folder,
-)
+from opendelta.saving.files import CONFIG_FILE, copy_atomically, read_config, resolve_folder
 from opendelta.version import __version__
 from opendelta.web import select_modules
 
@@ -71,7 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return FINE
 
 
-def _warn(message: Warning | str, *_: Any) -> None:
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """In the place of `warnings.showwarning`: without a line of code that is not the user's."""
     print("opendelta: warning:", _one_line(message), file=sys.stderr)
 
 
@@ -222,7 +225,9 @@ def names(asked: argparse.Namespace) -> None:
     center = DeltaCenter.from_url(asked.center)
     found = center.list(asked.search)
     if not asked.long:
-        print(json.dumps(found, indent=2) if asked.json else "\n".join(map(_plain, found)))
+        lines = [json.dumps(found, indent=2)] if asked.json else map(_plain, found)
+        for line in lines:
+            print(line)
         return
     rows = []
     for name in found:

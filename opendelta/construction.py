@@ -257,7 +257,7 @@ class Construction(nn.Module):
                 planned = self._planned_insertions(backbone, modified_modules)
                 self.__dict__.setdefault("arguments", {})
                 config = self.config_class(**self.arguments)
-                plan += [
+                plan += [f"{type(self).__name__} {self.arguments}"] + [
                     f"{name} {tuple(p.shape)}" for i in planned for name, p in i.named_parameters()
                 ]
             self._carry_out(planned)
@@ -575,6 +575,7 @@ class Construction(nn.Module):
         for insertion in self.insertions:
             if isinstance(insertion, ParameterInsertion) and insertion.attached:
                 insertion.slot.look()
+                self._label([insertion])
                 self._node(insertion.host_name)._parameters[insertion.name] = insertion.parameter
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:

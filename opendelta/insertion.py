@@ -16,25 +16,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opendelta.backends.quantised import compute_dtype, execution_device
 from opendelta.backends.sharding import assign, full, is_shard
 from opendelta.dispatch import Dispatcher, add_bias, forget_compiled_code
 from opendelta.exceptions import InsertionError
-from opendelta.ownership import STANDS_FOR, dotted, named_tensors, own_tensors
+from opendelta.ownership import STANDS_FOR, dotted, named_tensors, own_modules
 
 Place = tuple[torch.device, torch.dtype | None]
 
 
 def place_of(module: nn.Module) -> Place | None:
-    """Where a host lives: the device of its first tensor, and the dtype that it computes in.
+    """Where a host runs: the device of its first tensor, and the dtype that it computes in.
 
-    The dtype is that of its first floating-point tensor of 16 bits or more (a quantised weight
-    is stored in another), None if it has no such tensor.
+    The dtype is what a quantised layer says, else that of the first floating-point tensor of 16
+    bits or more (a quantised weight is stored in another), None if there is no such tensor. The
+    device of offloaded tensors is where they are brought to.
     """
     device = None
-    for tensor in own_tensors(module):
-        device = tensor.device if device is None else device
-        if tensor.is_floating_point() and tensor.element_size() > 1:
-            return device, tensor.dtype
+    for _, part in own_modules(module):
+        computes_in = compute_dtype(part)
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            if tensor is None:
+                continue
+            if device is None:
+                device = (execution_device(part) if tensor.is_meta else None) or tensor.device
+            if computes_in is not None:
+                return device, computes_in
+            if tensor.is_floating_point() and tensor.element_size() > 1:
+                return device, tensor.dtype
     return None if device is None else (device, None)
 
 

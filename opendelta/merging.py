@@ -43,7 +43,7 @@ class MergedWeight:
 
     Attributes:
         original: the values without any delta. They are kept, for no subtraction restores bytes.
-        folds: what is folded in, in the order of the deltas.
+        folds: what is folded in, in the order of the deltas; nothing where it was only untied.
         tied: the shared parameter that stood here before merging untied it.
     """
 
@@ -152,8 +152,8 @@ class MergeMixin(SaveLoadMixin):
 
         Args:
             safe: refuse if a merged weight were not finite.
-            untie: merge into a tied weight too, giving the modified module a copy of its own and
-                setting ``tie_word_embeddings=False`` in the backbone's config.
+            untie: merge into a tied weight too, giving each module that shares it a copy of its
+                own and setting ``tie_word_embeddings=False`` in the backbone's config.
 
         Raises:
             InsertionError: if the method cannot be merged, or the delta is merged already, not
@@ -190,6 +190,7 @@ class MergeMixin(SaveLoadMixin):
             weight.put(folds, value)
             state.merged[weight.full_name] = weight
         if any(tied for *_, tied in planned):
+            self._untie_rest(state)
             self._untie_configs(state)
         state.held = None
         state.settle_hooks(self.backbone_model)
@@ -199,8 +200,8 @@ class MergeMixin(SaveLoadMixin):
         """Take this delta out of the backbone's weights and let it act as before `merge`.
 
         The weights get back their exact original bytes, or, where other deltas are still merged,
-        what those alone make of the original. Ties that `merge` undid are tied again. Deltas may
-        be unmerged in any order.
+        what those alone make of the original. What `merge` untied is tied again once no delta is
+        merged into any of it. Deltas may be unmerged in any order.
 
         Raises:
             InsertionError: if this delta is not merged.
@@ -210,12 +211,13 @@ class MergeMixin(SaveLoadMixin):
         with torch.no_grad():
             for weight, mine in list(self._merged_weights()):
                 left = [fold for fold in weight.folds if fold is not mine]
-                if left or weight.tied is None:
-                    weight.put(left, weight.computed(left))
-                else:
+                weight.put(left, weight.computed(left))
+        apart = {id(weight.tied) for weight in state.merged.values() if weight.folds} - {id(None)}
+        for weight in list(state.merged.values()):
+            if not weight.folds and id(weight.tied) not in apart:
+                if weight.tied is not None:
                     weight.host._parameters[weight.name] = weight.tied
-                if not left:
-                    del state.merged[weight.full_name]
+                del state.merged[weight.full_name]
         if all(weight.tied is None for weight in state.merged.values()):
             for config in state.untied_configs:
                 config.tie_word_embeddings = True
@@ -237,8 +239,7 @@ class MergeMixin(SaveLoadMixin):
                 left = [fold for fold in weight.folds if fold is not mine]
                 weight.original = weight.computed([mine])
                 if weight.tied is not None:
-                    weight.tied = None
-                    state.untied_configs.clear()
+                    self._untie_for_good(weight.tied, state)
                 if left:
                     weight.put(left, weight.computed(left))
                 else:
@@ -324,11 +325,33 @@ class MergeMixin(SaveLoadMixin):
         if not untie:
             raise InsertionError(
                 f"{weight.full_name} is tied to {', '.join(others)}, which merging would change "
-                "too. merge(untie=True) gives the module a copy of its own and sets "
+                "too. merge(untie=True) gives each a copy of its own and sets "
                 "tie_word_embeddings=False in the config; the model then needs memory, and room "
-                "on disk, for both. Nothing was merged."
+                "on disk, for all of them. Nothing was merged."
             )
         return True
+
+    def _untie_rest(self, state: BackboneState) -> None:
+        """Untie whatever is still tied to untied weights: the config unties all, when loaded."""
+        tied = {id(weight.tied) for weight in state.merged.values()} - {id(None)}
+        kept: set[int] = set()  # the first place of each keeps it
+        for name, module in own_modules(self.backbone_model):
+            for own_name, p in module._parameters.items():
+                if id(p) in kept:
+                    weight = MergedWeight(module, own_name, dotted(name, own_name), None)
+                    weight.untie()
+                    state.merged[weight.full_name] = weight
+                elif id(p) in tied:
+                    kept.add(id(p))
+
+    def _untie_for_good(self, tied: nn.Parameter, state: BackboneState) -> None:
+        """Let each place of what was tied keep what it has."""
+        for weight in list(state.merged.values()):
+            if weight.tied is tied:
+                weight.tied = None
+                if not weight.folds:
+                    del state.merged[weight.full_name]
+        state.untied_configs.clear()
 
     def _untie_configs(self, state: BackboneState) -> None:
         for _, module in own_modules(self.backbone_model):

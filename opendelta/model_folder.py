@@ -86,11 +86,11 @@ def _model_class(
             f"{folder / CONFIG_FILE} names no class under 'architectures'; say which with --class, "
             "such as --class BertModel."
         )
-    found = getattr(transformers, named, None)
+    found = getattr(transformers, str(named), None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     raise ConfigError(
         f"{named!r} is not a model of transformers, and code from elsewhere is not run."
-        + nearest(named, dir(transformers))
+        + nearest(str(named), dir(transformers))
         + " --class says which class to take."
     )

@@ -90,13 +90,6 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model if inner is None else inner
 
 
-def own_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers of one of the backbone's modules and its own below it."""
-    for _, part in own_modules(module):
-        yield from (p for p in part._parameters.values() if p is not None)
-        yield from (b for b in part._buffers.values() if b is not None)
-
-
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What a full state dict holds, ties repeated: parameters and persistent buffers."""
     for name, part in module.named_modules(remove_duplicate=False):

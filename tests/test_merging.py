@@ -303,6 +303,44 @@ def test_a_tied_weight_is_merged_only_if_it_may_be_untied(backbone: str, tmp_pat
     close(backbones.run(loaded, backbone), attached)
 
 
+def test_a_weight_tied_in_many_places_is_untied_everywhere(tmp_path: Path) -> None:
+    """The config has one switch for all ties, so that what stayed tied would not be loaded."""
+    torch.manual_seed(0)
+    sizes = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 32, "d_model": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    layers = {"encoder_layers": 1, "decoder_layers": 1}
+    config = transformers.BartConfig(**sizes, **heads, **layers)
+    model: Any = transformers.BartForConditionalGeneration(config).eval()
+    places = ["model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head"]
+    shared, bare = model.lm_head.weight, digest(model.lm_head.weight)
+    first, second = (LoraModel(model, modified_modules=[places[i]]) for i in (3, 1))
+    randomise(first)
+    randomise(second)
+    ids = torch.tensor([[5, 9, 3, 2]])
+
+    def logits(of: Any) -> torch.Tensor:
+        with torch.no_grad():
+            result: torch.Tensor = of(input_ids=ids, decoder_input_ids=ids.flip(1)).logits
+        return result
+
+    attached = logits(model)
+    first.merge(untie=True)
+    second.merge(untie=True)
+    first.unmerge()
+    assert len({id(model.get_submodule(place).weight) for place in places}) == 4
+    assert model.config.tie_word_embeddings is False
+    close(logits(model), attached)
+    second.unmerge()
+    assert all(model.get_submodule(place).weight is shared for place in places)
+    assert model.config.tie_word_embeddings is True and digest(shared) == bare
+    assert torch.equal(logits(model), attached)
+    first.merge(untie=True)
+    second.merge(untie=True)
+    first.merge_and_remove()
+    second.merge_and_remove().save_pretrained(tmp_path)
+    close(logits(type(model).from_pretrained(tmp_path).eval()), attached)
+
+
 def test_the_config_is_tied_again_with_the_last_untied_weight() -> None:
     model = backbones.build("gpt2")
     deltas = [LoraModel(model, modified_modules=[name]) for name in ("wte", "lm_head")]

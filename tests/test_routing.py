@@ -224,6 +224,13 @@ def test_dropout_of_routed_loras_is_drawn_for_each_row() -> None:
     assert torch.allclose(term[0], torch.full((4000,), 6.0), atol=1e-4)
     assert abs(term[1].mean() - 6) < 0.2
     assert term[1].unique().numel() > 5
+    for delta in deltas:
+        delta.attach()
+    deltas[1].eval()
+    other = LoraModel(model, lora_dropout=0.5, modified_modules=["0"])
+    with opendelta.route(model, [other, deltas[1]]):
+        term = (model(x) - model[0].forward(x))[..., 0] / 16
+    assert torch.allclose(term[1], torch.full((4000,), 6.0), atol=1e-4)
 
 
 def test_lora_on_convolutions_and_embeddings_and_biases_by_channel() -> None:

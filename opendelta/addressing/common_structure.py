@@ -256,7 +256,10 @@ class CommonStructureMap:
         linears = self._graph.linears
         if not firsts or not lasts or not {*firsts, *lasts} <= linears.keys():
             return None
-        return linears[firsts[0]][0], linears[lasts[-1]][1]
+        out = linears[lasts[-1]][1]
+        # In a low-rank chain the role is the second factor's; the first one reads the input.
+        reads_out = any(linears[n][0] == out for n in self._graph.linears_below(name))
+        return (out if reads_out else linears[firsts[0]][0]), out
 
     def explain(self) -> Explanation:
         """A table of the modules that have common names: block, role, module, and why."""

@@ -12,6 +12,7 @@ from opendelta.addressing.feed_forward import about_experts
 from opendelta.addressing.graph import words
 from opendelta.auto_delta import register
 from opendelta.backbone_state import BackboneState, unmerged
+from opendelta.backends.quantised import is_offloaded
 from opendelta.backends.sharding import full
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
@@ -187,6 +188,11 @@ class BitFitModel(DeltaBase):
         self, places: list[tuple[str, nn.Module]], parameter: nn.Parameter, ignored: bool
     ) -> None:
         name = places[0][0]
+        if any(is_offloaded(module, "bias") for _, module in places):
+            raise InsertionError(
+                f"The bias of {name!r} is offloaded: Accelerate would put the backbone's own back "
+                "at each forward. BitFit needs the biases in memory; LoRA and the adapters do not."
+            )
         state = BackboneState.of(self.backbone_model)
         slot = state.slots.get(f"{name}.bias") if state is not None else None
         if slot is None:

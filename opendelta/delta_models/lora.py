@@ -88,8 +88,9 @@ class LoraLayer(nn.Module):
         a = rows.pick([F.pad(layer.lora_A, (0, 0, 0, r - layer.r)) for layer in layers])
         b = rows.pick([F.pad(layer.lora_B * layer.scaling, (0, r - layer.r)) for layer in layers])
         entries = x.reshape(len(rows), -1, x.shape[-1]).to(a.dtype)
-        if any(layer.training and layer.lora_dropout for layer in layers):
-            lost = rows.pick([a.new_tensor(layer.lora_dropout) for layer in layers])
+        dropouts = [layer.lora_dropout if layer.training else 0.0 for layer in layers]
+        if any(dropouts):
+            lost = rows.pick([a.new_tensor(dropout) for dropout in dropouts])
             kept = (1 - lost).view(-1, 1, 1)
             entries = entries * torch.bernoulli(kept.expand_as(entries)) / kept
         term = entries @ a.mT @ b.mT

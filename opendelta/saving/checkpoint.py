@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from opendelta.backbone_state import BackboneState, deltas, own_parameters, unmerged
 from opendelta.backends.engines import require_whole
+from opendelta.backends.quantised import has_repacked
 from opendelta.backends.sharding import (
     assign,
     class_name,
@@ -187,8 +188,9 @@ class SaveLoadMixin(Construction):
         source = getattr(getattr(backbone, "config", None), "_name_or_path", None)
         self.config.backbone_checkpoint_name = source or self.config.backbone_checkpoint_name or ""
         self.config.backbone_hash_excludes = sorted(own.intersection(carried))
-        if is_sharded(backbone):
-            logger.info("The backbone is sharded: no hash of it is saved, since it is not gathered.")
+        reason = why_unhashed(backbone)
+        if reason is not None:
+            logger.info("No hash of the backbone is saved: %s.", reason)
             self.config.backbone_hash = None
             return
         self.config.backbone_hash = backbone_hash(
@@ -356,9 +358,7 @@ class SaveLoadMixin(Construction):
                     f"{CONFIG_FILE} ({expected[:12]}...). It was damaged or exchanged."
                 )
             state_dict = read_tensors(file)
-        on_meta = any(p.is_meta for p in backbone_model.parameters())  # refused below
-        if check_hash and not on_meta:
-            check_backbone(config, backbone_model, check_hash)
+        check_backbone(config, backbone_model, check_hash)
         if any(
             type(other) is model_class and other.is_attached for other in deltas(backbone_model)
         ):
@@ -443,11 +443,9 @@ def check_backbone(
         raise ConfigError(f"check_hash={check_hash!r}; expected True, False or 'full'.")
     if not check_hash or not config.backbone_hash:
         return
-    if check_hash != "full" and is_sharded(backbone):
-        logger.info(
-            "The backbone is sharded: its hash is not compared with the one in the config, since "
-            "it is not gathered unasked. check_hash='full' does, on all ranks."
-        )
+    reason = why_unhashed(backbone)
+    if reason is not None and not (check_hash == "full" and is_sharded(backbone)):
+        logger.info("The backbone's hash is not compared with the one in the config: %s.", reason)
         return
     hash_of = gen_model_hash if check_hash == "full" else backbone_hash
     actual = hash_of(backbone, excludes=config.backbone_hash_excludes or ())
@@ -459,6 +457,17 @@ def check_backbone(
             "check_hash=False silences this.",
             BackboneMismatchWarning,
         )
+
+
+def why_unhashed(backbone: nn.Module) -> str | None:
+    """Why the hash of a backbone is not taken now, None if it can be."""
+    if is_sharded(backbone):
+        return "it is sharded, and not gathered unasked (check_hash='full' does, on all ranks)"
+    if any(p.is_meta for p in backbone.parameters()):
+        return "some of its weights are offloaded or on the meta device"
+    if has_repacked(backbone):
+        return "bitsandbytes repacked its weights for evaluation (model.state_dict() unpacks them)"
+    return None
 
 
 def load_tensors(

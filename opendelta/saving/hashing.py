@@ -35,6 +35,10 @@ def gen_parameter_hash(generator: Iterable[Tensor], md5: Any = None) -> Any:
     md5 = hashlib.md5(usedforsecurity=False) if md5 is None else md5
     for tensor in generator:
         flat = full(tensor)
+        if hasattr(flat, "__tensor_flatten__"):  # made of others, as torchao's are
+            parts, _ = flat.__tensor_flatten__()
+            gen_parameter_hash((getattr(flat, part) for part in parts), md5)
+            continue
         if flat.is_quantized:
             gen_parameter_hash(_scales(flat), md5)
             flat = flat.int_repr()

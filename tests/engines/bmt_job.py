@@ -112,12 +112,13 @@ def trained(model: nn.Module, ids: Tensor, target: Tensor, engine: Any) -> list[
     model.train()
     for _ in range(STEPS):
         loss = (run(model, ids) - target).square().mean()
-        optimizer.zero_grad()
         if manager is None:
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
         else:
+            manager.zero_grad()  # in place: a Block adds to gradients that are let go
             manager.backward(loss)
             manager.step()
             losses.append(float(engine.sum_loss(loss.detach())))

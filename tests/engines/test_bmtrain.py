@@ -121,8 +121,13 @@ def test_detached_the_backbone_is_bare(backbone: str, method: str, world: int) -
     torch.testing.assert_close(engine["detached"], engine["bare"], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("backbone", ["bert", "llama"])  # BMTrain's own modules print more
+@pytest.mark.parametrize("backbone", ["bert", "llama"])  # ModelCenter has a list of its own
 @everywhere
 def test_the_hash_is_that_of_the_plain_backbone(backbone: str, world: int) -> None:
     plain, engine = of(backbone, "LoraModel", world)
     assert engine["hash"] == plain["hash"]
+
+
+@everywhere
+def test_before_and_around_the_wrapping(world: int) -> None:
+    start([str(HERE / "bmt_orders.py")], world)

@@ -1,8 +1,9 @@
 """What each of two processes does in the tests of the engines; started by `torchrun`.
 
-``torchrun --nproc_per_node 2 tests/engines/worker.py ENGINE FOLDER`` trains each method for five
-steps on an engine, saves it into ``FOLDER/method`` from all ranks, and writes the losses (or what
-went wrong) to ``FOLDER/results.json``.
+``torchrun --nproc_per_node 2 tests/engines/worker.py ENGINE FOLDER``, with the checkout and
+``tests/golden`` on the ``PYTHONPATH``, runs the cases of one entry of `ENGINES` and writes what
+each rank returned, or what went wrong, to ``FOLDER/results.json``. Most train a method for five
+steps and save it from all ranks into ``FOLDER/case``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "golden")]
-
 import backbones
 import torch
 import torch.distributed as dist
@@ -24,11 +23,12 @@ from torch import Tensor, nn
 import opendelta
 from opendelta import DeltaBase
 
-METHODS: dict[str, dict[str, Any]] = {
-    "LoraModel": {"lora_r": 4},
-    "AdapterModel": {"bottleneck_dim": 4},
-    "BitFitModel": {},
-    "PrefixModel": {"prefix_token_num": 3, "reparameterize": True, "embed_dim": 8, "mid_dim": 8},
+METHODS: dict[str, Callable[[nn.Module], DeltaBase]] = {
+    "LoRA": lambda model: opendelta.LoraModel(model, lora_r=4),
+    "Adapter": lambda model: opendelta.AdapterModel(model, bottleneck_dim=4),
+    "BitFit": opendelta.BitFitModel,
+    "Prefix": lambda model: opendelta.PrefixModel(model, 3, reparameterize=False),
+    "Prefix from a network": lambda model: opendelta.PrefixModel(model, 3, embed_dim=8, mid_dim=8),
 }
 STEPS, ROWS, RATE = 5, 4, 0.02
 Batch = dict[str, Tensor]
@@ -55,7 +55,7 @@ def share(batch: Batch) -> Batch:
 def put(method: str, model: nn.Module) -> DeltaBase:
     """The delta whose values are the same in every process, with the classifier to be trained."""
     torch.manual_seed(1)
-    delta: DeltaBase = getattr(opendelta, method)(model, **METHODS[method])
+    delta = METHODS[method](model)
     delta.freeze_module(exclude=["deltas", "classifier"])
     return delta
 
@@ -136,7 +136,7 @@ def fsdp2_late(method: str, folder: Path) -> list[float]:
         model(**share(batches()[0]))
     model.train()
     torch.manual_seed(1 + dist.get_rank())
-    delta: DeltaBase = getattr(opendelta, method)(model, **METHODS[method])
+    delta = METHODS[method](model)
     delta.freeze_module(exclude=["deltas", "classifier"])
     losses = train(steps_of(model))
     delta.save_finetuned(folder)
@@ -235,6 +235,7 @@ def zero(stage: int) -> Callable[[str, Path], list[float]]:
             config={
                 "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
                 "zero_optimization": {"stage": stage},
+                "gradient_clipping": 0.0,
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
             },
@@ -253,15 +254,192 @@ def zero(stage: int) -> Callable[[str, Path], list[float]]:
     return run
 
 
-ENGINES: dict[str, Callable[[str, Path], list[float]]] = {
-    "ddp": ddp,
-    "fsdp2": fsdp2,
-    "fsdp2_afterwards": fsdp2_afterwards,
-    "fsdp2_late": fsdp2_late,
-    "accelerate": accelerate,
-    "trainer": trainer,
-    "zero2": zero(2),
-    "zero3": zero(3),
+# --- tensor parallelism: every rank has the same rows ---------------------------------------------
+
+PLANS: dict[str, Any] = {
+    "llama": "auto",
+    "phi3": "auto",  # fused projections, gathered
+    "phi3_packed": {  # a fused projection of which each rank has a piece of each part
+        "model.layers.*.mlp.gate_up_proj": "packed_colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+    },
+}
+
+
+def decoder(case: str) -> nn.Module:
+    """A tiny decoder, its weights by name."""
+    if case == "llama":
+        return backbones.build("llama")
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return Phi3ForCausalLM(Phi3Config(**sizes, **heads, **tokens))
+
+
+def lora_on_decoder(model: nn.Module) -> DeltaBase:
+    torch.manual_seed(1)
+    delta = opendelta.LoraModel(model, lora_r=4, modified_modules=["self_attn", "mlp", "lm_head"])
+    delta.freeze_module()
+    return delta
+
+
+def causal(batch: Batch) -> Batch:
+    return {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
+
+
+def split_decoder(case: str, folder: Path) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    if dist.get_rank() == 0:
+        decoder(case).save_pretrained(folder / "backbone")
+    dist.barrier()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder / "backbone", tp_plan=PLANS[case], dtype=torch.float32
+    )
+    return model
+
+
+def tensor_parallel(case: str, folder: Path) -> list[float]:
+    model = split_decoder(case, folder).train()
+    delta = lora_on_decoder(model)
+    losses = train(steps_of(model), causal)
+    delta.save_finetuned(folder)
+    return losses
+
+
+# --- what is refused, and what is on all ranks ----------------------------------------------------
+
+
+def error_of(attempt: Callable[[], Any]) -> str:
+    """The error that `attempt` raises."""
+    try:
+        attempt()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def refused_on_split(method: str, folder: Path) -> str:
+    model = split_decoder("llama", folder)
+    return error_of(lambda: METHODS[method](model))
+
+
+def put_after_ddp(where: str, folder: Path) -> list[str]:
+    """On the wrapper at once, inside it at each forward."""
+    wrapper = nn.parallel.DistributedDataParallel(backbones.build("bert_cls"))
+    if where == "wrapper":
+        return [error_of(lambda: opendelta.LoraModel(wrapper))]
+    opendelta.LoraModel(wrapper.module).freeze_module()
+    return [error_of(lambda: wrapper(**share(batches()[0]))) for _ in range(2)]
+
+
+def fsdp2_network(when: str, folder: Path) -> str:
+    """A network that generates all prefixes, sharded with the first of them."""
+    model = backbones.build("bert_cls")
+    put("Prefix from a network", model)
+    sharded(model)
+    return error_of(lambda: model(**share(batches()[0])))
+
+
+def put_after_zero3(which: str, folder: Path) -> str:
+    """A delta that is new, or was detached, when ZeRO-3 took the backbone."""
+    import deepspeed
+
+    model = backbones.build("bert_cls")
+    delta = put("LoRA", model)
+    if which == "detached":
+        delta.detach()
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    deepspeed.initialize(model=model, optimizer=sgd(model), config=config)
+    if which == "detached":
+        return error_of(delta.attach)
+    return error_of(lambda: opendelta.AdapterModel(model))
+
+
+def ranks_that_differ(how: str, folder: Path) -> str:
+    """Ranks that do not construct the same delta on a sharded backbone."""
+    model = sharded(backbones.build("bert_cls"))
+    names = {
+        "plans": ("query", "value"),
+        "ranks": ("query", "query"),
+        "failures": ("query", "no_such_module"),
+    }[how]
+    rank = 4 + dist.get_rank() * (how == "ranks")
+    name = names[dist.get_rank()]
+    return error_of(lambda: opendelta.LoraModel(model, lora_r=rank, modified_modules=[name]))
+
+
+def hashes(engine: str, folder: Path) -> list[str]:
+    """The hash of a sharded backbone with a delta on it."""
+    model = backbones.build("bert_cls")
+    if engine == "fsdp2":
+        put("LoRA", sharded(model))
+    return [opendelta.gen_model_hash(model)]
+
+
+def unwritable(engine: str, folder: Path) -> str:
+    """Saving where the first rank cannot write."""
+    model = sharded(backbones.build("bert_cls"))
+    delta = put("LoRA", model)
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    return error_of(lambda: delta.save_finetuned(folder, save_function=fail))
+
+
+def switched(method: str, folder: Path) -> list[list[list[float]]]:
+    """Logits of a sharded backbone with a delta that was loaded, without, with it again, and bare."""
+    model = sharded(backbones.build("bert_cls"))
+    before = logits_of(model)
+    delta = put(method, model)
+    train(steps_of(model.train()))
+    delta.save_finetuned(folder)
+    trained = logits_of(model)
+    delta.detach()
+    without = logits_of(model)
+    with delta.attached():
+        again = logits_of(model)
+    after = logits_of(model)
+    delta.remove()
+    removed = logits_of(model)
+    # The classifier was trained too: it is put back by loading into a fresh backbone.
+    fresh = sharded(backbones.build("bert_cls"))
+    assert logits_of(fresh) == before
+    opendelta.AutoDeltaModel.from_finetuned(folder, fresh)
+    loaded = logits_of(fresh)
+    return [trained, again, loaded, without, after, removed]
+
+
+def logits_of(model: nn.Module) -> list[list[float]]:
+    with torch.no_grad():
+        logits: Tensor = model.eval()(**batches()[0]).logits
+    return logits.tolist()
+
+
+OF_METHODS = tuple(METHODS)
+ENGINES: dict[str, tuple[Callable[[str, Path], Any], tuple[str, ...]]] = {
+    "ddp": (ddp, OF_METHODS),
+    "fsdp2": (fsdp2, OF_METHODS[:-1]),
+    "fsdp2_network": (fsdp2_network, ("before",)),
+    "fsdp2_afterwards": (fsdp2_afterwards, OF_METHODS),
+    "fsdp2_late": (fsdp2_late, OF_METHODS),
+    "accelerate": (accelerate, OF_METHODS),
+    "trainer": (trainer, OF_METHODS),
+    "zero2": (zero(2), OF_METHODS),
+    "zero3": (zero(3), OF_METHODS),
+    "tensor_parallel": (tensor_parallel, tuple(PLANS)),
+    "refused_on_split": (refused_on_split, ("Adapter", "BitFit", "Prefix")),
+    "put_after_ddp": (put_after_ddp, ("wrapper", "module")),
+    "ranks_that_differ": (ranks_that_differ, ("plans", "ranks", "failures")),
+    "put_after_zero3": (put_after_zero3, ("new", "detached")),
+    "hashes": (hashes, ("fsdp2",)),
+    "unwritable": (unwritable, ("fsdp2",)),
+    "switched": (switched, OF_METHODS),
 }
 
 
@@ -269,11 +447,12 @@ def main(engine: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     results: dict[str, Any] = {}
-    for method in METHODS:
+    run, cases = ENGINES[engine]
+    for case in cases:
         try:
-            results[method] = ENGINES[engine](method, folder / method)
+            results[case] = run(case, folder / case)
         except Exception:
-            results[method] = traceback.format_exc()
+            results[case] = traceback.format_exc()
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, results)
     if dist.get_rank() == 0:
