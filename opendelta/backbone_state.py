@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opendelta.backends.bmt import is_distributed
-from opendelta.backends.quantised import warn_of_repacking
 from opendelta.backends.engines import require_reduced
+from opendelta.backends.quantised import warn_of_repacking
 from opendelta.dispatch import Dispatcher, forget_compiled_code
 from opendelta.exceptions import ConfigError, DeltaWarning, warn
 from opendelta.insertion import Insertion, ModuleInsertion, ParameterSlot

@@ -119,6 +119,39 @@ def onto(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -
 ADDITIVE: set[Callable[..., Any]] = {parallel, onto}
 
 
+class Seat(nn.Module):
+    """Stands for a delta among the children of a module that runs its children: `nn.Sequential`.
+
+    It holds the delta's parameters and children under the same names, and hands on what it is
+    called with, so that the delta acts through the dispatcher alone, as elsewhere.
+    """
+
+    delta: nn.Module
+
+    def __init__(self, delta: nn.Module) -> None:
+        super().__init__()
+        shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        self.__dict__.update({name: delta.__dict__[name] for name in shared}, delta=delta)
+
+    @classmethod
+    def on(cls, host: nn.Module, delta: nn.Module) -> nn.Module:
+        """What sits on `host` for `delta`: itself, or a seat where children are gone through."""
+        return cls(delta) if hasattr(type(host), "__iter__") else delta
+
+    def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        return hidden
+
+    def train(self, mode: bool = True) -> Seat:
+        self.delta.train(mode)
+        return super().train(mode)
+
+    def _get_name(self) -> str:
+        return self.delta._get_name()
+
+    def extra_repr(self) -> str:
+        return self.delta.extra_repr()
+
+
 class Dispatcher:
     """The permanent hook of a module, one on each side of its forward.
 
@@ -186,6 +219,8 @@ class BeforeDispatcher(Dispatcher):
             return args, kwargs
         for name, action in self.entries:
             delta = module._modules.get(name)
+            if type(delta) is Seat:
+                delta = delta.delta
             if delta is not None:
                 args, kwargs = action(delta, module, args, kwargs)
         return args, kwargs
@@ -212,6 +247,8 @@ class AfterDispatcher(Dispatcher):
             return route.run(self.entries, module, (args, kwargs, output))[2]
         for name, action in self.entries:
             delta = module._modules.get(name)
+            if type(delta) is Seat:
+                delta = delta.delta
             if delta is not None:
                 output = action(delta, module, args, kwargs, output)
         return output

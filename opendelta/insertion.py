@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opendelta.backends.quantised import compute_dtype, execution_device
 from opendelta.backends.sharding import assign, full, is_shard
-from opendelta.dispatch import Dispatcher, add_bias, forget_compiled_code
+from opendelta.dispatch import Dispatcher, Seat, add_bias, forget_compiled_code
 from opendelta.exceptions import InsertionError
 from opendelta.ownership import STANDS_FOR, dotted, named_tensors, own_modules
 
@@ -117,6 +117,7 @@ class ModuleInsertion:
     ) -> None:
         self.host, self.host_name = host, host_name
         self.module, self.name = module, name
+        self.seat = Seat.on(host, module)
         self.lone_name = name  # its name in files, where the delta is alone
         self.side, self.action = side, action
         self.constant_names = _untrained(module)
@@ -129,7 +130,7 @@ class ModuleInsertion:
 
     def insert(self) -> None:
         self.enter_dispatcher()
-        self.host._modules[self.name] = self.module
+        self.host._modules[self.name] = self.seat
 
     def enter_dispatcher(self, later: Iterable[Insertion] = ()) -> None:
         """Let the host call the delta while attached, before those of `later` on the same host."""
@@ -166,7 +167,7 @@ class ModuleInsertion:
             return
         self.follow_host()
         children = self.host._modules
-        children[self.name] = self.module
+        children[self.name] = self.seat
         for name in self._followers:  # the order of parameters, by which optimizers number them
             if name in children:
                 children[name] = children.pop(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import pickle
 import threading
 import warnings
 import weakref
@@ -868,3 +869,71 @@ def test_nothing_keeps_a_model_or_its_delta_alive(method: str) -> None:
     gc.collect()
     assert removed() is None
     backbones.run(twin, "bert")
+
+
+# --- modules that run their children --------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """A chain inside a model: `nn.Sequential` runs whatever is registered on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.dummy_inputs = {"x": torch.zeros(1, 8)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.chain(x)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [opendelta.AdapterModel, opendelta.LowRankAdapterModel, opendelta.ParallelAdapterModel],
+)
+def test_a_delta_on_a_chain_acts_once(method: type[DeltaBase], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Chain().eval()
+    x = torch.randn(3, 8)
+    bare = model(x)
+    parallel = method is opendelta.ParallelAdapterModel
+    options = {"modified_modules": ["chain"] * (2 if parallel else 1)}
+    delta = method(model, **options)
+    for p in delta.parameters():
+        nn.init.normal_(p, std=0.5)
+    layer = delta.insertions[0].module
+    expected = bare + layer(x) if parallel else layer(bare)
+    assert torch.allclose(model(x), expected)
+    name = next(name for name, _ in model.named_parameters() if "down" in name)
+    assert name.startswith("chain." + delta.insertions[0].name) and name in model.state_dict()
+    assert type(layer).__name__ in str(model) and type(layer).__name__ in str(
+        opendelta.Visualization(model).structure_graph(printTree=False)
+    )
+
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.allclose(twin(x), expected)
+        (theirs,) = opendelta.deltas(twin)
+        for p in theirs.parameters():
+            nn.init.zeros_(p)
+        assert torch.allclose(twin(x), bare) and torch.allclose(model(x), expected)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(x), expected)
+    model.train()
+    assert layer.training and not model.eval().chain[2].training and not layer.training
+    model.double()
+    assert next(layer.parameters()).dtype == torch.float64
+    model.float()
+
+    delta.freeze_module()
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in delta.parameters())
+    delta.save_finetuned(tmp_path)
+    torch.manual_seed(0)
+    other = Chain().eval()
+    opendelta.AutoDeltaModel.from_finetuned(tmp_path, backbone_model=other)
+    assert torch.equal(other(x), model(x))
+    delta.detach()
+    assert torch.equal(model(x), bare) and len(model.chain) == 2
+    delta.attach()
+    assert torch.allclose(model(x), expected)
+    delta.remove()
+    assert torch.equal(model(x), bare) and len(model.chain) == 2

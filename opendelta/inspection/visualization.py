@@ -27,6 +27,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from opendelta.backends.sharding import full_shape
+from opendelta.dispatch import Seat
 from opendelta.inspection.display import notebook_cell, show
 from opendelta.inspection.tree import (
     DELTA,
@@ -37,7 +39,6 @@ from opendelta.inspection.tree import (
     VIRTUAL,
     ModuleTree,
 )
-from opendelta.backends.sharding import full_shape
 from opendelta.ownership import inserted_names, inserted_parameters, own_modules, unblocked
 
 
@@ -214,8 +215,9 @@ def _below(above: str, name: str) -> str:
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    children = module._modules.items()
-    return ((name, unblocked(child)) for name, child in children if child is not None)
+    for name, child in module._modules.items():
+        if child is not None:
+            yield name, child.delta if isinstance(child, Seat) else unblocked(child)
 
 
 def _parameters(module: nn.Module, is_delta: bool = False) -> list[tuple[str, str]]:

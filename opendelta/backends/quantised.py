@@ -1,0 +1,95 @@
+"""Quantised and offloaded backbones: where a delta lives on them, and their known traps.
+
+Linears are told by their attributes, so that no package is named or imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opendelta.exceptions import DeltaWarning, InsertionError, warn
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype in which a quantised layer says that it computes; its storage may be any other."""
+    said = module.__dict__.get("compute_dtype")
+    return said if isinstance(said, torch.dtype) else None
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where Accelerate runs a module whose weights it keeps elsewhere (on the CPU or the disk)."""
+    hook = module.__dict__.get("_hf_hook")
+    for one in (hook, *getattr(hook, "hooks", ())):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None
+
+
+def is_offloaded(module: nn.Module, name: str) -> bool:
+    """Whether Accelerate puts another tensor into this place at each forward."""
+    p = module._parameters.get(name)
+    return p is not None and p.is_meta and execution_device(module) is not None
+
+
+def is_repacked(p: Tensor) -> bool:
+    """Whether bitsandbytes repacked a 4-bit weight for evaluation on this CPU."""
+    return bool(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def has_repacked(module: nn.Module) -> bool:
+    """Whether a module holds weights that are repacked now."""
+    return any(map(is_repacked, module.parameters()))
+
+
+def warn_of_repacking(backbone: nn.Module, args: Any) -> None:
+    """Hook before the forward of a backbone with 4-bit weights."""
+    if backbone.training and torch.is_grad_enabled() and has_repacked(backbone):
+        warn(
+            "bitsandbytes repacked 4-bit weights in an evaluation on this CPU, and no gradient "
+            "passes through them: the layers below will not train. Call `model.state_dict()`, "
+            "which unpacks them, after each evaluation and before training on.",
+            DeltaWarning,
+        )
+
+
+@contextmanager
+def quantised_training(model: nn.Module) -> Iterator[nn.Module]:
+    """Let `transformers.Trainer` be built on a quantised model that carries deltas.
+
+    The trainer refuses "purely quantized models" and knows PEFT's adapters alone. Within the block
+    the model says that it has some; afterwards it does not, so that ``save_pretrained`` stays what
+    it is:
+
+    ```python
+    with opendelta.quantised_training(model):
+        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    ```
+
+    Args:
+        model: a quantised transformers model with a delta on it.
+
+    Raises:
+        InsertionError: if no delta is on it: its own weights cannot train.
+    """
+    from opendelta.backbone_state import deltas  # which needs this module first
+
+    if not deltas(model):
+        raise InsertionError(
+            f"No delta is on this {type(model).__name__}, and quantised weights cannot train: put "
+            "one on first, such as LoraModel(model)."
+        )
+    attributes, flag = model.__dict__, "_hf_peft_config_loaded"
+    before = {flag: attributes[flag]} if flag in attributes else {}
+    attributes[flag] = True
+    try:
+        yield model
+    finally:
+        del attributes[flag]
+        attributes.update(before)
