@@ -49,10 +49,14 @@ def combine(deltas: Sequence[DeltaBase], weights: Sequence[float]) -> DeltaBase:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         values = first.combined_tensors(deltas, weights)
         combined = type(first).from_config(config, first.backbone_model, check_hash=False)
-        for insertion in reversed(combined.insertions):
-            insertion.detach()
-        for name, tensor in combined.own_tensors():
-            tensor.data = values[name].to(tensor.device)
+        try:
+            for insertion in reversed(combined.insertions):
+                insertion.detach()
+            for name, tensor in combined.own_tensors():
+                tensor.data = values[name].to(tensor.device)
+        except BaseException:
+            combined.remove()
+            raise
     return combined
 
 

@@ -66,6 +66,11 @@ def route(backbone: nn.Module, deltas: Sequence[DeltaBase | None]) -> Iterator[N
         >>> with opendelta.route(model, [delta_zh, delta_fr, None, delta_zh]):
         ...     logits = model(**batch_of_four).logits
     """
+    if any(isinstance(module, nn.DataParallel) for module in backbone.modules()):
+        raise InsertionError(
+            "route() does not reach the replicas of nn.DataParallel. Route on the model inside, or "
+            "use one process for each device."
+        )
     here = deltas_of(backbone)
     made = Route(uncompiled(backbone), _checked(deltas, here))
     with (

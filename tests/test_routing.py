@@ -685,3 +685,10 @@ def test_a_replaced_module_cannot_be_routed_but_stands_aside() -> None:
             assert torch.equal(run(model, inputs), bare)
     assert torch.equal(run(model, inputs), swapped)
     assert not torch.equal(bare, swapped)
+
+
+def test_data_parallel_is_refused() -> None:
+    model = nn.DataParallel(backbones.build("bert"))
+    delta = LoraModel(model.module)
+    with pytest.raises(InsertionError, match="DataParallel"), opendelta.route(model, [delta]):
+        pass

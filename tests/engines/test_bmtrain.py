@@ -36,8 +36,8 @@ BACKBONES = ("bert", "llama", "modelcenter")
 WORLDS = (1, 2)
 
 
-def start(script: list[str], world: int) -> None:
-    """Run a Python script in `world` processes; a failure tells what the first that failed said."""
+def start(script: list[str], world: int) -> str:
+    """Run a Python script in `world` processes; what the first of them, or one that failed, said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -60,10 +60,13 @@ def start(script: list[str], world: int) -> None:
     finally:
         for process, _ in started:
             process.kill()
+    spoken = []
     for code, (_, said) in zip(codes, started, strict=True):
-        said.seek(0)
-        assert code == 0, said.read()[-4000:]
-        said.close()
+        with said:
+            said.seek(0)
+            spoken.append(said.read())
+        assert code == 0, spoken[-1][-4000:]
+    return spoken[0]
 
 
 @functools.cache
@@ -131,3 +134,15 @@ def test_the_hash_is_that_of_the_plain_backbone(backbone: str, world: int) -> No
 @everywhere
 def test_before_and_around_the_wrapping(world: int) -> None:
     start([str(HERE / "bmt_orders.py")], world)
+
+
+@pytest.mark.parametrize("delta", ["lora", "adapter", "bitfit"])
+def test_the_example_learns_and_saves(delta: str, tmp_path: Path) -> None:
+    example = HERE.parents[1] / "examples" / "tutorial" / "2_with_bmtrain.py"
+    folder = tmp_path / "delta"
+    said = start(
+        [str(HERE / "bmt_example.py"), str(example), "--delta", delta, "--save", str(folder)], 2
+    )
+    losses = [float(line.rsplit(" ", 1)[1]) for line in said.splitlines() if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}

@@ -1,0 +1,190 @@
+"""Deltas on the engines: two processes compute what one does, and save what it would save.
+
+Each engine runs once, all cases in one pair of processes (`worker.py`); the tests look at what they
+left behind. The answer to compare with is one plain process.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import backbones
+import pytest
+import torch
+import worker
+from conftest import GOLDEN
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import opendelta
+
+pytestmark = pytest.mark.engines
+
+TRAINING = ("ddp", "fsdp2", "fsdp2_afterwards", "fsdp2_late", "accelerate", "trainer")
+DEEPSPEED = ("zero2", "zero3")
+CASES = [(engine, case) for engine in (*TRAINING, *DEEPSPEED) for case in worker.ENGINES[engine][1]]
+ON_PATH = [str(Path(__file__).parents[2]), str(GOLDEN)]
+SECONDS = 240  # DeepSpeed compiles an extension at its first run
+
+
+class Outcome:
+    """What two processes left behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        first, second = json.loads((folder / "results.json").read_text())
+        assert first.keys() == second.keys()
+        self.by_rank = [first, second]
+
+    def of(self, case: str) -> Any:
+        """What a case returned, the same on both ranks."""
+        first, second = (results[case] for results in self.by_rank)
+        assert first == second, f"the ranks differ:\n{first}\n{second}"
+        assert not str(first).startswith("Traceback"), first
+        return first
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Engine -> what it left behind; each runs when first asked for."""
+
+    @functools.cache
+    def run(engine: str) -> Outcome:
+        folder = tmp_path_factory.mktemp(engine)
+        script = str(Path(worker.__file__))
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+        done = subprocess.run(
+            [sys.executable, *launch, engine, str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(ON_PATH)},
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return Outcome(folder)
+
+    return run
+
+
+@functools.cache
+def plain(case: str) -> tuple[list[float], nn.Module, dict[str, Tensor]]:
+    """Losses, trained model and saved tensors of one process."""
+    model = backbones.build("bert_cls").train()
+    delta = worker.put(case, model)
+    losses = worker.train(worker.steps_of(model), lambda batch: batch)
+    return losses, model, delta.checkpoint_tensors()
+
+
+@pytest.mark.parametrize(("engine", "case"), CASES)
+def test_training_equals_one_process(outcome: Any, engine: str, case: str) -> None:
+    losses, _, _ = plain(case)
+    assert max(losses) - min(losses) > 0.1  # each step counts
+    assert outcome(engine).of(case) == pytest.approx(losses, abs=1e-6)
+
+
+@pytest.mark.parametrize(("engine", "case"), CASES)
+def test_the_file_is_that_of_one_process(outcome: Any, engine: str, case: str) -> None:
+    _, _, expected = plain(case)
+    folder = outcome(engine).folder / case
+    assert {file.name for file in folder.iterdir()} - {"run"} == {"config.json", "model.safetensors"}
+    saved = load_file(folder / "model.safetensors")
+    assert saved.keys() == expected.keys()
+    for name, tensor in saved.items():
+        assert tensor.dtype == expected[name].dtype
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("engine", "case"), CASES)
+def test_a_fresh_backbone_loads_it(outcome: Any, engine: str, case: str) -> None:
+    _, trained, _ = plain(case)
+    model = backbones.build("bert_cls")
+    opendelta.AutoDeltaModel.from_finetuned(outcome(engine).folder / case, model)
+    batch = worker.batches()[0]
+    with torch.no_grad():
+        actual, expected = model(**batch).logits, trained.eval()(**batch).logits
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+# --- tensor parallelism ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", worker.PLANS)
+def test_split_lora_equals_one_process(outcome: Any, case: str) -> None:
+    model = worker.decoder(case).train()
+    delta = worker.lora_on_decoder(model)
+    losses = worker.train(worker.steps_of(model), worker.causal)
+    assert max(losses) - min(losses) > 0.02
+    assert outcome("tensor_parallel").of(case) == pytest.approx(losses, abs=2e-6)
+    saved = load_file(outcome("tensor_parallel").folder / case / "model.safetensors")
+    expected = delta.checkpoint_tensors()
+    assert saved.keys() == expected.keys()
+    moved = 0.0
+    for name, tensor in saved.items():
+        torch.testing.assert_close(tensor, expected[name], atol=2e-6, rtol=0)
+        moved += float(tensor.abs().sum()) if name.endswith("lora_B") else 0.0
+    assert moved > 1e-3  # they start at zero
+
+
+@pytest.mark.parametrize("case", worker.ENGINES["refused_on_split"][1])
+def test_other_methods_name_the_plan(outcome: Any, case: str) -> None:
+    said = outcome("refused_on_split").of(case)
+    assert said.startswith("InsertionError: 'model.layers.0.")
+    assert "Shard(dim=" in said and "tp_plan" in said
+
+
+# --- what is refused on every rank -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["wrapper", "module"])
+def test_a_delta_after_ddp_names_the_order(outcome: Any, case: str) -> None:
+    for said in outcome("put_after_ddp").of(case):
+        assert said.startswith("InsertionError") and "DistributedDataParallel" in said
+        assert "Construct (or attach) the delta first" in said
+
+
+@pytest.mark.parametrize("case", ["new", "detached"])
+def test_a_delta_after_zero3_names_the_order(outcome: Any, case: str) -> None:
+    said = outcome("put_after_zero3").of(case)
+    assert "ZeRO-3" in said and "Construct (or attach) the delta first" in said
+
+
+def test_a_network_sharded_with_one_prefix_says_what_to_do(outcome: Any) -> None:
+    assert "after fully_shard" in outcome("fsdp2_network").of("before")
+
+
+def test_ranks_that_construct_different_deltas_are_told(outcome: Any) -> None:
+    for case, words in {"plans": ("query.lora", "value.lora"), "ranks": ("(4, 64)", "(5, 64)")}.items():
+        said = outcome("ranks_that_differ").of(case)
+        assert said.startswith("InsertionError") and all(word in said for word in words)
+    good, bad = (results["failures"] for results in outcome("ranks_that_differ").by_rank)
+    assert bad.startswith("AddressingError") and "no_such_module" in bad
+    assert good.startswith("InsertionError") and "no_such_module" in good
+
+
+def test_all_ranks_learn_that_the_first_could_not_write(outcome: Any) -> None:
+    first, second = (results["fsdp2"] for results in outcome("unwritable").by_rank)
+    assert first == "OSError: disk full"
+    assert second.startswith("CheckpointError") and "disk full" in second
+
+
+# --- on all ranks -------------------------------------------------------------------------------
+
+
+def test_a_sharded_backbone_hashes_like_a_whole_one(outcome: Any) -> None:
+    assert outcome("hashes").of("fsdp2") == [opendelta.gen_model_hash(backbones.build("bert_cls"))]
+
+
+@pytest.mark.parametrize("case", worker.ENGINES["switched"][1])
+def test_switching_and_loading_on_shards(outcome: Any, case: str) -> None:
+    on, again, loaded, off, after, removed = map(torch.tensor, outcome("switched").of(case))
+    assert (on - off).abs().max() > 1e-3
+    for same in (again, loaded):
+        torch.testing.assert_close(same, on, atol=1e-5, rtol=0)
+    for same in (after, removed):
+        assert torch.equal(same, off)
