@@ -12,7 +12,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 QUICK := not slow and not browser and not sweep and not engines
 
-.PHONY: help quickstart compare test test-all sweep lint types clean
+.PHONY: help quickstart compare test test-all bench bench-gpu sweep lint types clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test        lint, types and the quick tests"
 	@echo "make test-all    lint, types and every test"
 	@echo "make sweep       every method's defaults on every architecture that can be built tiny"
+	@echo "make bench       the cost of a delta beside PEFT and the bare backbone, about 10 minutes"
 	@echo "make lint types  one of the checks alone"
 	@echo "make clean       remove the virtual environment and what the tools left"
 
@@ -36,6 +37,13 @@ test: lint types
 
 test-all: lint types $(VENV)/browser-$(KEY)
 	$(PYTEST)
+
+bench: $(VENV)/test-$(KEY)
+	$(RUN) benchmarks/bench.py
+	$(RUN) benchmarks/serving.py
+
+bench-gpu: $(VENV)/test-$(KEY)
+	$(RUN) benchmarks/gpu.py
 
 sweep: $(VENV)/test-$(KEY)
 	$(RUN) tests/sweep/sweep.py
