@@ -1,6 +1,6 @@
 """`make bench-gpu`: a training step of LoRA on all linears of a LLaMA-shaped backbone, beside PEFT.
 
-By default the backbone has a billion parameters in bf16 and needs a GPU; smaller sizes run anywhere:
+By default the backbone has a billion parameters in bf16 and needs a GPU; smaller ones run anywhere:
 
     python benchmarks/gpu.py --width 128 --layers 2 --device cpu
 """

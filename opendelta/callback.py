@@ -32,5 +32,5 @@ class DeltaCallback(TrainerCallback):
     ) -> None:
         """Save, after the Trainer has: on the first rank, on all of them where that takes all."""
         if state.is_world_process_zero or is_sharded(self.delta.backbone_model):
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.delta.save_finetuned(folder / FOLDER)
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            self.delta.save_finetuned(checkpoint / FOLDER)

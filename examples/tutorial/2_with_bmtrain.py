@@ -21,11 +21,11 @@ import opendelta
 
 DELTAS = {
     "lora": (opendelta.LoraModel, ["project_q", "project_v"]),
-    "adapter": (opendelta.AdapterModel, ["self_att", "ffn.ffn"]),
-    "compacter": (opendelta.CompacterModel, ["self_att", "ffn.ffn"]),
-    "low_rank_adapter": (opendelta.LowRankAdapterModel, ["self_att", "ffn.ffn"]),
+    "adapter": (opendelta.AdapterModel, ["self_attention", "ffn.ffn"]),
+    "compacter": (opendelta.CompacterModel, ["self_attention", "ffn.ffn"]),
+    "low_rank_adapter": (opendelta.LowRankAdapterModel, ["self_attention", "ffn.ffn"]),
     "parallel_adapter": (opendelta.ParallelAdapterModel, None),  # None: the method's defaults
-    "bitfit": (opendelta.BitFitModel, ["self_att", "ffn", "layernorm"]),
+    "bitfit": (opendelta.BitFitModel, ["self_att", "ffn", "output_layernorm"]),
 }
 
 

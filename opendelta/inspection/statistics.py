@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from opendelta.backbone_state import BackboneState, active_names
+from opendelta.backends.bmt import has_distributed
 from opendelta.backends.sharding import full_shape
-from opendelta.ownership import inserted_names, inserted_parameters, unblocked
+from opendelta.ownership import inserted_names, inserted_parameters, named_tensors, unblocked
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,13 @@ def ratio(part: int, whole: int) -> float:
 
 def state_dict_bytes(module: nn.Module) -> int:
     """Bytes in the tensors that ``module.state_dict()`` would save, each tensor once."""
-    tensors = module.state_dict(keep_vars=True).values()  # kept: aliases are the same object
+    if has_distributed(module):  # BMTrain would gather them, which takes all processes
+        state = BackboneState.of(module)
+        trims = state is not None and state.trims
+        active = active_names(module, state.delta_tensors()) if state is not None else set()
+        tensors = [t for name, t in named_tensors(module) if not trims or name in active]
+    else:
+        tensors = list(module.state_dict(keep_vars=True).values())  # aliases are the same object
     unique = {id(t): t for t in tensors if isinstance(t, Tensor) and not is_lazy(t)}
     return sum(numel(t) * t.element_size() for t in unique.values())
 

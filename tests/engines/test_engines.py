@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +30,25 @@ pytestmark = pytest.mark.engines
 TRAINING = ("ddp", "fsdp2", "fsdp2_afterwards", "fsdp2_late", "accelerate", "trainer")
 DEEPSPEED = ("zero2", "zero3")
 CASES = [(engine, case) for engine in (*TRAINING, *DEEPSPEED) for case in worker.ENGINES[engine][1]]
-ON_PATH = [str(Path(__file__).parents[2]), str(GOLDEN)]
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "distributed"
+ON_PATH = [str(ROOT), str(GOLDEN)]
 SECONDS = 240  # DeepSpeed compiles an extension at its first run
+
+
+def in_two_processes(script: Path, folder: Path, *arguments: str) -> str:
+    """What a script prints that `torchrun` runs in a folder."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(
+        [sys.executable, *launch, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(ON_PATH)},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 class Outcome:
@@ -57,16 +75,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def run(engine: str) -> Outcome:
         folder = tmp_path_factory.mktemp(engine)
-        script = str(Path(worker.__file__))
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-        done = subprocess.run(
-            [sys.executable, *launch, engine, str(folder)],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(ON_PATH)},
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        in_two_processes(Path(worker.__file__), folder, engine, str(folder))
         return Outcome(folder)
 
     return run
@@ -92,7 +101,8 @@ def test_training_equals_one_process(outcome: Any, engine: str, case: str) -> No
 def test_the_file_is_that_of_one_process(outcome: Any, engine: str, case: str) -> None:
     _, _, expected = plain(case)
     folder = outcome(engine).folder / case
-    assert {file.name for file in folder.iterdir()} - {"run"} == {"config.json", "model.safetensors"}
+    written = {file.name for file in folder.iterdir()} - {"run"}
+    assert written == {"config.json", "model.safetensors"}
     saved = load_file(folder / "model.safetensors")
     assert saved.keys() == expected.keys()
     for name, tensor in saved.items():
@@ -159,7 +169,7 @@ def test_a_network_sharded_with_one_prefix_says_what_to_do(outcome: Any) -> None
 
 
 def test_ranks_that_construct_different_deltas_are_told(outcome: Any) -> None:
-    for case, words in {"plans": ("query.lora", "value.lora"), "ranks": ("(4, 64)", "(5, 64)")}.items():
+    for case, words in (("plans", ("query.lora", "value.lora")), ("ranks", ("(4, 64)", "(5, 64)"))):
         said = outcome("ranks_that_differ").of(case)
         assert said.startswith("InsertionError") and all(word in said for word in words)
     good, bad = (results["failures"] for results in outcome("ranks_that_differ").by_rank)
@@ -188,3 +198,15 @@ def test_switching_and_loading_on_shards(outcome: Any, case: str) -> None:
         torch.testing.assert_close(same, on, atol=1e-5, rtol=0)
     for same in (after, removed):
         assert torch.equal(same, off)
+
+
+SCRIPTS = [path for path in sorted(EXAMPLES.glob("*.py")) if path.name != "tiny.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_examples_learn_and_save(script: Path, tmp_path: Path) -> None:
+    said = in_two_processes(script, tmp_path)
+    losses = [float(loss) for loss in re.findall(r"loss'?:? '?(\d+\.\d+)", said)]
+    assert len(losses) >= 4 and losses[-1] < losses[0]
+    saved = list(tmp_path.glob("delta_*/model.safetensors"))
+    assert saved and all(load_file(file) for file in saved)

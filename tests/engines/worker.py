@@ -393,7 +393,7 @@ def unwritable(engine: str, folder: Path) -> str:
 
 
 def switched(method: str, folder: Path) -> list[list[list[float]]]:
-    """Logits of a sharded backbone with a delta that was loaded, without, with it again, and bare."""
+    """Logits of a sharded backbone: trained, switched, loaded into another, and without a delta."""
     model = sharded(backbones.build("bert_cls"))
     before = logits_of(model)
     delta = put(method, model)
