@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.backbone_state import BackboneState
+from opendelta.backends.sharding import is_shard
 from opendelta.dispatch import ADDITIVE, forget_compiled_code
 from opendelta.exceptions import InsertionError
 from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, ParameterSlot
@@ -63,6 +64,7 @@ class MergedWeight:
             )
         if (
             type(parameter) is not nn.Parameter  # a quantised or sharded one is of another class
+            or is_shard(parameter)
             or parameter.is_meta
             or not parameter.is_floating_point()
             or parameter.element_size() < 2

@@ -64,13 +64,11 @@ def quantised_training(model: nn.Module) -> Iterator[nn.Module]:
 
     The trainer refuses "purely quantized models" and knows PEFT's adapters alone. Within the block
     the model says that it has some; afterwards it does not, so that ``save_pretrained`` stays what
-    it is:
+    it is::
 
-    ```python
-    with opendelta.quantised_training(model):
-        trainer = Trainer(model=model, args=arguments, train_dataset=data)
-    trainer.train()
-    ```
+        with opendelta.quantised_training(model):
+            trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train()
 
     Args:
         model: a quantised transformers model with a delta on it.

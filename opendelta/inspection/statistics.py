@@ -32,7 +32,7 @@ def numel(p: Tensor) -> int:
     """Values in a parameter: in the whole one where it is sharded, 0 while it has no shape."""
     if is_lazy(p):
         return 0
-    return full_shape(p).numel()
+    return int(getattr(p, "ds_numel", full_shape(p).numel()))  # ZeRO-3 leaves an empty tensor
 
 
 def count(parameters: Iterable[Tensor]) -> int:

@@ -123,7 +123,8 @@ def install() -> Any:
     cuda.get_rng_state = lambda: torch.get_rng_state()
     cuda.set_rng_state = lambda state: torch.set_rng_state(state)
     fork = torch.random.fork_rng
-    torch.random.fork_rng = lambda devices=(), enabled=True, **rest: fork((), enabled)  # type: ignore
+    random: Any = torch.random
+    random.fork_rng = lambda devices=(), enabled=True, **rest: fork((), enabled)
     sys.modules["bmtrain.nccl"] = nccl = nccl_on_gloo()
     try:  # the C extension, which fp16 Adam on the CPU needs, loads only where libnccl does
         import nvidia.nccl

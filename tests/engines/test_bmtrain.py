@@ -37,7 +37,7 @@ WORLDS = (1, 2)
 
 
 def start(script: list[str], world: int) -> str:
-    """Run a Python script in `world` processes; what the first of them, or one that failed, said."""
+    """Run a Python script in `world` processes; returns what the first of them said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -52,7 +52,7 @@ def start(script: list[str], world: int) -> str:
     started = []
     for rank in range(world):
         env = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        said = tempfile.TemporaryFile("w+")
+        said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed when it is read
         command = [sys.executable, *script]
         started.append((subprocess.Popen(command, env=env, stdout=said, stderr=said), said))
     try:

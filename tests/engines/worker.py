@@ -345,7 +345,7 @@ def fsdp2_network(when: str, folder: Path) -> str:
 
 
 def put_after_zero3(which: str, folder: Path) -> str:
-    """A delta that is new, or was detached, when ZeRO-3 took the backbone."""
+    """A delta that is new, on the backbone or the engine, or was detached when ZeRO-3 came."""
     import deepspeed
 
     model = backbones.build("bert_cls")
@@ -354,10 +354,10 @@ def put_after_zero3(which: str, folder: Path) -> str:
         delta.detach()
     config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}
     config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    deepspeed.initialize(model=model, optimizer=sgd(model), config=config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=sgd(model), config=config)
     if which == "detached":
         return error_of(delta.attach)
-    return error_of(lambda: opendelta.AdapterModel(model))
+    return error_of(lambda: opendelta.AdapterModel(engine if which == "engine" else model))
 
 
 def ranks_that_differ(how: str, folder: Path) -> str:
@@ -436,7 +436,7 @@ ENGINES: dict[str, tuple[Callable[[str, Path], Any], tuple[str, ...]]] = {
     "refused_on_split": (refused_on_split, ("Adapter", "BitFit", "Prefix")),
     "put_after_ddp": (put_after_ddp, ("wrapper", "module")),
     "ranks_that_differ": (ranks_that_differ, ("plans", "ranks", "failures")),
-    "put_after_zero3": (put_after_zero3, ("new", "detached")),
+    "put_after_zero3": (put_after_zero3, ("new", "engine", "detached")),
     "hashes": (hashes, ("fsdp2",)),
     "unwritable": (unwritable, ("fsdp2",)),
     "switched": (switched, OF_METHODS),

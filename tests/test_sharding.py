@@ -1,0 +1,103 @@
+"""What needs no second process: which backbones are refused, and the Trainer's callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import backbones
+import pytest
+import torch
+from cases import METHODS, put
+from placed import unchanged
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import opendelta
+from opendelta import DeltaCallback, LoraModel
+from opendelta.exceptions import InsertionError
+
+
+def _flatten(model: nn.Module) -> None:
+    next(model.parameters())._fsdp_flattened = True  # type: ignore[attr-defined]
+
+
+def _initialise_zero3(model: nn.Module) -> None:
+    model.ds_inflight_param_registry = object()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("engine", "says"), [(_flatten, "FSDP1.*fully_shard"), (_initialise_zero3, "ZeRO-3.*first")]
+)
+def test_engines_that_take_no_more_parameters(method: str, engine: Any, says: str) -> None:
+    model = backbones.build("bert")
+    engine(model)
+    with unchanged(model), pytest.raises(InsertionError, match=says):
+        put(method, "bert", model)
+
+
+@pytest.mark.parametrize("act", ["save_finetuned", "save_checkpoint", "load_checkpoint"])
+def test_a_flattened_backbone_saves_and_loads_nothing(act: str, tmp_path: Path) -> None:
+    model = backbones.build("bert")
+    delta = LoraModel(model)
+    delta.save_finetuned(tmp_path / "saved")
+    before = {file: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+    _flatten(model)
+    with pytest.raises(InsertionError, match="FSDP1"):
+        getattr(delta, act)(tmp_path / "saved")
+    assert before == {file: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+
+
+# --- the Trainer ----------------------------------------------------------------------------------
+
+
+def _trainer(folder: Path, steps: int) -> tuple[Trainer, opendelta.DeltaBase]:
+    """A Trainer that saves every second step, its delta the same each time."""
+    torch.manual_seed(0)
+    model = backbones.build("bert_cls")
+    delta = LoraModel(model, lora_r=4)
+    delta.freeze_module(exclude=["deltas", "classifier"])
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, 120, (16, 9), generator=generator)
+    rows = [{"input_ids": row, "labels": torch.tensor(i % 3)} for i, row in enumerate(ids)]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        save_steps=2,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    callbacks = [DeltaCallback(delta)]
+    return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=callbacks), delta
+
+
+def test_each_checkpoint_of_a_trainer_holds_the_delta_of_that_step(tmp_path: Path) -> None:
+    trainer, delta = _trainer(tmp_path, steps=4)
+    trainer.train()
+    folders = [tmp_path / f"checkpoint-{step}" / "delta" for step in (2, 4)]
+    loaded = []
+    for folder in folders:
+        model = backbones.build("bert_cls")
+        loaded.append(LoraModel.from_finetuned(folder, model).checkpoint_tensors())
+    trained = delta.checkpoint_tensors()
+    assert loaded[1].keys() == trained.keys() and "classifier.weight" in trained
+    assert all(torch.equal(loaded[1][name], tensor) for name, tensor in trained.items())
+    assert not any(torch.equal(loaded[0][n], tensor) for n, tensor in trained.items())
+
+
+def test_a_resumed_trainer_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    trainer, delta = _trainer(tmp_path / "whole", steps=4)
+    trainer.train()
+    first, _ = _trainer(tmp_path / "parts", steps=2)
+    first.train()
+    second, resumed = _trainer(tmp_path / "parts", steps=4)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 4
+    expected = delta.checkpoint_tensors()
+    for name, tensor in resumed.checkpoint_tensors().items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
