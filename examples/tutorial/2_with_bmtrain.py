@@ -3,8 +3,8 @@
     pip install opendelta bmtrain model-center requests
     torchrun --nproc_per_node 2 examples/tutorial/2_with_bmtrain.py --delta lora
 
-Without `--pretrained` the model is tiny and random, and learns whether a text names a number
-twice. With it (``--pretrained bert-base-uncased``) ModelCenter downloads one and it learns the same.
+Without `--pretrained` the model is tiny and random, and learns whether a text names a number twice;
+with it, ModelCenter downloads one (``--pretrained bert-base-uncased``), which learns the same.
 """
 
 from __future__ import annotations
