@@ -227,7 +227,7 @@ class DeltaBase(MergeMixin):
     def freeze_module(
         self,
         module: nn.Module | None = None,
-        exclude: list[str] | str | None = None,
+        exclude: Sequence[str | DeltaBase] | str | DeltaBase | None = None,
         set_state_dict: bool | None = True,
         prefix: str = "",
     ) -> None:

@@ -106,7 +106,9 @@ class Block(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)
 
-    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+    def named_modules(
+        self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Any:
         yield prefix, self
         for name, child in self._module._modules.items():
             yield from child.named_modules(memo, f"{prefix}.{name}", remove_duplicate)

@@ -7,6 +7,7 @@ torch for good; then ``bmtrain.init_distributed(seed=0)``, under torchrun or alo
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import sys
@@ -76,7 +77,12 @@ def nccl_on_gloo() -> types.ModuleType:
         if not dist.is_initialized():
             store = dist.FileStore(uid.decode(), world)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+            atexit.register(leave)
         return nccl.NCCLCommunicator()
+
+    def leave() -> None:  # together, and before threads of gloo outlive the interpreter
+        dist.barrier()
+        dist.destroy_process_group()
 
     def reduced(source: Any, operation: str) -> Tensor:
         total = over(source).clone()
