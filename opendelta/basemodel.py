@@ -258,7 +258,7 @@ class DeltaBase(MergeMixin):
         backbone = self.backbone_model
         module = None if module is None else uncompiled(module)
         part = prefix or ("" if module is None or module is backbone else self.name_of(module))
-        chosen = exclude if exclude is not None else (self.unfrozen_modules or [EVERY_DELTA])
+        chosen: Any = exclude if exclude is not None else (self.unfrozen_modules or [EVERY_DELTA])
         declared = freeze(
             BackboneState.create(backbone),
             backbone,
