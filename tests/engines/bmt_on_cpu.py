@@ -77,12 +77,8 @@ def nccl_on_gloo() -> types.ModuleType:
         if not dist.is_initialized():
             store = dist.FileStore(uid.decode(), world)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-            atexit.register(leave)
+            atexit.register(dist.destroy_process_group)  # or gloo's threads outlive the interpreter
         return nccl.NCCLCommunicator()
-
-    def leave() -> None:  # together, and before threads of gloo outlive the interpreter
-        dist.barrier()
-        dist.destroy_process_group()
 
     def reduced(source: Any, operation: str) -> Tensor:
         total = over(source).clone()

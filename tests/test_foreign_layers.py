@@ -1,0 +1,215 @@
+"""Layers of BMTrain, quantised and offloaded ones, as far as they need no package or GPU."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import backbones
+import cases
+import placed
+import pytest
+import torch
+from torch import Tensor, nn
+
+import opendelta
+from opendelta import CommonStructureMap, LoraModel
+from opendelta.exceptions import ConfigError, InsertionError
+
+IDS = torch.arange(8).view(2, 4) + 3
+
+
+# --- BMTrain ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", cases.METHODS)
+def test_bmt_without_bmtrain_leaves_the_backbone_alone(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bmtrain", None)  # any import of it fails
+    model = backbones.build("bert")
+    with placed.unchanged(model), pytest.raises(ConfigError, match="pip install bmtrain"):
+        cases.put(method, "bert", model, backend="bmt")
+
+
+def test_bmt_without_initialisation_says_what_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = types.ModuleType("bmtrain")
+    engine.init = types.SimpleNamespace(is_initialized=lambda: False)
+    monkeypatch.setitem(sys.modules, "bmtrain", engine)
+    model = backbones.build("bert")
+    with pytest.raises(ConfigError, match="bmtrain.init_distributed"):
+        LoraModel(model, backend="bmt")
+
+
+def modelcenter(width: int = 8) -> nn.Module:
+    """The module tree of ModelCenter's BERT, with torch's layers."""
+
+    def tree(**children: nn.Module) -> nn.Module:
+        module = nn.Module()
+        for name, child in children.items():
+            module.add_module(name, child)
+        return module
+
+    def layer() -> nn.Module:
+        names = ("project_q", "project_k", "project_v", "attention_out")
+        attention = tree(**{name: nn.Linear(width, width) for name in names})
+        up = tree(w=nn.Linear(width, 4 * width), act=nn.GELU())
+        return tree(
+            self_att=tree(
+                layernorm_before_attention=nn.LayerNorm(width), self_attention=attention
+            ),
+            ffn=tree(
+                layernorm_before_ffn=nn.LayerNorm(width),
+                ffn=tree(w_in=up, w_out=nn.Linear(4 * width, width)),
+            ),
+        )
+
+    return tree(
+        input_embedding=nn.Embedding(20, width),
+        encoder=tree(
+            layers=nn.ModuleList(layer() for _ in range(2)), output_layernorm=nn.LayerNorm(width)
+        ),
+    )
+
+
+def test_names_of_modelcenter() -> None:
+    names = CommonStructureMap(modelcenter()).matched_pairs
+    expected = {
+        "self_att.self_attention.project_q": "attn.q",
+        "self_att.self_attention.project_k": "attn.k",
+        "self_att.self_attention.project_v": "attn.v",
+        "self_att.self_attention.attention_out": "attn.proj",
+        "ffn.ffn.w_in.w": "ff.w1",
+        "ffn.ffn.w_out": "ff.w2",
+    }
+    for name, common in expected.items():
+        assert names[f"encoder.layers.1.{name}"] == f"encoder.block.1.{common}"
+    assert names["encoder.output_layernorm"] == "encoder.layer_norm"
+
+
+class Block(nn.Module):
+    """A layer in the way of BMTrain's: inside, in an attribute, with all its names handed on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "_module", layer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+    def named_modules(self, memo: Any = None, prefix: str = "", *args: Any) -> Any:
+        yield prefix, self
+        for name, child in self._module._modules.items():
+            yield from child.named_modules(memo, f"{prefix}.{name}", *args)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("method", cases.METHODS)
+def test_deltas_in_blocks_act_as_in_plain_layers(method: str) -> None:
+    plain, model = backbones.build("bert"), backbones.build("bert")
+    model.encoder.layer = nn.ModuleList(map(Block, model.encoder.layer))
+    for one in (plain, model):
+        cases.randomise(cases.put(method, "bert", one))
+    assert [i.host_name for i in opendelta.deltas(model)[0].insertions] == [
+        i.host_name for i in opendelta.deltas(plain)[0].insertions
+    ]
+    torch.testing.assert_close(cases.output(model, "bert"), cases.output(plain, "bert"))
+
+
+def test_a_block_itself_is_a_place_for_a_delta() -> None:
+    plain, model = backbones.build("bert"), backbones.build("bert")
+    model.encoder.layer = nn.ModuleList(map(Block, model.encoder.layer))
+    for one in (plain, model):
+        cases.randomise(opendelta.AdapterModel(one, modified_modules=["layer.1"]))
+    torch.testing.assert_close(cases.output(model, "bert"), cases.output(plain, "bert"))
+
+
+# --- quantised layers -----------------------------------------------------------------------------
+
+
+class Packed(nn.Module):
+    """A linear whose storage says nothing of what it computes in, as with 4 bits packed in bf16."""
+
+    def __init__(self, linear: nn.Linear, computes_in: torch.dtype, storage: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.compute_dtype = computes_in
+        self.weight = nn.Parameter(torch.zeros(7, 1).to(storage), requires_grad=False)
+        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.compute_dtype).mean(-1, keepdim=True).expand(*x.shape[:-1], 8).to(x)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("computes_in", [torch.float32, torch.float16])
+@pytest.mark.parametrize("method", ["LoraModel", "AdapterModel"])
+def test_dtype_is_what_a_quantised_layer_computes_in(
+    method: str, computes_in: torch.dtype, storage: torch.dtype
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 8).bfloat16(), nn.Linear(8, 8))
+    model[1] = Packed(model[1], computes_in, storage)  # type: ignore[arg-type]
+    delta = getattr(opendelta, method)(model, modified_modules=["1"])
+    assert {p.dtype for p in delta.parameters()} == {computes_in}
+
+
+def test_quantised_training_needs_a_delta_and_restores_the_flag() -> None:
+    model = backbones.build("bert")
+    with pytest.raises(InsertionError, match="put one on first"):
+        opendelta.quantised_training(model).__enter__()
+    LoraModel(model)
+    before = dict(vars(model))
+    with pytest.raises(KeyError), opendelta.quantised_training(model):
+        assert model._hf_peft_config_loaded
+        raise KeyError
+    assert vars(model) == before and not model._hf_peft_config_loaded
+
+
+# --- offloaded backbones --------------------------------------------------------------------------
+
+
+def offloaded(kind: str, folder: Path) -> nn.Module:
+    model = backbones.build("llama")
+    if kind == "cpu":
+        return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    return accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+@pytest.mark.parametrize("method", ["LoraModel", "AdapterModel", "ParallelAdapterModel"])
+def test_deltas_on_offloaded_backbones(kind: str, method: str, tmp_path: Path) -> None:
+    model = offloaded(kind, tmp_path / "weights")
+    assert all(p.is_meta for p in model.model.layers.parameters())
+    bare = cases.output(model, "llama").detach()
+    delta = cases.put(method, "llama", model)
+    assert not any(p.is_meta for p in delta.parameters())
+    plain = backbones.build("llama")
+    for one in (delta, cases.put(method, "llama", plain)):
+        cases.randomise(one)
+    torch.testing.assert_close(cases.output(model, "llama"), cases.output(plain, "llama"))
+
+    delta.freeze_module()
+    cases.loss(model, "llama").backward()
+    assert all(p.grad is not None for p in delta.parameters())
+    delta.save_finetuned(tmp_path / "delta")
+    fresh = backbones.build("llama")
+    opendelta.AutoDeltaModel.from_finetuned(tmp_path / "delta", fresh)
+    torch.testing.assert_close(cases.output(fresh, "llama"), cases.output(model, "llama"))
+
+    delta.detach()
+    torch.testing.assert_close(cases.output(model, "llama"), bare)
+    delta.attach()
+    assert not any(p.is_meta for p in delta.parameters())
+    torch.testing.assert_close(cases.output(model, "llama"), cases.output(plain, "llama"))
+
+
+def test_bitfit_refuses_offloaded_biases(tmp_path: Path) -> None:
+    model = backbones.build("bert")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(InsertionError, match="offloaded"):
+        opendelta.BitFitModel(model)
