@@ -63,6 +63,7 @@ def test_wheel_holds_every_file_of_the_package(checkout: Path, tmp_path: Path) -
         "docs",
         "bmt",
         "browser",
+        "engines",
         "accelerate",
         "examples",
     }
