@@ -42,6 +42,11 @@ def combine(deltas: Sequence[DeltaBase], weights: Sequence[float]) -> DeltaBase:
     Example:
         >>> opendelta.combine([style, toxic], weights=[1.0, -0.3]).attach()
     """
+    if not isinstance(deltas, (list, tuple)) or not isinstance(weights, (list, tuple)):
+        raise ConfigError(
+            "combine takes a list of deltas and a list of their weights: "
+            "combine([one, other], weights=[0.5, 0.5])."
+        )
     deltas, weights = list(deltas), [float(weight) for weight in weights]
     _check(deltas, weights)
     first = deltas[0]
@@ -93,7 +98,7 @@ def require_equal_hyperparameters(deltas: Sequence[DeltaBase]) -> None:
         values = [getattr(delta.config, name, None) for delta in deltas]
         if any(value != values[0] for value in values):
             raise ConfigError(
-                f"{name} differs ({', '.join(map(repr, values))}): parameters of a "
+                f"{name} differs ({', '.join(map(repr, values))}): the parameters of "
                 f"{type(deltas[0]).__name__} add up only if its hyper-parameters are equal."
             )
 

@@ -13,7 +13,13 @@ from torch import nn
 from opendelta import dispatch as actions
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.addressing.patterns import REGEX_MARK, as_patterns, lineage, matches
-from opendelta.addressing.targets import excluded_modules, find_targets, offer_names
+from opendelta.addressing.targets import (
+    common_name_hint,
+    excluded_modules,
+    find_targets,
+    offer_names,
+    own_name_hint,
+)
 from opendelta.backbone_state import BackboneState
 from opendelta.backends import bmt
 from opendelta.backends.engines import join_engine, require_open
@@ -169,10 +175,22 @@ class Construction(nn.Module):
         elif self.common_structure:
             structure = self._recognised()
             commons = [common for known in structure.addresses.values() for common in known]
-            found = find_targets(patterns, structure.addressed, commons, structure.offer())
+            towers = [f"{tower}.{role}" for tower in structure.towers for role in structure.roles()]
+            found = find_targets(
+                patterns,
+                structure.addressed,
+                [*towers, *commons],
+                lambda pattern: own_name_hint(by_name(pattern)) + structure.offer(),
+            )
         else:
             names = [name for name in known_as if name]
-            found = find_targets(patterns, by_name, names, offer_names(names))
+            found = find_targets(
+                patterns,
+                by_name,
+                names,
+                lambda pattern: common_name_hint(self.structure.addressed(pattern))
+                + offer_names(names),
+            )
 
         def by_any_name(pattern: str) -> list[str]:
             common = self.structure.addressed(pattern) if self.common_structure else []
@@ -342,7 +360,7 @@ class Construction(nn.Module):
         if known is not None:
             return known
         name = self.name_of(module)
-        known = self.structure.unit_widths(name) if self.common_structure else None
+        known = self.structure.everywhere.unit_widths(name) if self.common_structure else None
         if known is not None:
             return known
         if name not in self._measured:

@@ -289,7 +289,7 @@ class MergeMixin(SaveLoadMixin):
         self.require_presence()
         if self.merges_into is None:
             raise InsertionError(
-                f"A {type(self).__name__} cannot be merged: what it computes is no change of the "
+                f"{type(self).__name__} cannot be merged: what it computes is no change of the "
                 "backbone's weights. LoRA and BitFit can be."
             )
         self.require_unmerged()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -141,11 +142,23 @@ def _pseudo_input(module: nn.Module) -> Any:
     return inputs
 
 
+def _with_image(model: nn.Module, inputs: Any) -> list[Any]:
+    """`inputs` and an image, for a model of both that does not run on text alone (CLIP)."""
+    vision = getattr(getattr(model, "config", None), "vision_config", None)
+    takes = inspect.signature(model.forward).parameters
+    if vision is None or not isinstance(inputs, dict) or "pixel_values" not in takes:
+        return []
+    size = getattr(vision, "image_size", 224)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    image = torch.zeros(1, getattr(vision, "num_channels", 3), height, width)
+    return [{**inputs, "pixel_values": image}]
+
+
 def _run(model: nn.Module) -> None:
     """One forward of a pseudo input; the last attempt's error is raised with advice."""
     known = _pseudo_input(model)
     guesses = [torch.tensor([[0, 0, 0]]), torch.tensor([0, 0, 0])]
-    attempts = guesses if known is None else [known]
+    attempts = guesses if known is None else [known, *_with_image(model, known)]
     place = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
     def fit(value: Any) -> Any:
@@ -167,11 +180,18 @@ def _run(model: nn.Module) -> None:
     raise InsertionError(
         "A pseudo input must pass through the model to tell the width of the modified modules, but "
         f"{type(model).__name__} failed on the automatic one ({type(failure).__name__}: {failure})."
-        " Before creating the delta, set `backbone_model.dummy_inputs` to anything that makes "
+        f" Before creating the delta, set `{_how_to_set(model)}` to anything that makes "
         "`backbone_model(**dummy_inputs)` succeed, such as {'x': torch.zeros(1, 8)}; only its form "
         "and shape matter. Modules that say their width themselves (linears, convolutions, "
         "embeddings, norms) need none."
     ) from failure
+
+
+def _how_to_set(model: nn.Module) -> str:
+    """How to give a model a pseudo input; transformers' models have a property in the way."""
+    if isinstance(getattr(type(model), "dummy_inputs", None), property):
+        return "backbone_model.__dict__['dummy_inputs']"
+    return "backbone_model.dummy_inputs"
 
 
 @contextmanager

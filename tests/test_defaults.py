@@ -114,6 +114,33 @@ def test_an_unknown_tower_raises_with_those_that_there_are() -> None:
         LoraModel(model, modified_modules=["audio.attn.q"], common_structure=True)
 
 
+@pytest.mark.parametrize("method", ["ParallelAdapterModel", "PrefixModel", "CompacterModel"])
+@pytest.mark.parametrize("tower", ["vision", "all"])
+def test_methods_that_need_widths_reach_other_towers(method: str, tower: str) -> None:
+    model = clip()
+    patterns = [f"{tower}.attn"] * (2 if method == "ParallelAdapterModel" else 1)
+    delta = getattr(opendelta, method)(model, modified_modules=patterns, common_structure=True)
+    found = {n.split(".")[0] for n in places(delta)}
+    assert found == ({"vision_model", "text_model"} if tower == "all" else {"vision_model"})
+    image = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        for p in delta.parameters():
+            p.normal_()
+        changed = model(input_ids=IDS, pixel_values=image).image_embeds
+        delta.detach()
+        assert not torch.equal(model(input_ids=IDS, pixel_values=image).image_embeds, changed)
+
+
+def test_hints_where_names_are_of_the_other_kind() -> None:
+    model = clip()
+    with unchanged(model), pytest.raises(AddressingError, match="pass common_structure=True"):
+        LoraModel(model, modified_modules=["vision.attn.q"])
+    with unchanged(model), pytest.raises(AddressingError, match="leave out common_structure"):
+        LoraModel(model, modified_modules=["q_proj"], common_structure=True)
+    with unchanged(model), pytest.raises(AddressingError, match=r"mean 'vision\.attn\.q'"):
+        LoraModel(model, modified_modules=["visoin.attn.q"], common_structure=True)
+
+
 # --- roles ----------------------------------------------------------------------------------------
 
 

@@ -186,11 +186,16 @@ class CommonStructureMap:
             the map of ``vision``. For any other pattern, this map and the pattern as it is.
         """
         tower, _, rest = pattern.partition(".")
-        if tower not in (*self.towers, "all") or not rest:
+        if tower not in (*self.towers, "all") or "." not in pattern:
             return self, pattern
         if tower not in self._scoped:
             self._scoped[tower] = CommonStructureMap(self._backbone, strict=False, scope=tower)
         return self._scoped[tower], rest
+
+    @property
+    def everywhere(self) -> CommonStructureMap:
+        """The map of all towers together."""
+        return self.scoped("all.")[0] if self.towers else self
 
     @cached_property
     def addresses(self) -> dict[str, tuple[str, ...]]:

@@ -11,7 +11,7 @@ Find = Callable[[str], list[str]]  # the modules that a pattern addresses
 
 
 def find_targets(
-    patterns: Sequence[str], find: Find, known: Sequence[str], offer: str
+    patterns: Sequence[str], find: Find, known: Sequence[str], offer: Callable[[str], str]
 ) -> list[list[str]]:
     """The modules that each pattern addresses.
 
@@ -19,7 +19,7 @@ def find_targets(
         patterns: what to look for.
         find: which modules one of them addresses.
         known: the names that patterns may address, for the error.
-        offer: a sentence on what there is, for the error.
+        offer: tells for a pattern without hits what there is, for the error.
 
     Returns:
         One list of module names for each pattern.
@@ -36,9 +36,23 @@ def find_targets(
                 f"modified_modules: {pattern!r} addresses no module of the backbone."
                 + nearest(pattern, [*known, *_suffixes(known)])
                 + hint
-                + f" {offer}"
+                + f" {offer(pattern)}"
             )
     return found
+
+
+def common_name_hint(hits: Sequence[str]) -> str:
+    """For a pattern that is no name of a module but a common one."""
+    if not hits:
+        return ""
+    return f"It is a common name, of {hits[0]!r} for one: pass common_structure=True. "
+
+
+def own_name_hint(hits: Sequence[str]) -> str:
+    """For a pattern that is no common name but one of the backbone's own."""
+    if not hits:
+        return ""
+    return f"It is the backbone's own name of {hits[0]!r}: leave out common_structure=True. "
 
 
 def offer_names(names: Sequence[str]) -> str:

@@ -522,9 +522,11 @@ def load_tensors(
             )
             if names
         ]
+        saved_on, here = delta.config.backbone_class, type(delta.backbone_model).__name__
+        origin = f"It was saved on a {saved_on}. " if saved_on not in (None, "", here) else ""
         raise CheckpointError(
-            f"The checkpoint does not fit this {type(delta).__name__} on "
-            f"{type(delta.backbone_model).__name__}. Keys {'; keys '.join(parts)}."
+            f"The checkpoint does not fit this {type(delta).__name__} on {here}. {origin}"
+            f"Keys {'; keys '.join(parts)}."
         )
     with torch.no_grad():
         for name, tensor in tensors.items():

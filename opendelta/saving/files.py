@@ -58,8 +58,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        of_peft = (file.parent / "adapter_config.json").is_file()
+        hint = " It is PEFT's: AutoDeltaModel.from_peft reads it." if of_peft else ""
         raise CheckpointError(
-            f"{file.parent} holds no {CONFIG_FILE}: no delta was saved there."
+            f"{file.parent} holds no {CONFIG_FILE}: no delta was saved there.{hint}"
         ) from error
     except (ValueError, RecursionError) as error:  # the latter where brackets nest too deep
         raise CheckpointError(f"{file} is not valid JSON ({error}).") from error
