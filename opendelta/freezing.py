@@ -120,6 +120,7 @@ def freeze(
                     reached = (name if by_name else _host(name, own_names)) in selection
                     p.requires_grad_((kept or reached) and id(p) not in constant)
                     trains = trains or p.requires_grad
+    deltas_train = trains
 
     named: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -169,6 +170,12 @@ def freeze(
         warn(
             "Nothing is left to train: neither 'deltas' nor anything else was excluded from "
             "freezing. The usual call is freeze_module(exclude=['deltas', 'classifier']).",
+            DeltaWarning,
+        )
+    elif not deltas_train and present:
+        warn(
+            "All deltas are frozen: only parameters of the backbone are left to train. To train the "
+            "deltas too, name them, as in exclude=['deltas', 'classifier'].",
             DeltaWarning,
         )
     return declared

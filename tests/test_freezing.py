@@ -362,6 +362,16 @@ def test_each_unmatched_pattern_warns_and_the_others_act() -> None:
     assert trainable(delta.backbone_model) == {"classifier.weight", "classifier.bias"}
 
 
+def test_a_freeze_that_forgets_the_deltas_says_so() -> None:
+    delta = place("LoraModel", "bert_cls")
+    with pytest.warns(DeltaWarning, match=r"All deltas are frozen.*exclude=\['deltas', "):
+        delta.freeze_module(exclude=["classifier"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        delta.freeze_module(exclude=[delta])
+        delta.freeze_module(exclude=["lora_B", "classifier"])
+
+
 # --- the trimmed state dict -----------------------------------------------------------------------
 
 
