@@ -174,8 +174,8 @@ def freeze(
         )
     elif not deltas_train and present:
         warn(
-            "All deltas are frozen: only parameters of the backbone are left to train. To train the "
-            "deltas too, name them, as in exclude=['deltas', 'classifier'].",
+            "All deltas are frozen: only parameters of the backbone are left to train. To train "
+            "the deltas too, name them, as in exclude=['deltas', 'classifier'].",
             DeltaWarning,
         )
     return declared
