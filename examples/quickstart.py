@@ -4,14 +4,13 @@
 
 The encoder is MiniLM (22.7 million parameters), the text 1,000 sentences of reviews rated by
 people. The lines that make it delta tuning are marked `# delta`; all else is plain PyTorch.
-With ``--compare``, full fine-tuning and a frozen encoder run on the same sentences after it.
+`run.py` compares all methods, full fine-tuning and a frozen encoder on the same sentences.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +21,6 @@ from movie_reviews import Review, download, read, split
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -33,8 +30,7 @@ from opendelta import AutoDeltaModel, LoraModel
 BATCH, TOKENS, EPOCHS = 32, 48, 2
 LABELS = ["negative", "positive"]
 SENTENCES = ["A warm, funny and beautifully acted film.", "Two hours I will never get back."]
-# Learning rates: the fewer parameters train, the higher. They were not searched for.
-RATES = {"delta": 3e-3, "full fine-tuning": 2e-4, "frozen encoder": 1e-2}
+RATE = 3e-3  # higher than for full fine-tuning, since little trains; it was not searched for
 
 console = Console()
 
@@ -74,18 +70,17 @@ class Data(NamedTuple):
     measure: list[Review]
 
 
-def train(model: Classifier, data: Data, way: str) -> float:
-    """Train what requires grad, an ordinary loop, and return the seconds it took."""
+def train(model: Classifier, data: Data) -> None:
+    """Train what requires grad: an ordinary loop."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=RATES[way])
+    optimizer = torch.optim.AdamW(trainable, lr=RATE)
     steps = EPOCHS * math.ceil(len(data.learn) / BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     model.train()
     torch.manual_seed(0)
-    began = time.perf_counter()
     with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[loss]}")) as progress:
-        task = progress.add_task(way, total=steps, loss="")
+        task = progress.add_task("training", total=steps, loss="")
         for _ in range(EPOCHS):
             shuffled = [data.learn[i] for i in torch.randperm(len(data.learn))]
             labels = torch.tensor([int(r.positive) for r in shuffled]).split(BATCH)
@@ -97,7 +92,6 @@ def train(model: Classifier, data: Data, way: str) -> float:
                 optimizer.step()
                 schedule.step()
                 progress.update(task, advance=1, loss=f"loss {loss.item():.3f}")
-    return time.perf_counter() - began
 
 
 @torch.no_grad()
@@ -120,31 +114,16 @@ def accuracy(logits: Tensor, reviews: list[Review]) -> float:
     return (logits.argmax(-1) == truth).double().mean().item()
 
 
-class Result(NamedTuple):
-    way: str
-    accuracy: float
-    seconds: float
-    trained: int
-    of: int
-    file_bytes: int
-
-
-def parameters(model: nn.Module) -> tuple[int, int]:
-    """How many parameters train, and how many there are."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
-
-
-def delta_tuning(data: Data, folder: Path, sentences: list[str]) -> Result:
+def delta_tuning(data: Data, folder: Path, sentences: list[str]) -> float:
+    """The whole way, from a bare encoder to verdicts; returns the accuracy."""
     model = Classifier(seed=0)
     bare = encode(model, data)
 
     delta = LoraModel(model)  # delta: on the query and value projections, rank 8
     delta.freeze_module(exclude=["deltas", "classifier"])  # delta
     delta.log()
-    trained, of = parameters(model)
 
-    seconds = train(model, data, "delta")
+    train(model, data)
     texts = [r.text for r in data.measure]
     logits = predict(model, data, texts)
     score = accuracy(logits, data.measure)
@@ -167,21 +146,7 @@ def delta_tuning(data: Data, folder: Path, sentences: list[str]) -> Result:
     for sentence, p in zip(sentences, chances, strict=True):
         verdict = f"[bold]{LABELS[int(p.argmax())]}[/] ({p.max():.0%})"
         console.print(f"{verdict}  {escape(sentence)}", highlight=False)
-    return Result("delta", score, seconds, trained, of, size)
-
-
-def other_tuning(way: str, data: Data, folder: Path) -> Result:
-    """The same without a delta: all parameters, or the head alone; what trained is saved."""
-    model = Classifier(seed=0)
-    model.encoder.requires_grad_(way == "full fine-tuning")
-    trained, of = parameters(model)
-    seconds = train(model, data, way)
-    score = accuracy(predict(model, data, [r.text for r in data.measure]), data.measure)
-    file = folder / f"{way.replace(' ', '_')}.safetensors"
-    save_file({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, file)
-    size = file.stat().st_size
-    file.unlink()
-    return Result(way, score, seconds, trained, of, size)
+    return score
 
 
 def require(holds: bool, what: str) -> None:
@@ -189,19 +154,9 @@ def require(holds: bool, what: str) -> None:
         raise SystemExit(f"Not as promised: {what} differs. Please report it.")
 
 
-def show(results: list[Result]) -> None:
-    table = Table("", "accuracy", "training, s", "trainable", "file, kB")
-    for r in results:
-        share = f"{r.trained:,} ({r.trained / r.of:.2%})"
-        figures = (f"{r.accuracy:.3f}", f"{r.seconds:.0f}", share, f"{r.file_bytes / 1000:,.0f}")
-        table.add_row(r.way, *figures)
-    console.print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Delta tuning of a real encoder on real text.")
     parser.add_argument("sentences", nargs="*", default=SENTENCES, help="what to judge at the end")
-    parser.add_argument("--compare", action="store_true", help="run two other ways of tuning, too")
     parser.add_argument("--output", type=Path, default=Path("delta_checkpoints/quickstart"))
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
@@ -211,11 +166,7 @@ def main() -> None:
         "reloaded and compared: about a minute and a half on two idle cores."
     )
     data = Data(AutoTokenizer.from_pretrained(get_model_path()), *split(read(download())))
-    results = [delta_tuning(data, options.output, options.sentences)]
-    if options.compare:
-        for way in ("full fine-tuning", "frozen encoder"):
-            results.append(other_tuning(way, data, options.output))
-        show(results)
+    delta_tuning(data, options.output, options.sentences)
 
 
 if __name__ == "__main__":

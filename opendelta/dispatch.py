@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opendelta.exceptions import InsertionError
+from opendelta.signature import names_in_code
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -118,6 +119,8 @@ def onto(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -
 # Actions that only add to the output, so that their order does not matter.
 ADDITIVE: set[Callable[..., Any]] = {parallel, onto}
 
+_OF_CHILDREN = {"children", "named_children", "_modules"}  # how a forward goes through them
+
 
 class Seat(nn.Module):
     """Stands for a delta among the children of a module that runs its children: `nn.Sequential`.
@@ -136,7 +139,18 @@ class Seat(nn.Module):
     @classmethod
     def on(cls, host: nn.Module, delta: nn.Module) -> nn.Module:
         """What sits on `host` for `delta`: itself, or a seat where children are gone through."""
-        return cls(delta) if hasattr(type(host), "__iter__") else delta
+        runs_children = hasattr(type(host), "__iter__") or (
+            _OF_CHILDREN & names_in_code(type(host).forward)
+        )
+        return cls(delta) if runs_children else delta
+
+    def _replicate_for_data_parallel(self) -> Seat:
+        """A replica, and that of the delta: what DataParallel sets on one is set on both."""
+        delta = self.delta._replicate_for_data_parallel()
+        replica = Seat.__new__(Seat)
+        replica.__dict__ = delta.__dict__
+        replica.__dict__["delta"] = delta
+        return replica
 
     def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
         return hidden
@@ -150,6 +164,12 @@ class Seat(nn.Module):
 
     def extra_repr(self) -> str:
         return self.delta.extra_repr()
+
+
+def _delta_on(module: nn.Module, name: str) -> nn.Module | None:
+    """The delta called `name` on a module, None while it is detached."""
+    child = module._modules.get(name)
+    return child.delta if isinstance(child, Seat) else child
 
 
 class Dispatcher:
@@ -218,9 +238,7 @@ class BeforeDispatcher(Dispatcher):
             args, kwargs = route.run(self.entries, module, (args, kwargs))
             return args, kwargs
         for name, action in self.entries:
-            delta = module._modules.get(name)
-            if type(delta) is Seat:
-                delta = delta.delta
+            delta = _delta_on(module, name)
             if delta is not None:
                 args, kwargs = action(delta, module, args, kwargs)
         return args, kwargs
@@ -246,9 +264,7 @@ class AfterDispatcher(Dispatcher):
         if Dispatcher.router is not None and (route := Dispatcher.router(module)) is not None:
             return route.run(self.entries, module, (args, kwargs, output))[2]
         for name, action in self.entries:
-            delta = module._modules.get(name)
-            if type(delta) is Seat:
-                delta = delta.delta
+            delta = _delta_on(module, name)
             if delta is not None:
                 output = action(delta, module, args, kwargs, output)
         return output

@@ -1,4 +1,4 @@
-"""What arguments a function takes (specification 1.23.4)."""
+"""What arguments a function takes (specification 1.23.4), and what its code refers to."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ def signature(f: Callable[..., Any]) -> Signature:
     varargs = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     keywords = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
     return Signature([p.name for p in positional], defaults or None, varargs, keywords)
+
+
+def names_in_code(f: Callable[..., Any]) -> frozenset[str]:
+    """The names that a function's code refers to: globals, attributes and its own variables."""
+    code = getattr(inspect.unwrap(f), "__code__", None)
+    return frozenset() if code is None else frozenset(code.co_names + code.co_varnames)
 
 
 def get_arg_names(f: Callable[..., Any]) -> list[str]:

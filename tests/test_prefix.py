@@ -815,6 +815,32 @@ def test_a_mask_that_is_no_tensor_is_refused() -> None:
     assert len(seen) == 1
 
 
+def test_a_window_without_a_mask_is_refused_where_it_would_leave_the_prefix_behind() -> None:
+    """As FlashAttention's: it counts keys, and the prefix is the first of them."""
+    widths = []
+
+    def flash(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+        widths.append(k.shape[-2])
+        return torch.zeros_like(q).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("flash_for_this_test", flash)
+    model, delta = prefixed("llama")
+    model.config._attn_implementation = "flash_for_this_test"
+    attention = model.model.layers[0].self_attn
+
+    def run_with(window: int | None) -> None:
+        x, angles = torch.zeros(1, 4, 64), (torch.ones(1, 4, DEPTH), torch.zeros(1, 4, DEPTH))
+        attention(x, position_embeddings=angles, attention_mask=None, sliding_window=window)
+
+    run_with(None)
+    run_with(4 + TOKENS)
+    with pytest.raises(InsertionError, match=rf"{3 + TOKENS} tokens .*sdpa"):
+        run_with(3 + TOKENS)
+    assert widths == [4 + TOKENS] * 2
+    delta.detach()
+    run_with(3)
+
+
 # --- together with others -------------------------------------------------------------------------
 
 

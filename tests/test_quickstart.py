@@ -131,27 +131,18 @@ def test_quickstart_learns_saves_and_judges(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(quickstart, "EPOCHS", 12)
-    monkeypatch.setitem(quickstart.RATES, "delta", 3e-2)
+    monkeypatch.setattr(quickstart, "RATE", 3e-2)
     sentences = ["a lovely film", "a stale film", "[sic]"]
-    result = quickstart.delta_tuning(data, tmp_path / "saved", sentences)
+    score = quickstart.delta_tuning(data, tmp_path / "saved", sentences)
     output = capsys.readouterr().out
-    assert result.accuracy > 0.95
-    assert result.trained == 2 * 2 * 2 * 8 * 16 + 2 * 16 + 2  # two layers' q and v, and the head
+    assert score > 0.95
+    trained = 2 * 2 * 2 * 8 * 16 + 2 * 16 + 2  # two layers' q and v, and the head
+    assert f"Trainable Ratio: {trained}/" in output
     names = {path.name for path in (tmp_path / "saved").iterdir()}
     assert names == {"config.json", "model.safetensors"}
-    assert "Trainable Ratio" in output
     verdicts = re.findall(r"(positive|negative) \(\d+%\)  (.+)", output)
     assert [sentence for _, sentence in verdicts] == sentences
     assert [verdict for verdict, _ in verdicts[:2]] == ["positive", "negative"]
-
-
-@pytest.mark.parametrize("way", ["full fine-tuning", "frozen encoder"])
-def test_comparison_trains_what_it_says(way: str, data: quickstart.Data, tmp_path: Path) -> None:
-    result = quickstart.other_tuning(way, data, tmp_path)
-    head = 2 * 16 + 2
-    assert result.trained == (result.of if way == "full fine-tuning" else head)
-    assert result.file_bytes > 4 * result.trained
-    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.slow

@@ -937,3 +937,35 @@ def test_a_delta_on_a_chain_acts_once(method: type[DeltaBase], tmp_path: Path) -
     assert torch.allclose(model(x), expected)
     delta.remove()
     assert torch.equal(model(x), bare) and len(model.chain) == 2
+
+
+class Runner(nn.Module):
+    """A module of a user's own that goes through its children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+@pytest.mark.parametrize("own", [False, True])
+@torch.no_grad()
+def test_a_delta_beside_what_a_module_runs_acts_once_on_replicas_too(own: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Chain().eval(), torch.randn(3, 8)
+    if own:
+        model.chain = Runner().eval()
+    bare = model(x)
+    delta = opendelta.AdapterModel(model, modified_modules=["chain"])
+    randomise(delta)
+    expected = delta.insertions[0].module(bare)
+    assert not torch.equal(expected, bare)
+    assert torch.equal(model(x), expected)
+    replica = replicate(model)
+    for p in delta.parameters():
+        p.zero_()
+    assert torch.equal(model(x), bare) and torch.equal(replica(x), expected)

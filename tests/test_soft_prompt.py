@@ -307,6 +307,24 @@ def test_a_decoder_that_classifies_finds_the_last_token(
 
 
 @torch.no_grad()
+def test_each_choice_of_several_gets_the_prompt() -> None:
+    """Such a model takes ids (batch, choices, tokens) and flattens them."""
+    model = transformers.BertForMultipleChoice(backbones.build("bert").config)
+    weights.fill(model).eval()
+    delta = SoftPromptModel(model, soft_token_num=COUNT)
+    randomise(delta, 0.5)
+    one = backbones.inputs("bert")
+    given = {name: torch.stack([t, t.flip(0)]) for name, t in one.items()}
+    labels = torch.tensor([1, 0])
+    out = model(**given, labels=labels)
+    delta.detach()
+    flat = {name: t.flatten(0, 1) for name, t in given.items()}
+    states = model.bert(**joined(model.bert, the_prompt(delta), flat)).pooler_output
+    close(out.logits, model.classifier(states).view(2, -1))
+    close(out.loss, cross_entropy(out.logits, labels))
+
+
+@torch.no_grad()
 def test_a_file_of_0_3_2_fits_where_the_prompt_sits_deeper_now(tmp_path: Path) -> None:
     config = backbones.build("gpt2").config
     config.num_labels, config.pad_token_id = 3, 0

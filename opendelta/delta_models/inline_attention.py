@@ -4,7 +4,8 @@
 prefix's logits to the scores at the softmax, and adds the prefix's values at the product that
 follows; calls of `F.scaled_dot_product_attention` get longer keys, values and masks. Masks and
 relative positions of the text need no change: they act on scores before the softmax, and are zero
-at prefix positions (DeBERTa-v2; with ALiBi that makes the prefix as near as the first token).
+at prefix positions (DeBERTa-v2; with ALiBi that makes the prefix as near as the first position,
+which with left padding is further off in MPT, whose bias counts the padding).
 """
 
 from __future__ import annotations

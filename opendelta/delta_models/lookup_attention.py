@@ -69,6 +69,13 @@ class LookupAttention(PrefixedCall):
                 f"{type(attention_mask).__name__}, which a prefix cannot widen. Load the backbone "
                 'with attn_implementation="sdpa" or "eager".'
             )
+        window, keys = kwargs.get("sliding_window"), key.shape[-2]
+        if "flash" in implementation and window is not None and keys + self.tokens > window:
+            raise InsertionError(
+                f"attn_implementation={implementation!r} slides its window of {window} tokens "
+                "without a mask, so that late tokens would not see the prefix. Load the backbone "
+                'with attn_implementation="sdpa" or "eager".'
+            )
         if attention_mask is None and query.shape[-2] > 1:
             causal = kwargs.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal

@@ -7,7 +7,6 @@ https://arxiv.org/abs/2101.00190. The prefix joins at transformers' attention lo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,6 +33,7 @@ from opendelta.dispatch import Args, BeforeDispatcher, Kwargs, first_hidden
 from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
 from opendelta.insertion import ModuleInsertion
 from opendelta.ownership import dotted, own_modules
+from opendelta.signature import names_in_code
 from opendelta.sizes import read_widths, run_pseudo_input
 
 if TYPE_CHECKING:
@@ -519,9 +519,8 @@ def _names_in_code(module: nn.Module) -> set[str]:
     """What the methods of `module` and of those inside refer to by name."""
     classes = {cls for _, part in own_modules(module) for cls in type(part).__mro__}
     classes -= set(nn.Module.__mro__)
-    functions = (inspect.unwrap(f) for cls in classes for f in vars(cls).values() if callable(f))
-    codes = (getattr(function, "__code__", None) for function in functions)
-    return {name for code in codes if code is not None for name in code.co_names}
+    methods = (f for cls in classes for f in vars(cls).values() if callable(f))
+    return {name for method in methods for name in names_in_code(method)}
 
 
 def _no_attention(name: str, module: nn.Module) -> InsertionError:

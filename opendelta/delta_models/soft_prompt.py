@@ -5,7 +5,6 @@ https://arxiv.org/abs/2104.08691.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.dispatch import AfterDispatcher, Args, BeforeDispatcher, Kwargs, first_hidden
 from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ownership import dotted, own_modules
+from opendelta.signature import get_arg_names_inside_func, names_in_code
 from opendelta.sizes import is_embedding
 
 ROOT, LAYER = "root", "soft_prompt_layer"
@@ -267,8 +267,8 @@ class SoftPromptModel(DeltaBase):
 
     What a model returns for each position it returns for the prompt's too, in front. Where the
     prompt sits in a model inside (the base model of decoders that classify sequences, which look
-    for padding among the ids; the text model of CLIP; Whisper's decoder), the output of that one
-    is cut to the text.
+    for padding among the ids, and of multiple choice; the text model of CLIP; Whisper's decoder),
+    the output of that one is cut to the text.
 
     Args:
         backbone_model: the model to modify, in place.
@@ -337,12 +337,12 @@ class SoftPromptModel(DeltaBase):
                 )
             host = backbone.get_submodule(name)
         sites: dict[str, Any] = dict(own_modules(backbone))
-        inner = _base_of_pad_seeker(host)
+        inner = _base_of_id_reader(host)
         if inner:
             name = dotted(name, inner)
             host = sites[name]
         embedding_name, embedding = _embedding_of(name, host)
-        names = [n for n in inspect.signature(type(host).forward).parameters if n != "self"]
+        names = get_arg_names_inside_func(type(host).forward)
         expand, count = self.other_expand_ids, self.soft_token_num
         layer = SoftPromptLayer(self._initial(embedding), embedding_name, names, expand)
         companion: Companion | None = None
@@ -418,16 +418,15 @@ def _input_embedding(module: nn.Module) -> Any:
     return found if hasattr(found, "num_embeddings") else None
 
 
-def _base_of_pad_seeker(host: nn.Module) -> str:
-    """Name of the base model in a model that looks for the last token that is no padding, else "".
+def _base_of_id_reader(host: nn.Module) -> str:
+    """Name of the base model in a model that reads the ids before it hands them on, else "".
 
-    With embeddings in place of ids such a model takes the last position, padding or not.
+    Some look for the last token that is no padding: with embeddings in place of ids they take the
+    last position, padding or not. Others flatten ids of shape (batch, choices, tokens).
     """
-    code = getattr(inspect.unwrap(type(host).forward), "__code__", None)
-    base = getattr(host, "base_model_prefix", "")
-    if code is None or not {"pad_token_id", "argmax"} <= set(code.co_names) or not base:
-        return ""
-    return base if isinstance(host._modules.get(base), nn.Module) else ""
+    names, base = names_in_code(type(host).forward), getattr(host, "base_model_prefix", "")
+    reads = {"pad_token_id", "argmax"} <= names or "num_choices" in names
+    return base if reads and isinstance(host._modules.get(base), nn.Module) else ""
 
 
 def _embedding_of(name: str, host: Any) -> tuple[str, Any]:
