@@ -114,7 +114,8 @@ class Companion(nn.Module):
             if lengthen(given, self, text.shape[:2]):
                 given[name] = longer(text, self.count, PROMPT_ID)
                 self.length = text.shape[1] if text.dim() > 1 else 0
-        return tuple(given.pop(n) for n in self.names[: len(args)]), given
+        rest = args[len(self.names) :]  # of a ``forward(self, *args)``
+        return (*(given.pop(n) for n in self.names[: len(args)]), *rest), given
 
 
 def stand_in(
