@@ -19,7 +19,6 @@ import backbones
 import pytest
 import torch
 import worker
-from conftest import GOLDEN
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ DEEPSPEED = ("zero2", "zero3")
 CASES = [(engine, case) for engine in (*TRAINING, *DEEPSPEED) for case in worker.ENGINES[engine][1]]
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "distributed"
-ON_PATH = [str(ROOT), str(GOLDEN)]
+ON_PATH = [str(ROOT), str(ROOT / "tests" / "golden")]
 SECONDS = 240  # DeepSpeed compiles an extension at its first run
 
 
