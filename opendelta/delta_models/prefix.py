@@ -7,7 +7,7 @@ https://arxiv.org/abs/2101.00190. The prefix joins at transformers' attention lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +22,7 @@ from opendelta.backends.bmt import has_distributed
 from opendelta.backends.sharding import is_dtensor
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.delta_models.attention_widths import measured_widths
 from opendelta.delta_models.inline_attention import InlineAttention
 from opendelta.delta_models.lookup_attention import (
     LookupAttention,
@@ -34,7 +35,7 @@ from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
 from opendelta.insertion import ModuleInsertion
 from opendelta.ownership import dotted, own_modules
 from opendelta.signature import names_in_code
-from opendelta.sizes import read_widths, run_pseudo_input
+from opendelta.sizes import read_widths
 
 if TYPE_CHECKING:
     from opendelta.routing import Rows
@@ -322,7 +323,10 @@ class PrefixModel(DeltaBase):
                 unsure[name] = host
         if unsure:
             try:
-                read |= _measured_widths(self.backbone_model, unsure)
+                measured = measured_widths(self.backbone_model, unsure)
+                for name in unsure.keys() - measured.keys():
+                    raise _no_attention(name, unsure[name])
+                read |= measured
             except InsertionError:
                 if not unsure.keys() <= read.keys():
                     raise
@@ -545,53 +549,3 @@ def _relative_bias_for(backbone: nn.Module, name: str) -> list[nn.Module]:
     if name in owners:
         return [owners[name]]
     return [m for other, m in owners.items() if fold_numbers([other]) == [place]][:1]
-
-
-class _WidthRecorder(LookupAttention):
-    """Stands in for a prefix to see the widths of keys and values."""
-
-    def __init__(self, host: nn.Module, name: str, widths: dict[str, tuple[int, int]]) -> None:
-        super().__init__(host, torch.empty(0), torch.empty(0))
-        self.name, self.widths = name, widths
-
-    def attend(
-        self,
-        implementation: str,
-        function: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        self.widths[self.name] = key.shape[1] * key.shape[3], value.shape[1] * value.shape[3]
-        return function(module, query, key, value, *args, **kwargs)
-
-
-def _measured_widths(
-    backbone: nn.Module, hosts: dict[str, nn.Module]
-) -> dict[str, tuple[int, int]]:
-    """Widths of keys and values, seen in one forward of a pseudo input."""
-    watch_attention_lookup()
-    widths: dict[str, tuple[int, int]] = {}
-    handles: list[RemovableHandle] = []
-
-    def recording(name: str) -> Callable[..., None]:
-        return lambda host, args: begin(_WidthRecorder(host, name, widths))
-
-    def recorded(host: nn.Module, args: Args, output: Any) -> None:
-        end(host)
-
-    for name, host in hosts.items():
-        handles.append(host.register_forward_pre_hook(recording(name)))
-        handles.append(host.register_forward_hook(recorded, always_call=True))
-    try:
-        run_pseudo_input(backbone, hosts)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, host in hosts.items():
-        if name not in widths:
-            raise _no_attention(name, host)
-    return widths
