@@ -131,6 +131,17 @@ def test_methods_that_need_widths_reach_other_towers(method: str, tower: str) ->
         assert not torch.equal(model(input_ids=IDS, pixel_values=image).image_embeds, changed)
 
 
+def test_widths_of_another_tower_are_read_without_a_forward() -> None:
+    model = clip()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("no forward is needed")
+
+    model.register_forward_pre_hook(refuse)
+    delta = ParallelAdapterModel(model, modified_modules=["vision.attn"] * 2, common_structure=True)
+    assert {n.split(".")[0] for n in places(delta)} == {"vision_model"}
+
+
 def test_hints_where_names_are_of_the_other_kind() -> None:
     model = clip()
     with unchanged(model), pytest.raises(AddressingError, match="pass common_structure=True"):
