@@ -115,9 +115,9 @@ def main() -> None:
     batches = {
         "backbone alone": lambda: model(ids).logits,
         "OpenDelta: route": mixed,
-        "PEFT: adapter_names": lambda: rival(
-            ids, adapter_names=[names[number] for number in of_row]
-        ).logits,
+        "PEFT: adapter_names": lambda: (
+            rival(ids, adapter_names=[names[number] for number in of_row]).logits
+        ),
         f"{IN_BATCH} separate forwards": apart,
     }
     expected = apart()

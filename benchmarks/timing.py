@@ -36,6 +36,8 @@ def interleaved(
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
+    gc.collect()
+    gc.freeze()  # what is there already is not looked through again before each
     for number in range(rounds + 1):
         for name in names if number % 2 else reversed(names):
             ready = prepare(name)
@@ -47,6 +49,7 @@ def interleaved(
             gc.enable()
             if number:
                 times[name].append(taken)
+    gc.unfreeze()
     return times
 
 

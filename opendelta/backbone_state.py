@@ -20,7 +20,14 @@ from opendelta.backends.quantised import warn_of_repacking
 from opendelta.dispatch import Dispatcher, forget_compiled_code
 from opendelta.exceptions import ConfigError, DeltaWarning, warn
 from opendelta.insertion import Insertion, ModuleInsertion, ParameterSlot
-from opendelta.ownership import dotted, named_tensors, own_modules
+from opendelta.ownership import (
+    dotted,
+    every_module,
+    every_parameter,
+    named_tensors,
+    own_modules,
+    unblocked,
+)
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase
@@ -73,8 +80,8 @@ class BackboneState:
     @classmethod
     def within(cls, backbone: nn.Module) -> list[BackboneState]:
         """The states of `backbone` and of modules inside it that deltas took as their backbone."""
-        states = (cls.of(module) for _, module in own_modules(backbone))
-        return [state for state in states if state is not None]
+        hooked = (m for m in every_module(unblocked(backbone)) if m._state_dict_hooks)
+        return [state for module in hooked if (state := cls.of(module)) is not None]
 
     @classmethod
     def create(cls, backbone: nn.Module) -> BackboneState:
@@ -94,7 +101,7 @@ class BackboneState:
         if all(id(delta) in merged for delta in self.deltas):
             self.drop_forward_hooks()
         elif not self.gradient_handles:
-            for _, module in own_modules(backbone):
+            for module in every_module(backbone):
                 if "gradient_checkpointing" in module.__dict__ or hasattr(
                     type(module), "gradient_checkpointing"
                 ):
@@ -133,7 +140,11 @@ class BackboneState:
         """After the next forward, tell which deltas it never reached."""
         if self.first_forward is None:
             self.first_forward = backbone.register_forward_hook(self.report_unreached)
-        if self.repacking is None and any(hasattr(p, "quant_state") for p in backbone.parameters()):
+        if self.repacking is None and any(
+            hasattr(p, "quant_state")
+            for p in every_parameter(backbone)
+            if type(p) is not nn.Parameter
+        ):
             self.repacking = backbone.register_forward_pre_hook(warn_of_repacking)
 
     def report_unreached(self, module: nn.Module, args: Any, output: Any) -> None:

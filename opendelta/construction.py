@@ -188,8 +188,9 @@ class Construction(nn.Module):
                 patterns,
                 by_name,
                 names,
-                lambda pattern: common_name_hint(self.structure.addressed(pattern))
-                + offer_names(names),
+                lambda pattern: (
+                    common_name_hint(self.structure.addressed(pattern)) + offer_names(names)
+                ),
             )
 
         def by_any_name(pattern: str) -> list[str]:
@@ -275,9 +276,10 @@ class Construction(nn.Module):
                 planned = self._planned_insertions(backbone, modified_modules)
                 self.__dict__.setdefault("arguments", {})
                 config = self.config_class(**self.arguments)
-                plan += [f"{type(self).__name__} {self.arguments}"] + [
+                plan.append([f"{type(self).__name__} {self.arguments}"])
+                plan.append(
                     f"{name} {tuple(p.shape)}" for i in planned for name, p in i.named_parameters()
-                ]
+                )
             self._carry_out(planned)
         self._own, self._target_names, self._measured = [], [], {}
         self.config = config

@@ -117,7 +117,9 @@ def freeze(
                         continue
                     # A pattern for the backbone takes along the deltas inside what it names.
                     by_name = inside_deltas or isinstance(insertion, ParameterInsertion)
-                    reached = (name if by_name else _host(name, own_names)) in selection
+                    reached = bool(patterns) and (
+                        (name if by_name else _host(name, own_names)) in selection
+                    )
                     p.requires_grad_((kept or reached) and id(p) not in constant)
                     trains = trains or p.requires_grad
     deltas_train = trains

@@ -20,7 +20,15 @@ from opendelta.backends.quantised import compute_dtype, execution_device
 from opendelta.backends.sharding import assign, full, is_shard
 from opendelta.dispatch import Dispatcher, Seat, add_bias, forget_compiled_code
 from opendelta.exceptions import InsertionError
-from opendelta.ownership import STANDS_FOR, dotted, named_tensors, own_modules
+from opendelta.ownership import (
+    STANDS_FOR,
+    dotted,
+    every_module,
+    every_parameter,
+    named_parameters_of,
+    named_tensors,
+    own_modules,
+)
 
 Place = tuple[torch.device, torch.dtype | None]
 
@@ -83,11 +91,14 @@ class Insertion(Protocol):
 
 
 def _untrained(module: nn.Module) -> set[str]:
+    if all(p.requires_grad for p in every_parameter(module)):
+        return set()
     return {name for name, p in module.named_parameters() if not p.requires_grad}
 
 
 def _constants(module: nn.Module, names: set[str]) -> Iterator[Tensor]:
-    yield from module.buffers()
+    for part in every_module(module):
+        yield from (buffer for buffer in part._buffers.values() if buffer is not None)
     if names:
         yield from (p for name, p in module.named_parameters() if name in names)
 
@@ -195,7 +206,7 @@ class ModuleInsertion:
         self.leave_dispatcher()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.module.named_parameters(prefix=dotted(self.host_name, self.name))
+        return named_parameters_of(self.module, dotted(self.host_name, self.name))
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         return _saved(self.module, dotted(self.host_name, self.lone_name))
@@ -243,7 +254,7 @@ class Replacement:
     remove = detach
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.module.named_parameters(prefix=dotted(self.host_name, self.name))
+        return named_parameters_of(self.module, dotted(self.host_name, self.name))
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         return _saved(self.module, dotted(self.host_name, self.name))

@@ -87,9 +87,7 @@ def route(backbone: nn.Module, deltas: Sequence[DeltaBase | None]) -> Iterator[N
             _ROUTES.reset(token)
 
 
-def _checked(
-    deltas: Sequence[DeltaBase | None], here: list[DeltaBase]
-) -> list[DeltaBase | None]:
+def _checked(deltas: Sequence[DeltaBase | None], here: list[DeltaBase]) -> list[DeltaBase | None]:
     """The entries as a list, if all can be routed on the backbone whose deltas are `here`."""
     if not isinstance(deltas, (list, tuple)) or not deltas:
         raise ConfigError(

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from opendelta.backends import bmt
-from opendelta.backends.sharding import is_dtensor, is_flattened, is_shard, is_sharded
+from opendelta.backends.sharding import in_a_group, is_dtensor, is_flattened, is_shard, is_sharded
 from opendelta.exceptions import InsertionError
 from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, Replacement
+from opendelta.ownership import every_module, every_parameter
 
 _ORDER = (
     "Construct (or attach) the delta first, then let the engine wrap the backbone with the delta "
@@ -38,7 +39,9 @@ def require_open(backbone: nn.Module) -> None:
             f"average the gradients of a delta that comes later. {_ORDER}"
         )
     require_whole(backbone)
-    if any(hasattr(module, "ds_inflight_param_registry") for module in backbone.modules()):
+    if in_a_group() and any(
+        "ds_inflight_param_registry" in module.__dict__ for module in every_module(backbone)
+    ):
         raise InsertionError(
             "DeepSpeed's ZeRO-3 was initialised on this backbone already, and its optimizer "
             f"takes no more parameters. {_ORDER}"
@@ -51,7 +54,7 @@ def require_whole(backbone: nn.Module) -> None:
     Raises:
         InsertionError: if FSDP1 flattened it.
     """
-    if any(is_flattened(p) for p in backbone.parameters()):
+    if in_a_group() and any(map(is_flattened, every_parameter(backbone))):
         raise InsertionError(
             "FSDP1 (FullyShardedDataParallel) made flat parameters of this backbone, in which no "
             "module has its own any more: a delta can be neither put on, saved nor loaded. Use "
@@ -81,7 +84,7 @@ def split_by(host: nn.Module) -> Any:
     """A parameter of `host` that is on the mesh of tensor parallelism, None if there is none."""
     if _by_fsdp2(host):
         return None
-    return next((p for p in host.parameters() if is_dtensor(p)), None)
+    return next(filter(is_dtensor, every_parameter(host)), None)
 
 
 def _by_fsdp2(host: nn.Module) -> bool:

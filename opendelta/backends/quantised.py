@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.exceptions import DeltaWarning, InsertionError, warn
+from opendelta.ownership import every_parameter
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype | None:
@@ -44,7 +45,7 @@ def is_repacked(p: Tensor) -> bool:
 
 def has_repacked(module: nn.Module) -> bool:
     """Whether a module holds weights that are repacked now."""
-    return any(map(is_repacked, module.parameters()))
+    return any(is_repacked(p) for p in every_parameter(module) if type(p) is not nn.Parameter)
 
 
 def warn_of_repacking(backbone: nn.Module, args: Any) -> None:

@@ -8,8 +8,9 @@ here holds on every rank, and whatever needs other ranks must be called on all o
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from opendelta.backends import bmt
 from opendelta.exceptions import CheckpointError
+from opendelta.ownership import every_module, every_parameter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,12 +46,16 @@ def is_shard(tensor: Any) -> bool:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether some parameter of a module is a shard."""
-    return bmt.has_distributed(module) or any(is_shard(p) for p in module.parameters())
+    if bmt.has_distributed(module):
+        return True
+    return in_a_group() and any(map(is_shard, every_parameter(module)))
 
 
 def class_name(module: nn.Module) -> str:
     """The name of a module's class; FSDP2 and BMTrain put one of their own before it."""
     name = type(module).__name__
+    if not name.startswith(("FSDP", "bmtrain.")):
+        return name
     bases = (base.__name__ for base in type(module).__bases__)
     return next((n for n in bases if name in (f"FSDP{n}", f"bmtrain.Distributed{n}")), name)
 
@@ -100,17 +106,24 @@ def _gathered(tensor: Tensor, **options: Any) -> Any:
 
 def reshard(backbone: nn.Module) -> None:
     """Let FSDP2 put its shards back where a forward without backward left whole tensors."""
-    for module in backbone.modules():
-        if hasattr(module, "set_requires_gradient_sync"):  # an FSDPModule
+    if not in_a_group():
+        return
+    for module in every_module(backbone):
+        if hasattr(type(module), "set_requires_gradient_sync"):  # an FSDPModule
             module.reshard()  # type: ignore[operator]
 
 
 # --- all ranks together ---------------------------------------------------------------------------
 
 
+def in_a_group() -> bool:
+    """Whether this process is one of several; only then may a backbone be sharded with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _groups(backbone: nn.Module) -> list[ProcessGroup]:
     """The groups of ranks that hold the shards of a backbone; none where it is not sharded."""
-    for p in backbone.parameters():
+    for p in every_parameter(backbone) if in_a_group() else ():
         if is_dtensor(p):
             groups: list[ProcessGroup] = p.device_mesh.get_all_groups()  # type: ignore[attr-defined]
             return groups
@@ -119,12 +132,13 @@ def _groups(backbone: nn.Module) -> list[ProcessGroup]:
     return []
 
 
-def _said_by_all(backbone: nn.Module, said: str) -> list[str]:
-    """What the ranks that share a backbone say, each once."""
+def _said_by_all(backbone: nn.Module, notes: Iterable[str]) -> list[str]:
+    """What the ranks that share a backbone say, each once; nothing is read where none share it."""
     if bmt.has_distributed(backbone):
-        return bmt.said_by_all(said)
-    every = [said]
-    for group in _groups(backbone):
+        return bmt.said_by_all("\n".join(notes))
+    groups = _groups(backbone)
+    every = ["\n".join(notes)] if groups else []
+    for group in groups:
         heard: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size(group))]
         torch.distributed.all_gather_object(heard, every, group=group)
         every = sorted({one for some in heard for one in some})
@@ -132,7 +146,7 @@ def _said_by_all(backbone: nn.Module, said: str) -> list[str]:
 
 
 @contextmanager
-def agreeing(backbone: nn.Module, error: type[Exception]) -> Iterator[list[str]]:
+def agreeing(backbone: nn.Module, error: type[Exception]) -> Iterator[list[Iterable[str]]]:
     """Let the ranks of a sharded backbone compare notes at the end of a ``with`` block.
 
     Args:
@@ -141,15 +155,15 @@ def agreeing(backbone: nn.Module, error: type[Exception]) -> Iterator[list[str]]
             rank's block raised. Each rank sees its own error.
 
     Yields:
-        A list to write down what must be equal on all ranks.
+        A list for (iterables of) lines that must be equal on all ranks.
     """
-    notes = list[str]()
+    notes = list[Iterable[str]]()
     try:
         yield notes
     except Exception as own:
-        _said_by_all(backbone, f"{type(own).__name__}: {own}")
+        _said_by_all(backbone, [f"{type(own).__name__}: {own}"])
         raise
-    every = _said_by_all(backbone, "\n".join(notes))
+    every = _said_by_all(backbone, chain.from_iterable(notes))
     if len(every) > 1:
         shown = "\n".join(f"- {one:.2000}" if one else "- nothing against it" for one in every)
         raise error(f"The ranks that share this backbone must do the same here, but say:\n{shown}")
@@ -175,4 +189,3 @@ def written_once(backbone: nn.Module) -> Iterator[bool]:
     """
     with agreeing(backbone, CheckpointError):
         yield is_writer(backbone)
-

@@ -70,9 +70,7 @@ def source_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name in SOURCE_ARGUMENTS}
 
 
-def _config_at(
-    url: str, cache_dir: str | os.PathLike[str] | None, local_files_only: bool
-) -> Path:
+def _config_at(url: str, cache_dir: str | os.PathLike[str] | None, local_files_only: bool) -> Path:
     """The config file at a URL, kept in the cache."""
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     file = folder / "configs" / hashlib.sha256(url.encode()).hexdigest()[:16] / CONFIG_FILE

@@ -37,9 +37,7 @@ class _WidthRecorder(LookupAttention):
         return function(module, query, key, value, *args, **kwargs)
 
 
-def measured_widths(
-    backbone: nn.Module, hosts: dict[str, nn.Module]
-) -> dict[str, tuple[int, int]]:
+def measured_widths(backbone: nn.Module, hosts: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
     """Widths of keys and values, all heads together, of those `hosts` that look attention up."""
     watch_attention_lookup()
     widths: dict[str, tuple[int, int]] = {}

@@ -40,7 +40,7 @@ from opendelta.exceptions import (
     warn,
 )
 from opendelta.freezing import EVERY_DELTA, reached
-from opendelta.ownership import named_tensors, uncompiled
+from opendelta.ownership import every_parameter, named_tensors, uncompiled
 from opendelta.saving.files import (
     CONFIG_FILE,
     SAFETENSORS_FILE,
@@ -183,18 +183,20 @@ class SaveLoadMixin(Construction):
             carried: names of the tensors that the file holds.
         """
         backbone = self.backbone_model
-        own = {name for name, _ in bare_parameters(backbone)}
+        bare = list(bare_parameters(backbone))
         self.config.backbone_class = class_name(backbone)
         source = getattr(getattr(backbone, "config", None), "_name_or_path", None)
         self.config.backbone_checkpoint_name = source or self.config.backbone_checkpoint_name or ""
-        self.config.backbone_hash_excludes = sorted(own.intersection(carried))
+        self.config.backbone_hash_excludes = sorted(
+            {name for name, _ in bare}.intersection(carried)
+        )
         reason = why_unhashed(backbone)
         if reason is not None:
             logger.info("No hash of the backbone is saved: %s.", reason)
             self.config.backbone_hash = None
             return
         self.config.backbone_hash = backbone_hash(
-            backbone, excludes=self.config.backbone_hash_excludes
+            backbone, self.config.backbone_hash_excludes, bare
         )
 
     def save_checkpoint(
@@ -463,7 +465,7 @@ def why_unhashed(backbone: nn.Module) -> str | None:
     """Why the hash of a backbone is not taken now, None if it can be."""
     if is_sharded(backbone):
         return "it is sharded, and not gathered unasked (check_hash='full' does, on all ranks)"
-    if any(p.is_meta for p in backbone.parameters()):
+    if any(p.is_meta for p in every_parameter(backbone)):
         return "some of its weights are offloaded or on the meta device"
     if has_repacked(backbone):
         return "bitsandbytes repacked its weights for evaluation (model.state_dict() unpacks them)"

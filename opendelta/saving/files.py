@@ -179,7 +179,7 @@ def sha256_of(file: Path) -> str:
     """The hex sha256 of a file."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
+        while piece := stream.read(1 << 16):
             digest.update(piece)
     return digest.hexdigest()
 

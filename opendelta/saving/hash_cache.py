@@ -35,26 +35,27 @@ Chain = list[tuple[Mark | None, Any]]  # for each tensor: its mark, and the md5 
 _chains: WeakKeyDictionary[nn.Module, dict[tuple[str, frozenset[str]], Chain]] = WeakKeyDictionary()
 
 
-def backbone_hash(backbone: nn.Module, excludes: Collection[str] = ()) -> str:
+def backbone_hash(
+    backbone: nn.Module,
+    excludes: Collection[str] = (),
+    bare: Sequence[tuple[str, Tensor]] | None = None,
+) -> str:
     """What `gen_model_hash` returns for a backbone.
 
     Args:
         backbone: the model, with or without deltas.
         excludes: names of parameters that do not count.
+        bare: its `bare_parameters`, where the caller has them.
 
     Returns:
         32 hex digits.
     """
     backbone = uncompiled(backbone)
     md5 = structure_hash(backbone)
-    named = [(name, p) for name, p in bare_parameters(backbone) if name not in excludes]
+    bare = list(bare_parameters(backbone)) if bare is None else bare
+    named = [(name, p) for name, p in bare if name not in excludes]
     marks = _marks([p for _, p in named])
-    trained = {
-        dotted(place, name)
-        for place, module in own_modules(backbone)
-        if (state := BackboneState.of(module)) is not None
-        for name in state.trained
-    }
+    trained = _trained(backbone)
     key = (md5.hexdigest(), frozenset(excludes))
     chain = _chains.setdefault(backbone, {}).setdefault(key, [])
     known = 0
@@ -67,6 +68,18 @@ def backbone_hash(backbone: nn.Module, excludes: Collection[str] = ()) -> str:
         md5 = gen_parameter_hash([p], md5.copy())
         chain.append((mark, md5))
     return str(md5.hexdigest())
+
+
+def _trained(backbone: nn.Module) -> set[str]:
+    """Names of the backbone's own parameters that some freeze left trainable."""
+    if not any(state.trained for state in BackboneState.within(backbone)):
+        return set()
+    return {
+        dotted(place, name)
+        for place, module in own_modules(backbone)
+        if (state := BackboneState.of(module)) is not None
+        for name in state.trained
+    }
 
 
 def _same(new: Mark, old: Mark) -> bool:
