@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
+FEW_ROWS = 32
+
+
 def low_rank_add(
     output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout: float
 ) -> Tensor:
@@ -31,8 +34,9 @@ def low_rank_add(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     if not fused_applies(output, x, lora_a):
-        z = F.linear(F.dropout(x.to(dtype), dropout), lora_a)
-        return output + (F.linear(z, lora_b) * scaling).to(output.dtype)
+        source = F.dropout(_as(x, dtype), dropout) if dropout else _as(x, dtype)
+        z = F.linear(source, lora_a)
+        return torch.add(output, _as(F.linear(z, lora_b), output.dtype), alpha=scaling)
     seed = int(torch.randint(2**62, ()).item()) if dropout else None
     if torch.is_grad_enabled():
         added: Tensor = LowRankAdd.apply(output, x, lora_a, lora_b, scaling, dropout, seed, dtype)
@@ -41,17 +45,18 @@ def low_rank_add(
 
 
 def fused_applies(output: Tensor, x: Tensor, lora_a: Tensor) -> bool:
-    """Whether `LowRankAdd` computes what the plain operations would.
+    """Whether `LowRankAdd` computes what the plain operations would, and faster.
 
     Not for tensor subclasses (shards, quantised ones), compilation, and functional or forward-mode
-    differentiation.
+    differentiation; nor for few rows, where a node in Python costs more than it saves.
     """
     return (
-        type(output) is Tensor
+        not torch.compiler.is_compiling()
+        and type(output) is Tensor
         and type(x) is Tensor
+        and x.numel() > FEW_ROWS * x.shape[-1]
         and output.shape[:-1] == x.shape[:-1]
         and output.device == x.device == lora_a.device
-        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch.jit.is_tracing()
@@ -89,9 +94,9 @@ class LowRankAdd(torch.autograd.Function):
         x, z, lora_a, lora_b = ctx.saved_tensors
         _, needs_x, needs_a, needs_b = ctx.needs_input_grad[:4]
         with _without_autocast(x):
-            a, b = lora_a.to(ctx.dtype), lora_b.to(ctx.dtype)
-            dy = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
-            rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+            a, b = _as(lora_a, ctx.dtype), _as(lora_b, ctx.dtype)
+            dy = _as(grad.reshape(-1, grad.shape[-1]), ctx.dtype)
+            rows = _as(x.reshape(-1, x.shape[-1]), ctx.dtype)
             if needs_a or (needs_b and torch.is_grad_enabled()):
                 rows = _drop(rows, ctx.dropout, ctx.seed)
             if torch.is_grad_enabled():  # a second derivative is wanted: z depends on its factors
@@ -101,11 +106,11 @@ class LowRankAdd(torch.autograd.Function):
                 dz = dz * ctx.scaling
             grad_x = grad_a = grad_b = None
             if needs_x:
-                grad_x = _drop(dz.t() @ a, ctx.dropout, ctx.seed).to(x.dtype).view(x.shape)
+                grad_x = _as(_drop(dz.t() @ a, ctx.dropout, ctx.seed), x.dtype).view(x.shape)
             if needs_a:
-                grad_a = (dz @ rows).to(lora_a.dtype)
+                grad_a = _as(dz @ rows, lora_a.dtype)
             if needs_b:
-                grad_b = ((z @ dy).t() * ctx.scaling).to(lora_b.dtype)
+                grad_b = _as((z @ dy).t() * ctx.scaling, lora_b.dtype)
         return grad, grad_x, grad_a, grad_b, None, None, None, None
 
 
@@ -127,17 +132,22 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The sum, and the low-rank activation of shape (r, rows)."""
     with _without_autocast(x):
-        rows = _drop(x.reshape(-1, x.shape[-1]).to(dtype), dropout, seed)
-        z = lora_a.to(dtype) @ rows.t()
+        rows = _drop(_as(x.reshape(-1, x.shape[-1]), dtype), dropout, seed)
+        z = _as(lora_a, dtype) @ rows.t()
         to = output.reshape(-1, output.shape[-1])
-        b = lora_b.to(dtype).t()
+        b = _as(lora_b, dtype).t()
         if to.dtype == z.dtype:
             added = torch.addmm(to, z.t(), b, alpha=scaling)
         else:
-            added = torch.add(to, (z.t() @ b).to(to.dtype), alpha=scaling)
+            added = torch.add(to, _as(z.t() @ b, to.dtype), alpha=scaling)
     # No view: what a node of the graph returns as a view must not be changed in place, and some
     # backbones scale their queries so.
     return torch.ops.aten._unsafe_view(added, output.shape), z
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a dtype; where it has that already, ``to`` takes a microsecond to say so."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _drop(rows: Tensor, dropout: float, seed: int | None) -> Tensor:
