@@ -4,8 +4,9 @@
 
 Backbones are tiny and random. A cell says "yes" if the delta goes on with the method's defaults,
 lowers the loss by training, is saved and loaded onto another instance with equal outputs, and comes
-off again with the backbone as it was. Pfeiffer's adapters sit behind the feed-forward alone, and
-AdapterDrop leaves out the first block.
+off again with the backbone as it was; "no" if the method refuses the backbone. Pfeiffer's adapters sit
+behind the feed-forward alone, and AdapterDrop leaves out the first block. What 0.3.2 tried on a T5-3b
+split over GPUs is tried on a T5 whose decoder Accelerate keeps elsewhere and brings in when it runs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 import transformers as hf
 from rich.console import Console
@@ -24,6 +26,7 @@ from torch import nn
 from transformers.utils import logging
 
 from opendelta import AutoDeltaModel
+from opendelta.exceptions import InsertionError
 
 WIDTH, LAYERS, HEADS, VOCABULARY = 32, 3, 4, 64
 BERT = {
@@ -62,6 +65,7 @@ DISTILBERT = {
 CTRL = {**GPT, "dff": 64}
 BACKBONES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "T5": (hf.T5ForConditionalGeneration, hf.T5Config, T5),
+    "T5, split": (hf.T5ForConditionalGeneration, hf.T5Config, T5),
     "GPT-2": (hf.GPT2LMHeadModel, hf.GPT2Config, GPT),
     "BART": (hf.BartForConditionalGeneration, hf.BartConfig, BART),
     "DistilBERT": (hf.DistilBertForMaskedLM, hf.DistilBertConfig, DISTILBERT),
@@ -92,6 +96,8 @@ def build(backbone: str) -> nn.Module:
     settings.decoder_start_token_id = 0  # T5's has no default
     torch.manual_seed(0)
     made: nn.Module = model(settings).eval()
+    if backbone == "T5, split":
+        accelerate.cpu_offload(made.get_decoder(), execution_device=torch.device("cpu"))
     return made
 
 
@@ -102,7 +108,10 @@ def output(model: nn.Module) -> Any:
 def works(backbone: str, config: dict[str, Any]) -> bool:
     model = build(backbone)
     bare = output(model).logits
-    delta = AutoDeltaModel.from_config(config, model)
+    try:
+        delta = AutoDeltaModel.from_config(config, model)
+    except InsertionError:
+        return False
     delta.freeze_module()
     optimizer = torch.optim.Adam(delta.parameters(), lr=1e-2)
     first = output(model).loss

@@ -26,7 +26,7 @@ SCRIPTS = {
 # What a quick run is told, and what it must say.
 QUICK: dict[str, tuple[list[str], str]] = {
     "must_try.py": ([], r"(?s)The same output: True.*Removed for good: True.*'adapter'|Trainable"),
-    "examples_prompt.py": ([], r"(?s)BERT.*yes(?!.*\bno\b)"),
+    "examples_prompt.py": ([], r"(?s)T5, split +│ yes +│ no (?!.*\bno\b)"),
     "tutorial/0_basic.py": ([], r"(?s)Accuracy after: 1\.00.*the same logits"),
     "tutorial/0_interactive.py": ([], r"modules=\['bert\.encoder\.layer\.1\.output\.dense'"),
     "tutorial/0_regex.py": ([], r"Did you mean 'attention\.self\.query'"),

@@ -208,8 +208,17 @@ def test_deltas_on_offloaded_backbones(kind: str, method: str, tmp_path: Path) -
     torch.testing.assert_close(cases.output(model, "llama"), cases.output(plain, "llama"))
 
 
-def test_bitfit_refuses_offloaded_biases(tmp_path: Path) -> None:
-    model = backbones.build("bert")
+def test_a_prefix_where_relative_positions_are_offloaded() -> None:
+    model, plain = backbones.build("t5"), backbones.build("t5")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    for one in (model, plain):
+        cases.randomise(opendelta.PrefixModel(one))
+    torch.testing.assert_close(cases.output(model, "t5"), cases.output(plain, "t5"))
+
+
+@pytest.mark.parametrize("kind, place", [("bert", "attention"), ("llama", "input_layernorm")])
+def test_bitfit_refuses_offloaded_modules(kind: str, place: str) -> None:
+    model = backbones.build(kind)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(InsertionError, match="offloaded"):
-        opendelta.BitFitModel(model)
+        opendelta.BitFitModel(model, modified_modules=[place])

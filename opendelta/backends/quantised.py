@@ -32,10 +32,10 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
-def is_offloaded(module: nn.Module, name: str) -> bool:
-    """Whether Accelerate puts another tensor into this place at each forward."""
-    p = module._parameters.get(name)
-    return p is not None and p.is_meta and execution_device(module) is not None
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether Accelerate puts other tensors into the places of a module's at each forward."""
+    away = any(p is not None and p.is_meta for p in module._parameters.values())
+    return away and execution_device(module) is not None
 
 
 def is_repacked(p: Tensor) -> bool:

@@ -188,10 +188,11 @@ class BitFitModel(DeltaBase):
         self, places: list[tuple[str, nn.Module]], parameter: nn.Parameter, ignored: bool
     ) -> None:
         name = places[0][0]
-        if any(is_offloaded(module, "bias") for _, module in places):
+        if any(is_offloaded(module) for _, module in places):
             raise InsertionError(
-                f"The bias of {name!r} is offloaded: Accelerate would put the backbone's own back "
-                "at each forward. BitFit needs the biases in memory; LoRA and the adapters do not."
+                f"{name!r} is offloaded: Accelerate puts the backbone's own parameters back at each "
+                "forward, and knows no other bias. BitFit needs them in memory; LoRA and the "
+                "adapters do not."
             )
         state = BackboneState.of(self.backbone_model)
         slot = state.slots.get(f"{name}.bias") if state is not None else None

@@ -104,7 +104,7 @@ class LookupAttention(PrefixedCall):
         if self.relative is None:
             return bias.new_zeros(*bias.shape[:-1], self.tokens)
         columns: Tensor = self.relative.compute_bias(
-            bias.shape[-2], self.tokens, past_seen_tokens=self.past + self.tokens
+            bias.shape[-2], self.tokens, bias.device, past_seen_tokens=self.past + self.tokens
         )
         return columns.to(bias).expand(bias.shape[0], -1, -1, -1)
 
