@@ -17,7 +17,7 @@ QUICK := not slow and not browser and not sweep and not engines
 
 help:
 	@echo "make quickstart  fine-tune a real encoder by a delta, save, reload and detach it"
-	@echo "make compare     all methods, full fine-tuning and a frozen encoder, on the same reviews"
+	@echo "make compare     all methods beside full fine-tuning, on reviews, digits and numbers"
 	@echo "make test        lint, types and the quick tests"
 	@echo "make test-all    lint, types and every test"
 	@echo "make test-engines  deltas on DDP, FSDP2, DeepSpeed and others, two processes on CPU"
@@ -34,6 +34,10 @@ quickstart: $(VENV)/examples-$(KEY)
 compare: $(VENV)/examples-$(KEY)
 	$(RUN) examples/run.py text_classification --results docs/compare.json \
 	    --plot docs/pictures/compare.svg
+	$(RUN) examples/run.py image_classification --results docs/compare_images.json \
+	    --plot docs/pictures/compare_images.svg
+	$(RUN) examples/run.py seq2seq --results docs/compare_seq2seq.json \
+	    --plot docs/pictures/compare_seq2seq.svg
 	$(RUN) examples/examples_prompt.py --results docs/examples_prompt.json
 
 test: lint types

@@ -3,10 +3,11 @@
     python examples/examples_prompt.py
 
 Backbones are tiny and random. A cell says "yes" if the delta goes on with the method's defaults,
-lowers the loss by training, is saved and loaded onto another instance with equal outputs, and comes
-off again with the backbone as it was; "no" if the method refuses the backbone. Pfeiffer's adapters sit
-behind the feed-forward alone, and AdapterDrop leaves out the first block. What 0.3.2 tried on a T5-3b
-split over GPUs is tried on a T5 whose decoder Accelerate keeps elsewhere and brings in when it runs.
+lowers the loss by training, is saved and loaded onto another instance with equal outputs, and
+comes off again with the backbone as it was; "no" if the method refuses the backbone. Pfeiffer's
+adapters sit behind the feed-forward alone, and AdapterDrop leaves out the first block. What 0.3.2
+tried on a T5-3b split over GPUs is tried on a T5 whose decoder Accelerate keeps elsewhere and
+brings in when it runs.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from safetensors.torch import save_file
 from tasks import TASKS, Task
-from torch import nn
+from torch import Tensor, nn
 
 from opendelta import AutoDeltaModel, num_total_parameters, num_trainable_parameters
 
@@ -53,6 +53,28 @@ def train(model: nn.Module, task: Task, rate: float, way: str) -> float:
     return time.perf_counter() - began
 
 
+def training_bytes(model: nn.Module, task: Task) -> int:
+    """What training holds beside the weights: counted, for the first batch.
+
+    That is what autograd keeps for backward, and for each trained parameter its gradient and the
+    two moments of AdamW.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = task.loss(model, next(task.batches()))  # held here, so that no storage is reused
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert loss.requires_grad
+    return sum(kept.values()) + 3 * trained
+
+
 def measure(task: Task, file: Path) -> Row:
     """Train in the way that a file describes; accuracy, and what it costs."""
     config = json.loads(file.read_text())
@@ -65,6 +87,7 @@ def measure(task: Task, file: Path) -> Row:
         for name, p in model.named_parameters():
             p.requires_grad = name.split(".")[0] in task.head
     trained, total = num_trainable_parameters(model), num_total_parameters(model)
+    memory = training_bytes(model.train(), task)
     seconds = train(model, task, config["learning_rate"], file.stem)
     model.eval()
     accuracy = task.accuracy(model)
@@ -80,7 +103,8 @@ def measure(task: Task, file: Path) -> Row:
         "accuracy": accuracy,
         "trainable_parameters": trained,
         "percent": 100 * trained / total,
-        "seconds": round(seconds),
+        "seconds": round(seconds, 1),
+        "memory_MB": round(memory / 1e6, 1),
         "file_kB": round(size / 1000),
     }
 
@@ -88,7 +112,7 @@ def measure(task: Task, file: Path) -> Row:
 def show(title: str, rows: list[Row]) -> None:
     table = Table(*(name.replace("_", " ") for name in rows[0]), title=title)
     for row in rows:
-        cells = (f"{v:.3f}" if isinstance(v, float) else f"{v:,}" for v in list(row.values())[1:])
+        cells = (f"{v:,.3f}" if isinstance(v, float) else f"{v:,}" for v in list(row.values())[1:])
         table.add_row(row["method"], *cells)
     console.print(table)
 

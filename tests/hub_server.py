@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from xet_format import Malformed
+from xet_server import XetStore
 
 LFS_SUFFIXES = (".safetensors", ".bin")
 TOKENS = {"hf_alice": ("alice", True), "hf_reader": ("alice", False), "hf_bob": ("bob", True)}
@@ -77,6 +80,7 @@ class HubServer(ThreadingHTTPServer):
         self.root = root
         self.lfs = root / "lfs"
         self.lfs.mkdir(parents=True)
+        self.xet = XetStore(root / "xet")
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str]] = []
         self.failing: list[tuple[str, int]] = []  # (pattern of "METHOD path", status)
@@ -117,6 +121,8 @@ class Handler(BaseHTTPRequestHandler):
                         answer(self, **found.groupdict())
                     return
             raise Refused(404, f"no such route: {asked}")
+        except Malformed as error:
+            self.answer(400, {"error": str(error)})
         except Refused as error:
             headers = {"X-Error-Message": error.message}
             if error.code:
@@ -141,6 +147,11 @@ class Handler(BaseHTTPRequestHandler):
     def base(self) -> str:
         """As the client calls this server, which may be through a proxy."""
         return f"http://{self.headers['Host']}"
+
+    @property
+    def store(self) -> str:
+        """For large files: another host, as on the Hub."""
+        return self.base.replace("127.0.0.1", "localhost")
 
     # --- who asks -----------------------------------------------------------------------------
 
@@ -305,8 +316,11 @@ class Handler(BaseHTTPRequestHandler):
         sha = entry["lfs"]["oid"]
         (self.server.lfs / sha).write_bytes(files[file])
         headers |= {"X-Linked-Etag": f'"{sha}"', "X-Linked-Size": str(entry["size"])}
-        store = self.base.replace("127.0.0.1", "localhost")  # another host, as on the Hub
-        self.answer(302, b"", {**headers, "Location": f"{store}/lfs/{sha}"})
+        if sha in self.server.xet.hash_of:
+            route = f"{self.base}/api/models/{name}/xet-read-token/{oid}"
+            headers |= {"X-Xet-Hash": self.server.xet.hash_of[sha]}
+            headers |= {"Link": f'<{route}>; rel="xet-auth"'}
+        self.answer(302, b"", {**headers, "Location": f"{self.store}/lfs/{sha}"})
 
     def send_lfs(self, oid: str) -> None:
         if not (self.server.lfs / oid).exists():
@@ -314,11 +328,64 @@ class Handler(BaseHTTPRequestHandler):
         self.send_range((self.server.lfs / oid).read_bytes(), {"ETag": f'"{oid}"'})
 
     def send_range(self, content: bytes, headers: dict[str, str]) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(asked[1]) if asked else 0
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.answer(206 if start else 200, content[start:], headers)
+        asked = self.asked_range(len(content))
+        if asked is None:
+            self.answer(200, content, headers)
+            return
+        start, end = asked
+        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+        self.answer(206, content[start : end + 1], headers)
+
+    def asked_range(self, size: int) -> tuple[int, int] | None:
+        """First and last byte that are asked for."""
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked is None:
+            return None
+        if int(asked[1]) >= size:
+            raise Refused(416, "begins behind the end")
+        return int(asked[1]), min(int(asked[2] or size), size - 1)
+
+    # --- the Xet protocol ---------------------------------------------------------------------
+
+    def xet_token(self, kind: str, name: str, revision: str) -> None:
+        self.repo(name)
+        if kind == "write" and "create_pr" not in self.query:
+            self.writer(name)
+        token = f"xet_{len(self.server.xet.may_write)}"
+        self.server.xet.may_write[token] = kind == "write"
+        told = {"casUrl": self.store, "accessToken": token, "exp": int(time.time()) + 3600}
+        names = ("X-Xet-Cas-Url", "X-Xet-Access-Token", "X-Xet-Token-Expiration")
+        self.answer(content=told, headers=dict(zip(names, map(str, told.values()), strict=True)))
+
+    def check_xet_token(self, to_write: bool) -> None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in self.server.xet.may_write:
+            raise Refused(401, "no token of this store")
+        if to_write and not self.server.xet.may_write[token]:
+            raise Refused(403, "a token to read")
+
+    def receive_xorb(self, xorb: str) -> None:
+        self.check_xet_token(to_write=True)
+        self.server.xet.add_xorb(xorb, self.body)
+        self.answer(content={"was_inserted": True})
+
+    def receive_shard(self) -> None:
+        self.check_xet_token(to_write=True)
+        for sha, content in self.server.xet.add_shard(self.body):
+            (self.server.lfs / sha).write_bytes(content)
+        self.answer(content={"result": 1})
+
+    def reconstruction(self, file: str) -> None:
+        self.check_xet_token(to_write=False)
+        xet = self.server.xet
+        if file not in xet.terms:
+            raise Refused(404, "no such file")
+        size = sum(term.size for term in xet.terms[file])
+        first, last = self.asked_range(size) or (0, size - 1)
+        self.answer(content=xet.reconstruction(file, first, last, f"{self.base}/xorbs"))
+
+    def send_xorb(self, xorb: str) -> None:
+        self.send_range((self.server.xet.folder / xorb).read_bytes(), {})
 
 
 REPO = r"(?P<name>[\w.-]+/[\w.-]+)"
@@ -336,6 +403,11 @@ ROUTES: list[tuple[str, Any]] = [
     (rf"POST /{REPO}\.git/info/lfs/objects/batch", Handler.batch),
     (r"PUT /lfs/(?P<oid>\w+)", Handler.receive),
     (r"(?:GET|HEAD) /lfs/(?P<oid>\w+)", Handler.send_lfs),
+    (rf"GET /api/models/{REPO}/xet-(?P<kind>read|write)-token/(?P<revision>.+)", Handler.xet_token),
+    (r"POST /v1/xorbs/default/(?P<xorb>\w+)", Handler.receive_xorb),
+    (r"POST /v1/shards", Handler.receive_shard),
+    (r"GET /v1/reconstructions/(?P<file>\w+)", Handler.reconstruction),
+    (r"GET /xorbs/(?P<xorb>\w+)", Handler.send_xorb),
     (rf"(?:GET|HEAD) /{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", Handler.resolve),
 ]
 

@@ -16,6 +16,7 @@ import backbones
 import pytest
 import torch
 from center_deltas import NAME, content, saved, written
+from hub_client import hurry, set_apart
 from hub_server import HubServer, serving
 from huggingface_hub import HfApi, close_session, constants
 
@@ -26,16 +27,11 @@ from opendelta.exceptions import CenterError, UnreachableError
 LIVE_TOKEN = os.environ.get("OPENDELTA_TEST_HF_TOKEN")
 
 
-@pytest.fixture(autouse=True)
-def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the user's token nor the user's caches; no xet, which loopback does not speak."""
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("HF_TOKEN", "DELTACENTER_URL", "DELTACENTER_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.fixture(autouse=True, params=[False, True], ids=["xet off", "xet on"])
+def xet(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """How large files are moved: every test of this file is run in both ways."""
+    set_apart(monkeypatch, tmp_path, request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -49,12 +45,9 @@ def alice(hub: HubServer) -> HubCenter:
     return HubCenter(hub.url, "hf_alice")
 
 
-@pytest.fixture(params=["loopback", *(["live", "live, xet"] if LIVE_TOKEN else [])])
-def anywhere(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[HubCenter, str]]:
+@pytest.fixture(params=["loopback", *(["live"] if LIVE_TOKEN else [])])
+def anywhere(request: pytest.FixtureRequest) -> Iterator[tuple[HubCenter, str]]:
     """A center that may be written to, and a fresh name on it."""
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param != "live, xet")
     name = f"opendelta-test-{uuid.uuid4().hex[:8]}"
     if request.param == "loopback":
         server = request.getfixturevalue("hub")
