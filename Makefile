@@ -12,7 +12,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 QUICK := not slow and not browser and not sweep and not engines
 
-.PHONY: help quickstart compare test test-all test-engines bench bench-gpu sweep docs lint types clean
+.PHONY: help quickstart compare test test-all test-oldest test-engines bench bench-gpu sweep docs lint types clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make compare     all methods beside full fine-tuning, on reviews, digits and numbers"
 	@echo "make test        lint, types and the quick tests"
 	@echo "make test-all    lint, types and every test"
+	@echo "make test-oldest the quick tests on the oldest releases that requirements.txt allows"
 	@echo "make test-engines  deltas on DDP, FSDP2, DeepSpeed and others, two processes on CPU"
 	@echo "make sweep       every method's defaults on every architecture that can be built tiny"
 	@echo "make bench       the cost of a delta beside PEFT and the bare backbone, about 10 minutes"
@@ -45,6 +46,14 @@ test: lint types
 
 test-all: lint types $(VENV)/browser-$(KEY) $(VENV)/language-model-$(KEY) test-engines
 	$(PYTEST) -m "not engines"
+
+# The oldest release of each range in requirements.txt, with the newest of all else that fits.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	sed 's/>=/==/' requirements.txt > .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt \
+	    --editable ".[test,examples]"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -m "$(QUICK)"
 
 # One test at a time: each starts two processes of its own.
 test-engines: $(VENV)/engines-$(KEY)
@@ -115,4 +124,4 @@ $(VENV)/browser-$(KEY): $(VENV)/test-$(KEY)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

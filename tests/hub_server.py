@@ -1,7 +1,8 @@
 """A server on loopback that speaks the Hub's HTTP API, as far as deltas need it.
 
-Users and tokens are given, commits are folders of real files on disk. It knows what the Hub does
-when something is not there or not allowed, and can be told to fail.
+Users and tokens are given, commits are folders of real files on disk, and large files come by LFS
+or by Xet. It knows what the Hub does when something is not there or not allowed, and can be told to
+fail.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -84,6 +85,7 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str]] = []
         self.failing: list[tuple[str, int]] = []  # (pattern of "METHOD path", status)
+        self.before: list[tuple[str, Callable[[], Any]]] = []  # (pattern, what happens first)
         self.lock = threading.Lock()
 
     @property
@@ -114,6 +116,9 @@ class Handler(BaseHTTPRequestHandler):
             for pattern, status in self.server.failing:
                 if re.search(pattern, asked):
                     raise Refused(status, "as the test asks")
+            for pattern, happen in self.server.before:
+                if re.search(pattern, asked):
+                    happen()
             for pattern, answer in ROUTES:
                 found = re.fullmatch(pattern, asked)
                 if found:
@@ -260,15 +265,17 @@ class Handler(BaseHTTPRequestHandler):
             self.writer(name)
         elif self.user() is None:
             raise Refused(401, "Invalid username or password.")
-        changes: dict[str, bytes] = {}
+        parent, changes = repo.resolve(revision), {}
         for line in self.body.splitlines():
             item = json.loads(line)
             value = item["value"]
+            if item["key"] == "header" and value.get("parentCommit", parent) != parent:
+                raise Refused(412, "A commit has happened since. Please refresh and try again.")
             if item["key"] == "file":
                 changes[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
                 changes[value["path"]] = (self.server.lfs / value["oid"]).read_bytes()
-        oid = repo.commit(repo.resolve(revision), changes)
+        oid = repo.commit(parent, changes)
         content = {"commitUrl": f"{self.base}/{name}/commit/{oid}", "commitOid": oid}
         if as_pull:
             repo.pulls += 1

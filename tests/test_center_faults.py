@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from center_deltas import NAME, content, written
 from fault_proxy import FaultProxy, in_front_of
+from hub_client import hurry, set_apart
 from hub_server import HubServer, serving
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session
 
 from opendelta.center.hub import HubCenter
 from opendelta.exceptions import CenterError
@@ -19,12 +20,11 @@ from opendelta.exceptions import CenterError
 SIZE = 300_000
 
 
-@pytest.fixture(autouse=True)
-def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("DELTACENTER_OFFLINE", raising=False)
+@pytest.fixture(autouse=True, params=[False, True], ids=["xet off", "xet on"])
+def xet(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """How large files are moved: every test of this file is run in both ways."""
+    set_apart(monkeypatch, tmp_path, request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -42,17 +42,15 @@ def proxy(hub: HubServer) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def whole(hub: HubServer, tmp_path: Path) -> dict[str, bytes]:
-    """What the server holds."""
-    files = content(written(tmp_path / "1", 1, SIZE))
-    hub.hold(NAME, files)
-    return files
+    """What the server holds; it gives it back by Xet if that was the way it came."""
+    folder = written(tmp_path / "1", 1, SIZE)
+    HubCenter(hub.url, "hf_alice").push(folder, NAME)
+    return content(folder)
 
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client waits some seconds before it tries again."""
-    sleep = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+    hurry(monkeypatch)
 
 
 @pytest.mark.parametrize("after", [0, 10, 300, 1500, 2500, 30_000, SIZE // 2])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import random
+import struct
 import subprocess
 import sys
-import time
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +41,11 @@ def xet(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
 def hub(tmp_path: Path) -> Iterator[HubServer]:
     with serving(tmp_path / "hub") as server:
         yield server
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
 
 
 @pytest.fixture
@@ -94,6 +102,56 @@ def test_every_version_can_be_pulled(anywhere: tuple[HubCenter, str], tmp_path: 
         assert content(center.pull(name, asked)) == content(tmp_path / str(seed))
 
 
+def test_large_files_go_the_way_that_is_set(
+    xet: bool, alice: HubCenter, hub: HubServer, tmp_path: Path
+) -> None:
+    alice.push(written(tmp_path / "1", 1, 1000), NAME)
+    alice.pull(NAME)
+    asked = {f"{method} {path.partition('/default/')[0]}" for method, path in hub.requests}
+    ways = {False: {"PUT /lfs", "GET /lfs"}, True: {"POST /v1/xorbs", "POST /v1/shards", "GET /xorbs"}}
+    for way, requests in ways.items():
+        for request in requests:
+            assert any(one.startswith(request) for one in asked) == (way == xet), request
+
+
+def test_what_came_one_way_goes_the_other(
+    xet: bool, alice: HubCenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice.push(written(tmp_path / "1", 1, 200_000), NAME)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", xet)
+    assert content(alice.pull(NAME)) == content(tmp_path / "1")
+
+
+WEIGHTS = {
+    "many chunks": random.Random(0).randbytes(1_000_000),
+    "zeros": bytes(300_000),
+    "repetitive": b"low rank, low cost. " * 20_000,
+    "numbers": b"".join(struct.pack("<f", i / 7) for i in range(50_000)),
+    "one byte": b"x",
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_of_every_kind(case: str, alice: HubCenter, tmp_path: Path) -> None:
+    """Xet packs them, and cuts them where it likes."""
+    folder = written(tmp_path / "1", 1, weights=WEIGHTS[case])
+    alice.push(folder, NAME)
+    assert content(alice.pull(NAME)) == content(folder)
+    longer = written(tmp_path / "2", 2, weights=WEIGHTS[case] + b"and more")
+    alice.push(longer, NAME)
+    assert content(alice.pull(NAME)) == content(longer)
+
+
+def test_a_server_without_xet(xet: bool, alice: HubCenter, hub: HubServer, tmp_path: Path) -> None:
+    folder = written(tmp_path / "1", 1, 1000)
+    hub.failing = [("xet-", 404)]
+    if xet:
+        with pytest.raises(CenterError, match="HF_HUB_DISABLE_XET=1"):
+            alice.push(folder, NAME)
+    hub.hold(NAME, content(folder))
+    assert content(alice.pull(NAME)) == content(folder)
+
+
 def test_pushing_the_same_again_makes_no_new_version(
     alice: HubCenter, hub: HubServer, tmp_path: Path
 ) -> None:
@@ -144,7 +202,7 @@ def test_pulling_asks_for_what_changed_only(
     alice.pull(NAME, revision)
     assert hub.requests == []
     alice.pull(NAME, revision, force_download=True)
-    assert any(path.startswith("/lfs/") for _, path in hub.requests)
+    assert any(path.startswith(("/lfs/", "/xorbs/")) for _, path in hub.requests)
 
 
 # --- the environment ------------------------------------------------------------------------------
@@ -237,27 +295,37 @@ def test_a_revision_that_is_not_there(alice: HubCenter, tmp_path: Path) -> None:
             alice.pull(NAME, revision)
 
 
+TO_PUSH = ("repos/create", "preupload", "commit/main")
+TO_PULL = ("api/models", "HEAD .*config.json", "GET .*config.json")
+TO_PUSH_WEIGHTS = {
+    False: ("lfs/objects/batch", "PUT /lfs"),
+    True: ("xet-write-token", "POST /v1/xorbs", "POST /v./shards"),
+}
+TO_PULL_WEIGHTS = {False: ("GET /lfs",), True: ("xet-read-token", "/v./reconstructions", "GET /xorbs")}
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
 def test_refused_midway(
-    status: int, alice: HubCenter, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    status: int, xet: bool, alice: HubCenter, hub: HubServer, tmp_path: Path, no_waiting: None
 ) -> None:
     """Whatever request fails, nothing half-written is left, and afterwards all is well."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits before it retries
     folder = written(tmp_path / "1", 1, 1000)
-    for pattern in ("repos/create", "preupload", "lfs/objects/batch", "PUT /lfs", "commit/main"):
+    kind = UnreachableError if status in (429, 500, 503) else CenterError
+    for pattern in (*TO_PUSH, *TO_PUSH_WEIGHTS[xet]):
         hub.failing = [(pattern, status)]
         with pytest.raises(CenterError, match=str(status)) as caught:
             alice.push(folder, NAME)
-        assert caught.value.__cause__ is not None
+        assert type(caught.value) is kind and caught.value.__cause__ is not None
         assert NAME not in hub.repos or "config.json" not in hub.repos[NAME].files(
             hub.repos[NAME].refs["main"]
         )
     hub.failing = []
     revision = alice.push(folder, NAME)
-    for pattern in ("api/models", "HEAD .*config.json", "GET .*config.json", "GET /lfs"):
+    for pattern in (*TO_PULL, *TO_PULL_WEIGHTS[xet]):
         hub.failing = [(pattern, status)]
         with pytest.raises(CenterError) as caught:
             alice.pull(NAME)
+        assert type(caught.value) is kind, pattern
         assert caught.value.__cause__ is not None
         assert content(tmp_path / "cache") == {}
     hub.failing = []
@@ -298,6 +366,72 @@ def test_nobody_listens(tmp_path: Path, alice: HubCenter, hub: HubServer) -> Non
     with pytest.raises(UnreachableError) as caught:
         alice.pull("alice/other")
     assert caught.value.__cause__ is not None
+
+
+# --- several processes -----------------------------------------------------------------------------
+
+FORK = multiprocessing.get_context("fork")
+
+
+def outcomes(url: str, folders: list[Path], times: int = 1) -> list[tuple[Path, str]]:
+    """What came of pushing each folder, all at once and from a process each: revision or error."""
+    results: Any = FORK.SimpleQueue()
+
+    def push(folder: Path) -> None:
+        for _ in range(times):
+            try:
+                results.put((folder, HubCenter(url, "hf_alice").push(folder, NAME)))
+            except CenterError as error:
+                assert error.__cause__ is not None
+                results.put((folder, str(error)))
+
+    children = [FORK.Process(target=push, args=(folder,)) for folder in folders]
+    for child in children:
+        child.start()
+    found = [results.get() for _ in range(times * len(children))]
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    return found
+
+
+def sharing_a_card(folder: Path, seed: int) -> Path:
+    """Of two such deltas, the client sends only the files that differ."""
+    (written(folder, seed, 1000) / "README.md").write_text("# the same card\n")
+    return folder
+
+
+def test_two_processes_push_one_name_at_the_same_moment(hub: HubServer, tmp_path: Path) -> None:
+    """One of them succeeds, the other is told, and no version is made of both."""
+    center = HubCenter(hub.url, "hf_alice")
+    old = sharing_a_card(tmp_path / "old", 0)
+    one, other = written(tmp_path / "1", 1, 1000), sharing_a_card(tmp_path / "2", 2)
+    for _ in range(4):
+        hub.before = []
+        center.push(old, NAME)
+        both = threading.Barrier(2)
+        hub.before = [("commit/main", lambda wait=both.wait: wait(60))]
+        [(loser, message), (winner, revision)] = sorted(
+            outcomes(hub.url, [one, other]), key=lambda result: len(result[1]) == 40
+        )
+        assert len(revision) == 40 and {loser, winner} == {one, other}
+        assert "at the same time" in message and "(412)" in message
+        for asked in (None, revision):
+            assert content(center.pull(NAME, asked)) == content(winner)
+
+
+def test_many_processes_push_one_name(hub: HubServer, tmp_path: Path) -> None:
+    folders = [written(tmp_path / str(seed), seed, 1000) for seed in range(3)]
+    folders += [sharing_a_card(tmp_path / str(seed), seed) for seed in range(3, 6)]
+    pushed = 0
+    for folder, result in outcomes(hub.url, folders, times=3):
+        if len(result) == 40:
+            pushed += 1
+            assert content(HubCenter(hub.url, "hf_alice").pull(NAME, result)) == content(folder)
+        else:
+            assert "at the same time" in result
+    assert pushed >= 3
+    assert content(HubCenter(hub.url).pull(NAME)) in [content(folder) for folder in folders]
 
 
 # --- what is wrong with what comes ----------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +25,17 @@ from opendelta.version import __version__
 # Seconds that the server may take to say what it has; downloads have the client's own limits.
 _PATIENCE = 10.0
 _MOST_NAMES = 1000
+_RACE = "somebody else pushed to it at the same time. Nothing was changed; push again"
 _REASONS = {
     401: "the token is wrong, or there is none and the delta is private or does not exist",
     403: "the token does not allow it",
     404: "there is no such delta or revision, or it is private",
+    409: _RACE,
+    412: _RACE,
 }
+# Large files are moved by a library of its own, which tells in words alone what happened.
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})")
+_XET_LOST = re.compile(r"error (?:sending request|decoding response body)")
 
 
 class HubCenter(DeltaCenter):
@@ -95,12 +102,16 @@ class HubCenter(DeltaCenter):
             self.api.create_repo(name, private=private, exist_ok=True)
             if branch != DEFAULT_REVISION:
                 self.api.create_branch(name, branch=branch, exist_ok=True)
+        # The client sends what differs from the version before. If that is another one by then, the
+        # commit must fail: it would make one version of two.
+        before = self.api.model_info(name, revision=branch, timeout=_PATIENCE)
         commit = self.api.create_commit(
             name,
             [CommitOperationAdd(file, path) for file, path in files.items()],
             commit_message=message,
             revision=branch,
             create_pr=create_pr,
+            parent_commit=before.sha,
         )
         return commit.oid
 
@@ -110,18 +121,33 @@ class HubCenter(DeltaCenter):
 
     def _explained(self, error: Exception, doing: str) -> CenterError:
         causes = list(_causes(error))
-        status = next((e.response.status_code for e in causes if isinstance(e, HfHubHTTPError)), 0)
+        status = next(filter(None, map(_status, causes)), 0)
+        if status == 404 and "xet-write-token" in str(error):
+            return CenterError(
+                f"Cannot {doing}: the server does not speak Xet (404). Set HF_HUB_DISABLE_XET=1."
+            )
         if status in _REASONS:
             return CenterError(f"Cannot {doing}: {_REASONS[status]} ({status}).")
-        lost = (LocalEntryNotFoundError, OfflineModeIsEnabled)
-        no_answer = any(
-            isinstance(e, lost) or (isinstance(e, HTTPError) and not isinstance(e, HfHubHTTPError))
-            for e in causes
-        )
-        if no_answer or status == 429 or status >= 500:
+        if status == 429 or status >= 500 or any(map(_is_lost, causes)):
             code = f" ({status})" if status else ""
             return UnreachableError(f"Cannot {doing}: no answer now{code}. {causes[-1]}")
         return super()._explained(error, doing)
+
+
+def _status(error: BaseException) -> int:
+    """The status of the answer that an error tells of; 0 if there was none."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
+    told = _XET_STATUS.search(str(error))
+    return int(told[1]) if told else 0
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an error tells of a connection that was not made, or broke."""
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return True
+    of_http = isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError)
+    return of_http or _XET_LOST.search(str(error)) is not None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
