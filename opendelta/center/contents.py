@@ -108,15 +108,20 @@ def check_file(file: Path, expected: RemoteFile) -> None:
     size = file.stat().st_size
     if size != expected.size:
         raise CenterError(f"{file.name} came with {size} bytes instead of {expected.size}.")
-    if len(expected.digest) == 64:
-        digest = sha256_of(file)
-    else:
-        digest = hashlib.sha1(b"blob %d\0" % size + file.read_bytes()).hexdigest()
+    digest = digest_of(file, expected)
     if digest != expected.digest:
         raise CenterError(
             f"{file.name} was changed on its way: its hash is {digest[:12]}..., not "
             f"{expected.digest[:12]}..."
         )
+
+
+def digest_of(file: Path, expected: RemoteFile) -> str:
+    """The hash of a file, of the kind that the center has of it."""
+    if len(expected.digest) == 64:
+        return sha256_of(file)
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def check_weights(config: dict[str, Any], folder: Path) -> None:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from opendelta.center.center import DeltaCenter
-from opendelta.center.contents import FILES, RemoteFile, Version
+from opendelta.center.contents import FILES, RemoteFile, Version, digest_of
 from opendelta.center.names import DEFAULT_REVISION
 from opendelta.exceptions import CenterError, UnreachableError
 from opendelta.version import __version__
@@ -102,16 +102,18 @@ class HubCenter(DeltaCenter):
             self.api.create_repo(name, private=private, exist_ok=True)
             if branch != DEFAULT_REVISION:
                 self.api.create_branch(name, branch=branch, exist_ok=True)
+        before = self._look_up(name, branch)
+        if all(_is_held(path, before.files.get(file)) for file, path in files.items()):
+            return before.revision
         # The client sends what differs from the version before. If that is another one by then, the
         # commit must fail: it would make one version of two.
-        before = self.api.model_info(name, revision=branch, timeout=_PATIENCE)
         commit = self.api.create_commit(
             name,
             [CommitOperationAdd(file, path) for file, path in files.items()],
             commit_message=message,
             revision=branch,
             create_pr=create_pr,
-            parent_commit=before.sha,
+            parent_commit=before.revision,
         )
         return commit.oid
 
@@ -132,6 +134,10 @@ class HubCenter(DeltaCenter):
             code = f" ({status})" if status else ""
             return UnreachableError(f"Cannot {doing}: no answer now{code}. {causes[-1]}")
         return super()._explained(error, doing)
+
+
+def _is_held(file: Path, remote: RemoteFile | None) -> bool:
+    return remote is not None and digest_of(file, remote) == remote.digest
 
 
 def _status(error: BaseException) -> int:

@@ -190,8 +190,8 @@ class BitFitModel(DeltaBase):
         name = places[0][0]
         if any(is_offloaded(module) for _, module in places):
             raise InsertionError(
-                f"{name!r} is offloaded: Accelerate puts the backbone's own parameters back at each "
-                "forward, and knows no other bias. BitFit needs them in memory; LoRA and the "
+                f"{name!r} is offloaded: Accelerate puts the backbone's own parameters back at "
+                "each forward, and knows no other bias. BitFit needs them in memory; LoRA and the "
                 "adapters do not."
             )
         state = BackboneState.of(self.backbone_model)

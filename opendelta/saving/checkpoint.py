@@ -372,11 +372,10 @@ class SaveLoadMixin(Construction):
         with random_state_kept_on_error():
             delta = model_class.from_config(config, backbone_model, check_hash=False)
             try:
-                load_tensors(delta, state_dict)
+                delta.left_trainable = load_tensors(delta, state_dict)
             except BaseException:
                 delta.remove()
                 raise
-        delta.left_trainable = [n for n, _ in own_parameters(backbone_model) if n in state_dict]
         backbone_model.eval()
         return delta  # type: ignore[return-value]
 
@@ -474,13 +473,16 @@ def why_unhashed(backbone: nn.Module) -> str | None:
 
 def load_tensors(
     delta: SaveLoadMixin, tensors: dict[str, Tensor], carried: list[str] | None = None
-) -> None:
+) -> list[str]:
     """Copy a checkpoint into a delta and its backbone, all of it or nothing.
 
     Args:
         delta: where to; `tensors`: what.
         carried: the backbone's own parameters that the checkpoint must hold, and no others; None
             for those that the delta's config names, else for any.
+
+    Returns:
+        Names of the backbone's own parameters among what was loaded.
 
     Raises:
         CheckpointError: naming missing and unexpected keys and shapes that differ.
@@ -492,10 +494,11 @@ def load_tensors(
     own = dict(delta.own_tensors())
     targets: dict[str, Tensor] = dict(own)
     carried = delta.config.backbone_hash_excludes if carried is None else carried
-    originals = unmerged(delta.backbone_model)
-    for name, p in own_parameters(delta.backbone_model):
-        if carried is None or name in carried:
-            targets.setdefault(name, originals.get(id(p), p))
+    if carried is None or carried:
+        originals = unmerged(delta.backbone_model)
+        for name, p in own_parameters(delta.backbone_model):
+            if carried is None or name in carried:
+                targets.setdefault(name, originals.get(id(p), p))
     if any(tensor.is_meta for tensor in targets.values()):
         raise CheckpointError(
             f"The {type(delta.backbone_model).__name__} is on the meta device, where there is "
@@ -536,3 +539,4 @@ def load_tensors(
         for state in BackboneState.within(delta.backbone_model):
             for weight in state.merged.values():  # folded anew, from what was loaded
                 weight.put(weight.folds, weight.computed(weight.folds))
+    return [name for name in tensors if name not in own]
