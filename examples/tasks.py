@@ -123,8 +123,9 @@ class Digits:
         torch.manual_seed(0)
         config = ViTConfig(
             image_size=8, patch_size=2, num_channels=1, hidden_size=64, intermediate_size=128,
-            num_hidden_layers=4, num_attention_heads=4, num_labels=5,
+            num_hidden_layers=4, num_attention_heads=4,
         )  # fmt: skip
+        config.num_labels = 5
         return ViTForImageClassification(config)
 
     def _shuffled(self, data: tuple[Tensor, Tensor], epochs: int) -> Iterator[Batch]:

@@ -46,14 +46,17 @@ def run(script: Path, arguments: list[str], folder: Path) -> str:
     """What a script prints; where it prints the link of a selection, a module is selected."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     errors = folder / "errors.txt"
-    with errors.open("w") as stderr, subprocess.Popen(
-        [sys.executable, str(script), *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-    ) as process:
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
         assert process.stdout is not None
         printed = ""
         for line in process.stdout:

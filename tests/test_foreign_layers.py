@@ -58,9 +58,7 @@ def modelcenter(width: int = 8) -> nn.Module:
         attention = tree(**{name: nn.Linear(width, width) for name in names})
         up = tree(w=nn.Linear(width, 4 * width), act=nn.GELU())
         return tree(
-            self_att=tree(
-                layernorm_before_attention=nn.LayerNorm(width), self_attention=attention
-            ),
+            self_att=tree(layernorm_before_attention=nn.LayerNorm(width), self_attention=attention),
             ffn=tree(
                 layernorm_before_ffn=nn.LayerNorm(width),
                 ffn=tree(w_in=up, w_out=nn.Linear(4 * width, width)),

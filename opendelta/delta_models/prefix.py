@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from opendelta.addressing.patterns import fold_numbers
 from opendelta.auto_delta import register
 from opendelta.backends.bmt import has_distributed
-from opendelta.backends.sharding import is_dtensor
+from opendelta.backends.sharding import is_dtensor, reshard
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.attention_widths import measured_widths
@@ -389,6 +389,7 @@ class PrefixModel(DeltaBase):
         with torch.no_grad():
             for name, layer in self.prefixes.items():
                 generated[f"{name}.past_key"], generated[f"{name}.past_value"] = layer()
+        reshard(self.backbone_model)  # the network ran, and no backward follows
         return generated | {name: t for name, t in tensors.items() if name not in own}
 
     def save_finetuned(
