@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from opendelta.backends import bmt
-from opendelta.backends.sharding import in_a_group, is_dtensor, is_flattened, is_shard, is_sharded
+from opendelta.backends.sharding import is_dtensor, is_flattened, is_shard, is_sharded
 from opendelta.exceptions import InsertionError
 from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, Replacement
 from opendelta.ownership import every_module, every_parameter
@@ -39,9 +39,7 @@ def require_open(backbone: nn.Module) -> None:
             f"average the gradients of a delta that comes later. {_ORDER}"
         )
     require_whole(backbone)
-    if in_a_group() and any(
-        "ds_inflight_param_registry" in module.__dict__ for module in every_module(backbone)
-    ):
+    if any("ds_inflight_param_registry" in module.__dict__ for module in every_module(backbone)):
         raise InsertionError(
             "DeepSpeed's ZeRO-3 was initialised on this backbone already, and its optimizer "
             f"takes no more parameters. {_ORDER}"
@@ -54,7 +52,7 @@ def require_whole(backbone: nn.Module) -> None:
     Raises:
         InsertionError: if FSDP1 flattened it.
     """
-    if in_a_group() and any(map(is_flattened, every_parameter(backbone))):
+    if any(map(is_flattened, every_parameter(backbone))):
         raise InsertionError(
             "FSDP1 (FullyShardedDataParallel) made flat parameters of this backbone, in which no "
             "module has its own any more: a delta can be neither put on, saved nor loaded. Use "

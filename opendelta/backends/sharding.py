@@ -46,9 +46,7 @@ def is_shard(tensor: Any) -> bool:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether some parameter of a module is a shard."""
-    if bmt.has_distributed(module):
-        return True
-    return in_a_group() and any(map(is_shard, every_parameter(module)))
+    return bmt.has_distributed(module) or any(map(is_shard, every_parameter(module)))
 
 
 def class_name(module: nn.Module) -> str:
@@ -106,7 +104,7 @@ def _gathered(tensor: Tensor, **options: Any) -> Any:
 
 def reshard(backbone: nn.Module) -> None:
     """Let FSDP2 put its shards back where a forward without backward left whole tensors."""
-    if not in_a_group():
+    if not _in_a_group():
         return
     for module in every_module(backbone):
         if hasattr(type(module), "set_requires_gradient_sync"):  # an FSDPModule
@@ -116,14 +114,14 @@ def reshard(backbone: nn.Module) -> None:
 # --- all ranks together ---------------------------------------------------------------------------
 
 
-def in_a_group() -> bool:
+def _in_a_group() -> bool:
     """Whether this process is one of several; only then may a backbone be sharded with others."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _groups(backbone: nn.Module) -> list[ProcessGroup]:
     """The groups of ranks that hold the shards of a backbone; none where it is not sharded."""
-    for p in every_parameter(backbone) if in_a_group() else ():
+    for p in every_parameter(backbone) if _in_a_group() else ():
         if is_dtensor(p):
             groups: list[ProcessGroup] = p.device_mesh.get_all_groups()  # type: ignore[attr-defined]
             return groups
