@@ -6,7 +6,9 @@ from typing import Any
 
 import backbones
 import torch
+import transformers
 import weights
+from packaging.version import Version
 from torch import nn
 
 import opendelta
@@ -22,6 +24,10 @@ METHODS = (
 )
 BACKBONES = ("bert", "roberta", "deberta", "gpt2", "opt", "t5", "bart", "llama", "vit", "mlp")
 PAIRS = [(method, backbone) for method in METHODS for backbone in BACKBONES]
+
+# Whether checkpointing is reentrant. Before 5.23 transformers checkpointed around the hooks of a
+# block, where none can let gradients in; PyTorch warns that there will be none.
+REENTRANT = [False, True] if Version(transformers.__version__) >= Version("5.23") else [False]
 
 # A network that is no transformer has no defaults: name its modules.
 _PLAIN: dict[str, dict[str, Any]] = {

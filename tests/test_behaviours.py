@@ -11,7 +11,7 @@ from pathlib import Path
 import backbones
 import pytest
 import torch
-from cases import BACKBONES, METHODS, PAIRS, built, loss, put, randomise
+from cases import BACKBONES, METHODS, PAIRS, REENTRANT, built, loss, put, randomise
 from torch import nn
 
 import opendelta
@@ -284,7 +284,7 @@ CHECKPOINTED = [b for b in BACKBONES if b != "mlp"]
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("backbone", CHECKPOINTED)
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", REENTRANT)
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_gradient_checkpointing(method: str, backbone: str, reentrant: bool) -> None:
     grads = []

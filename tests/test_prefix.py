@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 import weights
-from cases import output, randomise
+from cases import REENTRANT, output, randomise
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
@@ -614,7 +614,7 @@ def test_no_token_sees_the_future_and_all_see_the_prefix(
 # --- training -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", REENTRANT)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_gradient_checkpointing(family: str, reentrant: bool) -> None:

@@ -12,6 +12,7 @@ import backbones
 import pytest
 import torch
 import weights
+from cases import REENTRANT
 from placed import unchanged
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -512,7 +513,7 @@ def test_a_route_may_end_while_another_thread_calls_its_hooks(when: str) -> None
 
 
 @pytest.mark.parametrize("thread", ["the same", "another"])
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", REENTRANT)
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_gradient_checkpointing(reentrant: bool, thread: str) -> None:
     """A device's backward runs in a thread of its own, where the forward is run again."""
