@@ -204,6 +204,6 @@ class AutoDeltaModel(_ClassMethodsOnly):
         Example:
             >>> AutoDeltaModel.from_peft("peft_adapter", model).save_finetuned("my_delta")
         """
-        from opendelta.exchange import from_peft
+        from opendelta.saving.exchange import from_peft
 
         return from_peft(path, backbone_model)

@@ -20,13 +20,13 @@ from transformers.utils import logging as transformers_logging
 from opendelta.auto_delta import AutoDeltaConfig
 from opendelta.center.center import DeltaCenter
 from opendelta.center.contents import CARD_FILE, FILES, DeltaInfo
-from opendelta.conversion import FORMATS, read_weights, require_new, write_converted
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import CenterError, OpenDeltaError
 from opendelta.inspection import Visualization
 from opendelta.inspection.display import plain_text, show
-from opendelta.model_folder import build_backbone
+from opendelta.saving.conversion import FORMATS, read_weights, require_new, write_converted
 from opendelta.saving.files import CONFIG_FILE, copy_atomically, read_config, resolve_folder
+from opendelta.saving.model_folder import build_backbone
 from opendelta.version import __version__
 from opendelta.web import select_modules
 

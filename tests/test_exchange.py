@@ -299,7 +299,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 
 def test_peft_itself_is_not_needed() -> None:
-    code = "import sys; sys.modules['peft'] = None; import opendelta.exchange"
+    code = "import sys; sys.modules['peft'] = None; import opendelta.saving.exchange"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

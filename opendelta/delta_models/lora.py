@@ -382,7 +382,7 @@ class LoraModel(DeltaBase):
                 an embedding with `max_norm`, where PEFT's LoRA computes something else.
             CheckpointError: if `path` is a file.
         """
-        from opendelta.exchange import export_peft  # which needs this module first
+        from opendelta.saving.exchange import export_peft  # which needs this module first
 
         export_peft(self, path)
 

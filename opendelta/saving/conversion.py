@@ -13,8 +13,7 @@ from opendelta.center.contents import FILES, check_weights, expected_files
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.lora import LoraModel
 from opendelta.exceptions import CheckpointError, ConfigError
-from opendelta.exchange import CONFIG_FILE as PEFT_CONFIG_FILE
-from opendelta.model_folder import load_backbone
+from opendelta.saving.exchange import CONFIG_FILE as PEFT_CONFIG_FILE
 from opendelta.saving.files import (
     SAFETENSORS_FILE,
     TORCH_FILE,
@@ -23,6 +22,7 @@ from opendelta.saving.files import (
     weights_in,
     write_tensors,
 )
+from opendelta.saving.model_folder import load_backbone
 
 FORMATS = ("safetensors", "bin", "peft")
 
