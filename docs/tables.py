@@ -1,7 +1,8 @@
 """Writes measured figures into the pages: ``python docs/tables.py``.
 
-``docs/NAME.json`` holds a list of rows, or a dict with such a list under ``rows``. The table takes
-the place of whatever stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` on a page.
+``docs/NAME.json`` holds a list of rows, or a dict with such a list under ``rows``; without it there
+is an error. The table takes the place of whatever stands between ``<!-- table: NAME -->`` and
+``<!-- end -->`` on a page.
 """
 
 from __future__ import annotations
@@ -34,13 +35,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def fill(page: Path) -> None:
-    """Put the tables of a page in their places; one without figures stays as it is."""
+    """Put the tables of a page in their places."""
 
     def filled(place: re.Match[str]) -> str:
-        figures = page.parent / f"{place[1]}.json"
-        if not figures.exists():
-            return place[0]
-        found = json.loads(figures.read_text())
+        found = json.loads((page.parent / f"{place[1]}.json").read_text())
         rows = found["rows"] if isinstance(found, dict) else found
         return f"<!-- table: {place[1]} -->\n\n{table(rows)}\n\n<!-- end -->"
 

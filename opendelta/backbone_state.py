@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,15 @@ from opendelta.ownership import (
     every_parameter,
     named_tensors,
     own_modules,
-    unblocked,
 )
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase
     from opendelta.merging import MergedWeight
+
+
+# Names of parameters that some freeze left trainable, of backbones whose last delta is gone.
+_trained: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 class BackboneState:
@@ -80,7 +84,7 @@ class BackboneState:
     @classmethod
     def within(cls, backbone: nn.Module) -> list[BackboneState]:
         """The states of `backbone` and of modules inside it that deltas took as their backbone."""
-        hooked = (m for m in every_module(unblocked(backbone)) if m._state_dict_hooks)
+        hooked = (m for _, m in own_modules(backbone) if m._state_dict_hooks)
         return [state for module in hooked if (state := cls.of(module)) is not None]
 
     @classmethod
@@ -89,6 +93,7 @@ class BackboneState:
         state = cls.of(backbone)
         if state is None:
             state = cls()
+            state.trained |= _trained.get(backbone, set())
             state.handles += [
                 backbone.register_state_dict_post_hook(state),
                 backbone.register_load_state_dict_pre_hook(state.accept_trimmed),
@@ -128,6 +133,7 @@ class BackboneState:
         for name, p in backbone.named_parameters(remove_duplicate=False):
             if name in self.was_trainable:
                 p.requires_grad_(self.was_trainable[name])
+        _trained[backbone] = self.trained
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -196,6 +202,16 @@ class BackboneState:
     def delta_tensors(self) -> set[int]:
         """Ids of the tensors that deltas keep constant (buffers, parameters that never train)."""
         return {id(t) for delta in self.deltas for t in delta.constants()}
+
+
+def ever_trained(backbone: nn.Module) -> set[str]:
+    """Names of the backbone's own parameters that some freeze ever left trainable."""
+    names: set[str] = set()
+    for place, module in own_modules(backbone):
+        state = BackboneState.of(module)
+        known = _trained.get(module, set()) if state is None else state.trained
+        names.update(dotted(place, name) for name in known)
+    return names
 
 
 def own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -26,7 +26,7 @@ from opendelta.exceptions import (
     UnmatchedPatternWarning,
 )
 from opendelta.freezing import EVERY_DELTA, freeze
-from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion
+from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, switch
 from opendelta.inspection import Summary, num_total_parameters, print_log, summary
 from opendelta.merging import MergeMixin
 from opendelta.ownership import uncompiled
@@ -310,8 +310,7 @@ class DeltaBase(MergeMixin):
         """
         state = self._switching(reset_state_dict)
         join_engine(self.backbone_model, self._inside(module))
-        for insertion in self._inside(module):
-            insertion.attach()
+        switch(self._inside(module), True)
         state.held = None if reset_state_dict else state.held
 
     def detach(self, module: nn.Module | None = None, reset_state_dict: bool = True) -> None:
@@ -325,8 +324,7 @@ class DeltaBase(MergeMixin):
             InsertionError: if the delta is merged or was removed.
         """
         state = self._switching(reset_state_dict)
-        for insertion in reversed(self._inside(module)):
-            insertion.detach()
+        switch(reversed(self._inside(module)), False)
         state.held = None if reset_state_dict else state.held
 
     def _switching(self, reset_state_dict: bool) -> BackboneState:
@@ -347,8 +345,7 @@ class DeltaBase(MergeMixin):
             yield
         finally:
             reshard(self.backbone_model)
-            for insertion in () if self._removed else before:
-                insertion.attach()
+            switch(() if self._removed else before, True)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -359,8 +356,7 @@ class DeltaBase(MergeMixin):
             yield
         finally:
             reshard(self.backbone_model)
-            for insertion in reversed(before):
-                insertion.detach()
+            switch(reversed(before), False)
 
     def _inside(self, module: nn.Module | None) -> list[Insertion]:
         if module is None or uncompiled(module) is self.backbone_model:
@@ -385,6 +381,7 @@ class DeltaBase(MergeMixin):
         if self.is_merged:
             self.unmerge()
         state = self._switching(True)
+        switch(reversed(self.insertions), False)
         for insertion in reversed(self.insertions):
             insertion.remove()
         state.forget(self, self.backbone_model)

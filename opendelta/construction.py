@@ -114,12 +114,13 @@ class Construction(Targeting):
             modified_modules = self._select_modules(backbone, self.interactive_port)
         require_open(backbone)
         reshard(backbone)
+        self.__dict__.setdefault("arguments", {})
+        with agreeing(backbone, InsertionError) as asked:  # planning may gather what is sharded
+            asked.append([f"{type(self).__name__} {self.arguments}"])
         with random_state_kept_on_error():
             with agreeing(backbone, InsertionError) as plan:
                 planned = self._planned_insertions(backbone, modified_modules)
-                self.__dict__.setdefault("arguments", {})
                 config = self.config_class(**self.arguments)
-                plan.append([f"{type(self).__name__} {self.arguments}"])
                 plan.append(
                     f"{name} {tuple(p.shape)}" for i in planned for name, p in i.named_parameters()
                 )

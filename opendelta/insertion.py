@@ -90,6 +90,19 @@ class Insertion(Protocol):
         """Buffers, and parameters that never train."""
 
 
+def switch(insertions: Iterable[Insertion], attached: bool) -> None:
+    """Attach or detach all of `insertions` in this order, or, where one cannot, none."""
+    done: list[Insertion] = []
+    try:
+        for insertion in insertions:
+            if insertion.attached != attached:
+                insertion.attach() if attached else insertion.detach()
+                done.append(insertion)
+    except BaseException:
+        switch(reversed(done), not attached)
+        raise
+
+
 def _untrained(module: nn.Module) -> set[str]:
     if all(p.requires_grad for p in every_parameter(module)):
         return set()

@@ -66,14 +66,14 @@ def own_children(module: nn.Module, originals: bool = False) -> list[tuple[str, 
 
 
 def every_module(root: nn.Module) -> Iterator[nn.Module]:
-    """All modules inside `root`, of deltas too, each once, in the order of `modules()`.
+    """All modules inside `root`, of deltas and BMTrain's `Block` too, each once, from the top.
 
-    That takes several times as long, and constructing and saving look at all modules often.
+    ``modules()`` takes several times as long, and constructing and saving look at all often.
     """
     seen: set[int] = set()
     stack = [root]
     while stack:
-        module = stack.pop()
+        module = unblocked(stack.pop())
         if id(module) not in seen:
             seen.add(id(module))
             yield module

@@ -62,6 +62,11 @@ class Repo:
             if path.is_file()
         }
 
+    def tags(self) -> list[str]:
+        """What the card says that it is."""
+        data = metadata(self.files(self.refs["main"]).get("README.md", b"").decode())
+        return [data.get("library_name", ""), *data.get("tags", ())]
+
     def resolve(self, revision: str) -> str:
         revision = unquote(revision)
         if revision in self.refs:
@@ -207,10 +212,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(content={"url": url, "name": name})
 
     def validate_yaml(self) -> None:
-        text = json.loads(self.body)["content"]
-        found = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
         try:
-            data = yaml.safe_load(found[1]) if found else {}
+            data = metadata(json.loads(self.body)["content"])
         except yaml.YAMLError as error:
             self.answer(400, {"errors": [{"message": str(error)}], "warnings": []})
             return
@@ -302,10 +305,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def models(self) -> None:
         wanted, user = self.query.get("search", [""])[0], self.user()
+        tag = self.query.get("filter", [""])[0]
         names = [
             name
             for name, repo in self.server.repos.items()
             if wanted in name and (not repo.private or (user and user[0] == name.split("/")[0]))
+            if not tag or tag in repo.tags()
         ]
         self.answer(content=[{"id": name, "modelId": name, "tags": []} for name in names])
 
@@ -417,6 +422,12 @@ ROUTES: list[tuple[str, Any]] = [
     (r"GET /xorbs/(?P<xorb>\w+)", Handler.send_xorb),
     (rf"(?:GET|HEAD) /{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", Handler.resolve),
 ]
+
+
+def metadata(card: str) -> dict[str, Any]:
+    """The YAML at the top of a card."""
+    found = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    return yaml.safe_load(found[1]) if found else {}
 
 
 def described(files: dict[str, bytes]) -> list[dict[str, Any]]:

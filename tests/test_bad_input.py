@@ -372,6 +372,34 @@ def test_an_error_while_inserting_undoes_what_was_inserted(model: Any) -> None:
     assert fingerprint(model) == before
 
 
+@pytest.mark.parametrize("place", ["query", "classifier"])
+@pytest.mark.parametrize("act", ["attach", "detach", "remove"])
+def test_a_switch_that_breaks_off_switches_nothing(model: Any, act: str, place: str) -> None:
+    class Breaking(dict):  # type: ignore[type-arg]
+        def _refuse(self, *_: Any) -> None:
+            raise KeyboardInterrupt
+
+        __setitem__ = __delitem__ = _refuse
+
+    delta = LoraModel(model, modified_modules=["query", "classifier"])
+    if act == "attach":
+        delta.detach()
+    before = [insertion.attached for insertion in delta.insertions]
+    assert len(set(before)) == 1 and len(before) > 2
+    module = next(m for name, m in model.named_modules() if name.endswith(place))
+    kept = module._modules
+    object.__setattr__(module, "_modules", Breaking(kept))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            getattr(delta, act)()
+    finally:
+        object.__setattr__(module, "_modules", kept)
+    assert [insertion.attached for insertion in delta.insertions] == before
+    assert opendelta.deltas(model)[-1] is delta
+    getattr(delta, act)()
+    assert delta.is_attached == (act == "attach")
+
+
 # --- building blocks, and the life of a delta -----------------------------------------------------
 
 OTHER: Any = backbones.build("bert_cls")

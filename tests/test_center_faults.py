@@ -13,6 +13,7 @@ from fault_proxy import FaultProxy, in_front_of
 from hub_client import hurry, set_apart
 from hub_server import HubServer, serving
 from huggingface_hub import close_session
+from processes import on_a_full_disk
 
 from opendelta.center.hub import HubCenter
 from opendelta.exceptions import CenterError
@@ -91,6 +92,13 @@ def test_a_push_that_is_cut(
     proxy.cut_after = None
     center.push(second, NAME)
     assert content(center.pull(NAME)) == content(second)
+
+
+def test_a_full_disk(hub: HubServer, whole: dict[str, bytes], tmp_path: Path) -> None:
+    center = HubCenter(hub.url)
+    on_a_full_disk(lambda: center.pull(NAME))
+    assert content(tmp_path / "cache") == {}
+    assert content(center.pull(NAME)) == whole
 
 
 def test_a_slow_connection(proxy: FaultProxy, whole: dict[str, bytes]) -> None:

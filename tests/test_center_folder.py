@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import io
 import os
 import random
-import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 from center_deltas import NAME, content, written
+from processes import FORK, in_processes, on_a_full_disk
 
 from opendelta import DeltaCenter
 from opendelta.exceptions import CenterError, CheckpointError, UnreachableError
-
-FORK = multiprocessing.get_context("fork")  # the children touch files only
 
 
 @pytest.fixture(autouse=True)
@@ -88,16 +87,18 @@ def test_what_is_not_there(center: DeltaCenter, share: Path, tmp_path: Path) -> 
             center.push(folder, NAME)
 
 
-@pytest.mark.parametrize(
-    "url", ["file://host/share", "file:///a?b", "file:///a#b", "/shared", "shared", "nope://x", ""]
-)
-def test_urls_that_are_none(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DELTACENTER_URL", url)
-    with pytest.raises(CenterError, match="file:///a/folder|hf://|nope"):
-        DeltaCenter.from_url(url or "://")
-    if url:
-        with pytest.raises(CenterError):
-            DeltaCenter.from_url()
+@pytest.mark.parametrize(("size", "shown"), [(2_000_000, True), (1000, False)])
+def test_a_bar_on_a_terminal_for_what_takes_a_while(
+    size: int, shown: bool, center: DeltaCenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    center.push(written(tmp_path / "1", 1, size), NAME)
+    for terminal in (True, False):
+        screen = io.StringIO()
+        monkeypatch.setattr(screen, "isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setattr(sys, "stderr", screen)
+        center.pull(NAME, force_download=True)
+        assert ("100%" in screen.getvalue()) == (terminal and shown)
+        assert ("model.safetensors" in screen.getvalue()) == (terminal and shown)
 
 
 # --- a share is not trusted -----------------------------------------------------------------------
@@ -203,16 +204,6 @@ def test_weights_that_are_not_the_configs(center: DeltaCenter, tmp_path: Path) -
 # --- processes ------------------------------------------------------------------------------------
 
 
-def in_processes(jobs: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
-    """Run all at once; an error in one of them fails the test."""
-    children = [FORK.Process(target=job, args=arguments) for job, arguments in jobs]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    assert [child.exitcode for child in children] == [0] * len(children)
-
-
 def push_often(url: str, folder: Path, times: int) -> None:
     center = DeltaCenter.from_url(url)
     for _ in range(times):
@@ -305,21 +296,13 @@ def test_killed_two_hundred_times_while_pulling(share: Path, tmp_path: Path) -> 
     killed_while_pulling(200, tmp_path, share)
 
 
-def on_a_full_disk(call: Callable[[], Any]) -> None:
-    """A disk where no file can grow beyond 100,000 bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    with pytest.raises(CenterError) as caught:
-        call()
-    assert isinstance(caught.value.__cause__, OSError)
-
-
 def test_a_full_disk(center: DeltaCenter, share: Path, tmp_path: Path) -> None:
     center.push(written(tmp_path / "1", 1, 1000), NAME)
     large = written(tmp_path / "2", 2)
-    in_processes([(on_a_full_disk, (lambda: center.push(large, NAME),))])
+    on_a_full_disk(lambda: center.push(large, NAME))
     assert content(center.pull(NAME)) == content(tmp_path / "1")
     center.push(large, NAME)
-    in_processes([(on_a_full_disk, (lambda: center.pull(NAME),))])
+    on_a_full_disk(lambda: center.pull(NAME))
     last = center.pull(NAME, local_files_only=True)
     assert content(last) == content(tmp_path / "1")
     assert content(center.pull(NAME)) == content(large)

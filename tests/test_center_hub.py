@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import struct
@@ -22,6 +21,7 @@ from center_deltas import NAME, content, saved, written
 from hub_client import hurry, set_apart
 from hub_server import HubServer, serving
 from huggingface_hub import HfApi, close_session, constants
+from processes import FORK, in_processes
 
 from opendelta import AutoDeltaModel, DeltaCenter, OpenDeltaError
 from opendelta.center.hub import HubCenter
@@ -75,6 +75,7 @@ def anywhere(request: pytest.FixtureRequest) -> Iterator[tuple[HubCenter, str]]:
 def test_what_is_pushed_is_pulled(anywhere: tuple[HubCenter, str], tmp_path: Path) -> None:
     center, name = anywhere
     delta = saved(tmp_path / "delta")
+    (tmp_path / "delta" / "README.md").write_text("---\nlibrary_name: opendelta\n---\n# mine\n")
     (tmp_path / "delta" / "private notes.txt").write_text("not for others")
     revision = center.push(tmp_path / "delta", name, private=True)
     folder = center.pull(name)
@@ -107,8 +108,11 @@ def test_large_files_go_the_way_that_is_set(
 ) -> None:
     alice.push(written(tmp_path / "1", 1, 1000), NAME)
     alice.pull(NAME)
-    asked = {f"{method} {path.partition('/default/')[0]}" for method, path in hub.requests}
-    ways = {False: {"PUT /lfs", "GET /lfs"}, True: {"POST /v1/xorbs", "POST /v1/shards", "GET /xorbs"}}
+    asked = [f"{method} {path}" for method, path in hub.requests]
+    ways = {
+        False: ("PUT /lfs/", "GET /lfs/"),
+        True: ("POST /v1/xorbs", "POST /v1/shards", "GET /v1/reconstructions", "GET /xorbs/"),
+    }
     for way, requests in ways.items():
         for request in requests:
             assert any(one.startswith(request) for one in asked) == (way == xet), request
@@ -171,12 +175,27 @@ def test_a_pull_request_leaves_the_branch_alone(hub: HubServer, tmp_path: Path) 
         assert content(alice.pull(NAME, revision)) == content(tmp_path / "2")
 
 
-def test_a_name_alone_is_in_the_users_namespace(alice: HubCenter, tmp_path: Path) -> None:
-    alice.push(written(tmp_path / "1", 1, 1000), "sentiment")
-    assert alice.list() == ["alice/sentiment"]
-    assert content(alice.pull("alice/sentiment")) == content(tmp_path / "1")
-    with pytest.raises(CenterError, match="'user/name'"):
-        alice.pull("sentiment")
+def test_saved_and_loaded_without_a_name(alice: HubCenter, tmp_path: Path) -> None:
+    delta = saved(tmp_path / "delta")
+    delta.save_finetuned(tmp_path / "delta", push_to_dc=True, center=alice)
+    [name] = alice.list()
+    assert name == f"alice/{type(delta.backbone_model).__name__}_lora"
+    assert f'from_finetuned("{name}"' in alice.info(name).card
+    again = AutoDeltaModel.from_finetuned(name, backbones.build("mlp"), center=alice)
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), delta.parameters(), strict=True)
+    )
+
+
+def test_the_list_holds_what_the_card_calls_a_delta(
+    alice: HubCenter, hub: HubServer, tmp_path: Path
+) -> None:
+    folder = written(tmp_path / "1", 1, 1000)
+    for card, name in (("tags: [opendelta]", NAME), ("tags: [peft]", "alice/other")):
+        (folder / "README.md").write_text(f"---\n{card}\n---\n")
+        alice.push(folder, name, private=True)
+    assert alice.list() == [NAME] and alice.list("other") == []
+    assert HubCenter(hub.url, "hf_bob").list() == []
 
 
 def test_a_delta_of_0_3_2(hub: HubServer) -> None:
@@ -215,10 +234,10 @@ print(center.push(sys.argv[1], "sentiment", private=True), center.pull("alice/se
 """
 
 
-def test_the_clients_own_settings(hub: HubServer, tmp_path: Path) -> None:
+def test_the_clients_own_settings(xet: bool, hub: HubServer, tmp_path: Path) -> None:
     """HF_ENDPOINT and HF_TOKEN, in a process of their own, where the client reads them."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    env |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_alice", "HF_HUB_DISABLE_XET": "1"}
+    env |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_alice", "HF_HUB_DISABLE_XET": str(int(not xet))}
     env |= {"HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(written(tmp_path / "1", 1, 1000))],
@@ -288,20 +307,33 @@ def test_pushing_without_the_right(
     assert NAME not in hub.repos
 
 
-def test_a_revision_that_is_not_there(alice: HubCenter, tmp_path: Path) -> None:
-    alice.push(written(tmp_path / "1", 1, 1000), NAME)
-    for revision in ("v9", "0" * 40):
-        with pytest.raises(CenterError, match="404"):
-            alice.pull(NAME, revision)
+def test_refused_anywhere(anywhere: tuple[HubCenter, str], tmp_path: Path) -> None:
+    center, name = anywhere
+    center.push(written(tmp_path / "1", 1, 1000), name, private=True)
+    stranger, mistaken = HubCenter(center.url, False), HubCenter(center.url, "hf_wrong")
+    for call, status in (
+        (lambda: stranger.pull(name), "401"),
+        (lambda: mistaken.pull(name), "401"),
+        (lambda: mistaken.push(tmp_path / "1", name), "401"),
+        (lambda: center.pull(f"{name}-nothing"), "404"),
+        (lambda: center.pull(name, "v9"), "404"),
+        (lambda: center.info(name, "0" * 40), "404"),
+    ):
+        with pytest.raises(CenterError, match=status) as caught:
+            call()
+        assert caught.value.__cause__ is not None
 
 
-TO_PUSH = ("repos/create", "preupload", "commit/main")
+TO_PUSH = ("repos/create", "revision/main", "preupload")
 TO_PULL = ("api/models", "HEAD .*config.json", "GET .*config.json")
 TO_PUSH_WEIGHTS = {
     False: ("lfs/objects/batch", "PUT /lfs"),
     True: ("xet-write-token", "POST /v1/xorbs", "POST /v./shards"),
 }
-TO_PULL_WEIGHTS = {False: ("GET /lfs",), True: ("xet-read-token", "/v./reconstructions", "GET /xorbs")}
+TO_PULL_WEIGHTS = {
+    False: ("GET /lfs",),
+    True: ("xet-read-token", "/v./reconstructions", "GET /xorbs"),
+}
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
@@ -311,7 +343,7 @@ def test_refused_midway(
     """Whatever request fails, nothing half-written is left, and afterwards all is well."""
     folder = written(tmp_path / "1", 1, 1000)
     kind = UnreachableError if status in (429, 500, 503) else CenterError
-    for pattern in (*TO_PUSH, *TO_PUSH_WEIGHTS[xet]):
+    for pattern in (*TO_PUSH, *TO_PUSH_WEIGHTS[xet], "commit/main"):
         hub.failing = [(pattern, status)]
         with pytest.raises(CenterError, match=str(status)) as caught:
             alice.push(folder, NAME)
@@ -368,9 +400,7 @@ def test_nobody_listens(tmp_path: Path, alice: HubCenter, hub: HubServer) -> Non
     assert caught.value.__cause__ is not None
 
 
-# --- several processes -----------------------------------------------------------------------------
-
-FORK = multiprocessing.get_context("fork")
+# --- several processes ----------------------------------------------------------------------------
 
 
 def outcomes(url: str, folders: list[Path], times: int = 1) -> list[tuple[Path, str]]:
@@ -385,14 +415,8 @@ def outcomes(url: str, folders: list[Path], times: int = 1) -> list[tuple[Path, 
                 assert error.__cause__ is not None
                 results.put((folder, str(error)))
 
-    children = [FORK.Process(target=push, args=(folder,)) for folder in folders]
-    for child in children:
-        child.start()
-    found = [results.get() for _ in range(times * len(children))]
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
-    return found
+    in_processes([(push, (folder,)) for folder in folders])
+    return [results.get() for _ in range(times * len(folders))]
 
 
 def sharing_a_card(folder: Path, seed: int) -> Path:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from center_deltas import NAME, content, written
+from hub_client import set_apart
+from hub_server import serving
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +21,7 @@ from opendelta import (
     create_default_name,
     create_delta_center_args,
 )
+from opendelta.center.hub import HubCenter
 from opendelta.center.names import as_file_name, as_name, check_name
 from opendelta.exceptions import CenterError, ConfigError
 
@@ -73,6 +78,34 @@ def test_what_is_no_revision(revision: Any, center: DeltaCenter, tmp_path: Path)
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.fixture(params=["folder", "bucket", "hub"])
+def engine(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[DeltaCenter]:
+    set_apart(monkeypatch, tmp_path, xet=False)
+    if request.param == "hub":
+        with serving(tmp_path / "hub") as server:
+            yield DeltaCenter.from_url(server.url, "hf_alice")
+        return
+    bucket = f"memory://{uuid.uuid4().hex}"
+    yield DeltaCenter.from_url(bucket if request.param == "bucket" else (tmp_path / "s").as_uri())
+
+
+def test_a_name_without_a_user(engine: DeltaCenter, tmp_path: Path) -> None:
+    """It stands for itself; on the Hub, for the one of the user whose token it is."""
+    folder = written(tmp_path / "delta", 1, 100)
+    (folder / "README.md").write_text("---\ntags: [opendelta]\n---\n")
+    engine.push(folder, "sentiment")
+    on_hub = isinstance(engine, HubCenter)
+    full = "alice/sentiment" if on_hub else "sentiment"
+    assert engine.list() == [full]
+    assert content(engine.pull(full)) == content(folder) and engine.info(full).name == full
+    if on_hub:
+        for call in (engine.pull, engine.info):
+            with pytest.raises(CenterError, match="belongs to somebody: expected 'user/sentiment'"):
+                call("sentiment")
+
+
 @given(st.text(max_size=20) | st.from_regex(r"[a.\-_/]{1,8}", fullmatch=True))
 def test_a_name_stays_inside(name: str) -> None:
     """Whatever passes is one plain file name, and gives its name back."""
@@ -83,6 +116,31 @@ def test_a_name_stays_inside(name: str) -> None:
     file = as_file_name(name)
     assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", file) and ".." not in file
     assert as_name(file) == name
+
+
+# --- URLs -----------------------------------------------------------------------------------------
+
+NO_URLS = {
+    "://": "file:///a/folder", "shared": "file:///a/folder", "/shared": "Path",
+    "C:\\shared": "Path", "file:/x": "file:///a/folder", "file://": "file:///a/folder",
+    "FILE:///x": "file:///a/folder", "s3://": "s3://bucket", "http://": "https://a.server",
+    "hf://user/name": "'hf://'", "file://host/share": "file:///a/folder", "file:///a?b": "file:",
+    "file:///a#b": "file:", "nope://x": "fsspec driver", "ftp:///x": "fsspec driver",
+    "ftp://127.0.0.1:9/x": "127.0.0.1:9", "https://a b": "https://a.server",
+    "https://a/b?c": "https://a.server", "https://me:secret@host": "token",
+    "nope://me:secret@host/x": "nope://host/x", "me:secret@host": "a/folder",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("url", NO_URLS, ids=repr)
+def test_urls_of_no_center(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is refused before anything is pushed or pulled, with a word of what is expected."""
+    with pytest.raises(CenterError, match=re.escape(NO_URLS[url])) as caught:
+        DeltaCenter.from_url(url)
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("DELTACENTER_URL", url)
+    with pytest.raises(CenterError, match=re.escape(NO_URLS[url])):
+        DeltaCenter.from_url()
 
 
 # --- arguments ------------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ import pytest
 import torch
 from cases import randomise
 from center_deltas import NAME, content, saved
+from hub_client import hurry, set_apart
+from hub_server import serving
+from huggingface_hub import constants
 from placed import METHODS, place
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, PreTrainedModel
@@ -238,6 +241,34 @@ def test_another_center_and_revision(run: Run, fail: Fail, tmp_path: Path) -> No
     assert content(Path("new")) == content(Path("d1"))
     assert run(f"list --center {other}") == f"{NAME}\n"
     assert "no such" not in run(f"info {NAME} --center {other}")
+
+
+def test_the_hub(
+    run: Run, fail: Fail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_apart(monkeypatch, tmp_path, xet=True)
+    hurry(monkeypatch)
+    delta = place("LoraModel", "mlp", lora_r=3)
+    delta.freeze_module()
+    with serving(tmp_path / "hub") as server:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_alice")
+        name = {"name": NAME}
+        delta.save_finetuned("d", push_to_dc=True, center_args=name, delay_push=True)
+        revision = run("push d sentiment --private").strip()
+        assert run("list") == f"{NAME}\n" and revision[:12] in run("list --long")
+        assert row(run(f"info {NAME}"), "revision") == revision
+        run(f"pull {NAME} copy")
+        assert content(Path("copy")) == content(Path("d"))
+        Path("d/README.md").write_text("another card")
+        monkeypatch.setenv("HF_TOKEN", "hf_reader")
+        assert "(403)" in fail(f"push d {NAME}")
+        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+        assert "(401)" in fail(f"info {NAME}") and "(401)" in fail("push d sentiment")
+        server.failing = [("", 503)]
+        assert "(503)" in fail("list")
 
 
 def test_the_cache_is_used_offline(run: Run, monkeypatch: pytest.MonkeyPatch, fail: Fail) -> None:

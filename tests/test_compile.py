@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import backbones
 import pytest
 import torch
-from cases import BACKBONES, METHODS, PAIRS, built, output, put, randomise
+from cases import BACKBONES, METHODS, PAIRS, built, loss, output, put, randomise
 
 # Compiling takes seconds a pair: LoRA everywhere and each method on two backbones in `make test`.
 QUICK = {("LoraModel", b) for b in BACKBONES} | {(m, b) for m in METHODS for b in ("bert", "mlp")}
 pairs = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in PAIRS]
+EVERY: dict[str, dict[str, Any]] = {method: {} for method in METHODS}
+EVERY |= {"PrefixModel": {"prefix_token_num": 3}, "SoftPromptModel": {"soft_token_num": 3}}
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +53,49 @@ def test_a_delta_on_an_already_compiled_model_acts(method: str, inside: bool) ->
     close(output(compiled, "bert"), eager)
     delta.remove()
     close(output(compiled, "bert"), bare)
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_detaching_costs_one_graph_and_attaching_again_none(method: str) -> None:
+    model, delta = built(method, "bert", **EVERY[method])
+    randomise(delta)
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    close(output(compiled, "bert"), with_delta := output(model, "bert"))
+    at_first = graphs  # the hook of a soft prompt on the root is a graph of its own
+    assert at_first > 0
+    delta.detach()
+    close(output(compiled, "bert"), bare := output(model, "bert"))
+    assert graphs <= at_first + 1
+    for switch, expected in ((delta.attach, with_delta), (delta.detach, bare)) * 2:
+        switch()
+        close(output(compiled, "bert"), expected)
+    assert graphs <= at_first + 1
+    assert bare.shape != with_delta.shape or (bare - with_delta).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", EVERY)
+def test_inductor_computes_the_same_gradients(method: str) -> None:
+    model, delta = built(method, "bert", **EVERY[method])
+    randomise(delta)
+    delta.freeze_module()
+    compiled = torch.compile(model, fullgraph=True, backend="inductor")
+    close(output(compiled, "bert"), output(model, "bert"))
+    parameters = [p for p in delta.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(loss(model, "bert"), parameters, allow_unused=True)
+    actual = torch.autograd.grad(loss(compiled, "bert"), parameters, allow_unused=True)
+    assert any(grad is not None and grad.abs().max() > 1e-6 for grad in expected)
+    for ours, eager in zip(actual, expected, strict=True):
+        assert (ours is None) == (eager is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, eager, atol=1e-6, rtol=1e-4)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -47,7 +47,7 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
 
 def test_figures_are_written_into_their_place_on_a_page(tmp_path: Path) -> None:
     page, empty = tmp_path / "page.md", "<!-- table: bench -->\n<!-- end -->"
-    page.write_text(f"Before.\n\n{empty}\n\n<!-- table: other -->\n<!-- end -->\n")
+    page.write_text(f"Before.\n\n{empty}\n\nAfter.\n")
     fill = runpy.run_path(str(ROOT / "docs" / "tables.py"))["fill"]
     rows = [{"item": "step", "ours": 1.0346, "peft": None, "passed": True, "params": 1234}]
     for accuracy in (1.0346, 0.5):  # a second time in the place of the first
@@ -59,7 +59,10 @@ def test_figures_are_written_into_their_place_on_a_page(tmp_path: Path) -> None:
         "| step | 0.500 |  | yes | 1,234 |"
     )
     filled = f"<!-- table: bench -->\n\n{expected}\n\n<!-- end -->"
-    assert page.read_text() == f"Before.\n\n{filled}\n\n<!-- table: other -->\n<!-- end -->\n"
+    assert page.read_text() == f"Before.\n\n{filled}\n\nAfter.\n"
+    page.write_text("<!-- table: other -->\n<!-- end -->")
+    with pytest.raises(FileNotFoundError, match="other.json"):
+        fill(page)
 
 
 def examples() -> Iterator[doctest.DocTest]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import opendelta
 from opendelta import CommonStructureMap, LoraModel
 from opendelta.exceptions import ConfigError, InsertionError
+from opendelta.ownership import every_module
 
 IDS = torch.arange(8).view(2, 4) + 3
 
@@ -125,6 +126,15 @@ def test_a_block_itself_is_a_place_for_a_delta() -> None:
     for one in (plain, model):
         cases.randomise(opendelta.AdapterModel(one, modified_modules=["layer.1"]))
     torch.testing.assert_close(cases.output(model, "bert"), cases.output(plain, "bert"))
+
+
+def test_a_delta_on_a_layer_in_a_block_is_found() -> None:
+    model = backbones.build("bert")
+    layer = model.encoder.layer[1]
+    model.encoder.layer = nn.ModuleList(map(Block, model.encoder.layer))
+    delta = opendelta.LoraModel(layer, modified_modules=["query"])
+    assert opendelta.deltas(model) == [delta]
+    assert set(every_module(model)) >= {layer, *layer.modules()}
 
 
 # --- quantised layers -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import opendelta
 from opendelta import AutoDeltaModel, LoraModel, gen_model_hash
 from opendelta.exceptions import BackboneMismatchWarning, ConfigError
 from opendelta.saving import hash_cache
@@ -144,6 +145,26 @@ def test_parameters_that_trained_are_always_read(read: Read) -> None:
     again = read[count:]
     assert id(a_weight(backbone)) in again
     assert id(backbone.embeddings.word_embeddings.weight) not in again
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_parameters_that_trained_under_an_earlier_delta_are_read(copied: bool) -> None:
+    backbone = model()
+    delta = LoraModel(backbone)
+    delta.freeze_module(exclude=["deltas", "word_embeddings"])
+    if copied:
+        backbone = copy.deepcopy(backbone)
+        (delta,) = opendelta.deltas(backbone)
+    delta.remove()
+    LoraModel(backbone).freeze_module()
+    backbone_hash(backbone)
+    weight = backbone.embeddings.word_embeddings.weight
+    assert weight.numel() > 2 * hash_cache.SAMPLES
+    sampled = weight.data.clone().fill_(0)
+    hash_cache._sample(sampled).fill_(1)
+    between = int((sampled.view(-1) == 0).nonzero()[0])
+    weight.detach().numpy().reshape(-1)[between] += 1
+    assert backbone_hash(backbone) == gen_model_hash(backbone)
 
 
 def test_writes_between_the_samples_are_missed_and_full_finds_them(tmp_path: Path) -> None:

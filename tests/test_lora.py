@@ -43,7 +43,9 @@ def factors(delta: LoraModel) -> tuple[torch.Tensor, torch.Tensor, float]:
     return layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling
 
 
-@pytest.mark.parametrize("shape", [(7, 6), (2, 7, 6), (6,), (2, 3, 4, 6), (0, 6), (1, 1, 6)])
+@pytest.mark.parametrize(
+    "shape", [(7, 6), (2, 7, 6), (6,), (2, 3, 4, 6), (0, 6), (1, 1, 6), (40, 6), (3, 17, 6)]
+)
 def test_linear_equals_the_merged_weight(shape: tuple[int, ...]) -> None:
     model, delta = randomised(nn.Linear(6, 5), lora_r=3, lora_alpha=12)
     a, b, scaling = factors(delta)
@@ -226,12 +228,54 @@ def test_functional_transforms_use_plain_operations() -> None:
         torch.testing.assert_close(per_row[name].sum(0), p.grad)
 
 
-def test_autocast_agrees() -> None:
-    model, _ = randomised(nn.Linear(6, 5), lora_r=3)
-    x = torch.randn(4, 6)
+@pytest.mark.parametrize("rows", [4, 40])
+def test_autocast_agrees(rows: int) -> None:
+    model, delta = randomised(nn.Linear(6, 5), lora_r=3)
+    delta.freeze_module()
+    x, layer = torch.randn(rows, 6), delta.layer.lora
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused_applies(torch.zeros(rows, 5), x, layer.lora_A) == (rows > 32)
         low = model(x)
-    assert (low.float() - model(x)).abs().max() < 0.05 * model(x).abs().max()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), low)
+    assert low.dtype == torch.bfloat16
+    results = []
+    for output in (low, model(x)):
+        layer.zero_grad()
+        output.float().pow(2).sum().backward()
+        results.append((output.float(), layer.lora_A.grad, layer.lora_B.grad))
+    for actual, exact in zip(*results, strict=True):
+        assert (actual - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_term_is_computed_in_the_dtype_of_its_factors(rows: int, dtype: torch.dtype) -> None:
+    model, delta = randomised(nn.Linear(6, 5), lora_r=3, lora_alpha=5.1)  # no power of two
+    model.layer.to(dtype)
+    delta.to(torch.float32)
+    delta.freeze_module()
+    a, b, scaling = factors(delta)
+    x, grad = torch.randn(rows, 6).to(dtype), torch.randn(rows, 5).to(dtype)
+    model(x).backward(grad)
+    layer = delta.layer.lora
+    expected = scaling * grad.float().t() @ (x.float() @ a.t())
+    torch.testing.assert_close(layer.lora_B.grad, expected, rtol=1e-5, atol=1e-5)
+    expected = scaling * (grad.float() @ b).t() @ x.float()
+    torch.testing.assert_close(layer.lora_A.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+def test_a_term_that_is_finite_only_when_scaled(rows: int) -> None:
+    model = Host(nn.Linear(64, 64, bias=False)).to(torch.float16)
+    delta = LoraModel(model, modified_modules=["layer"], lora_r=16, lora_alpha=1)
+    delta.to(torch.float32)
+    with torch.no_grad():
+        model.layer.weight.zero_()
+        for p in delta.parameters():
+            p.fill_(4)
+        output = model(torch.full((rows, 64), 8, dtype=torch.float16))
+    assert (output == 8192).all()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -47,18 +47,27 @@ class XetStore:
         return content
 
     def reconstruction(self, name: str, first: int, last: int, url: str) -> dict[str, Any]:
-        """What to fetch for the bytes from `first` to `last` of a file."""
-        terms: list[dict[str, Any]] = []
-        fetch: dict[str, list[dict[str, Any]]] = {}
-        begin = skipped = 0
+        """What to fetch for the bytes from `first` to `last` of a file: one piece of each xorb."""
+        needed, begin, skipped = [], 0, 0
         for term in self.terms[name]:
             if begin <= last and first < begin + term.size:
-                skipped = skipped if terms else first - begin
-                part = {"start": term.first, "end": term.last}
-                found = chunks_in((self.folder / term.xorb).read_bytes())[term.first : term.last]
-                place = {"start": found[0].start, "end": found[-1].end - 1}
-                terms.append({"hash": term.xorb, "unpacked_length": term.size, "range": part})
-                told = {"range": part, "url": f"{url}/{term.xorb}", "url_range": place}
-                fetch.setdefault(term.xorb, []).append(told)
+                skipped = skipped if needed else first - begin
+                needed.append(term)
             begin += term.size
-        return {"offset_into_first_range": skipped, "terms": terms, "fetch_info": fetch}
+        pieces = {}
+        for xorb in {term.xorb for term in needed}:
+            start = min(term.first for term in needed if term.xorb == xorb)
+            end = max(term.last for term in needed if term.xorb == xorb)
+            found = chunks_in((self.folder / xorb).read_bytes())[start:end]
+            place = {"start": found[0].start, "end": found[-1].end - 1}
+            part = {"start": start, "end": end}
+            pieces[xorb] = [{"range": part, "url": f"{url}/{xorb}", "url_range": place}]
+        terms = [
+            {
+                "hash": term.xorb,
+                "unpacked_length": term.size,
+                "range": {"start": term.first, "end": term.last},
+            }
+            for term in needed
+        ]
+        return {"offset_into_first_range": skipped, "terms": terms, "fetch_info": pieces}

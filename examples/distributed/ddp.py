@@ -32,8 +32,8 @@ def main() -> None:
 
     if dist.get_rank() == 0:
         delta.save_finetuned("delta_ddp")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()  # after DDP is gone: the other way round gloo may hang

@@ -90,11 +90,14 @@ def assign(target: Tensor, value: Tensor) -> None:
         with _gathered(target, modifier_rank=0):
             target.copy_(value)
         if hasattr(target, "_z3_optimizer"):  # whose own copy would overwrite it at the next step
-            sys.modules["deepspeed"].utils.safe_set_full_fp32_param(target, value.float())
+            piece = target.ds_tensor.float()  # type: ignore[attr-defined]
+            sys.modules["deepspeed"].utils.safe_set_local_fp32_param(target, piece)
     elif bmt.is_distributed(target):
         bmt.fill(target, value)
     else:
         target.copy_(value)
+        if hasattr(target, "_hp_mapping"):  # ZeRO-2's optimizer has a copy of its own, too
+            target.set_full_hp_param(value.float())  # type: ignore[attr-defined]
 
 
 def _gathered(tensor: Tensor, **options: Any) -> Any:
@@ -104,8 +107,6 @@ def _gathered(tensor: Tensor, **options: Any) -> Any:
 
 def reshard(backbone: nn.Module) -> None:
     """Let FSDP2 put its shards back where a forward without backward left whole tensors."""
-    if not _in_a_group():
-        return
     for module in every_module(backbone):
         if hasattr(type(module), "set_requires_gradient_sync"):  # an FSDPModule
             module.reshard()  # type: ignore[operator]
@@ -114,14 +115,9 @@ def reshard(backbone: nn.Module) -> None:
 # --- all ranks together ---------------------------------------------------------------------------
 
 
-def _in_a_group() -> bool:
-    """Whether this process is one of several; only then may a backbone be sharded with others."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _groups(backbone: nn.Module) -> list[ProcessGroup]:
     """The groups of ranks that hold the shards of a backbone; none where it is not sharded."""
-    for p in every_parameter(backbone) if _in_a_group() else ():
+    for p in every_parameter(backbone):
         if is_dtensor(p):
             groups: list[ProcessGroup] = p.device_mesh.get_all_groups()  # type: ignore[attr-defined]
             return groups

@@ -23,7 +23,13 @@ from opendelta.center.contents import (
     expected_files,
     files_to_push,
 )
-from opendelta.center.names import DEFAULT_REVISION, check_name, check_revision, is_hash
+from opendelta.center.names import (
+    DEFAULT_REVISION,
+    check_name,
+    check_revision,
+    is_hash,
+    without_password,
+)
 from opendelta.exceptions import CenterError, OpenDeltaError, UnreachableError
 from opendelta.saving.files import CONFIG_FILE, read_config
 
@@ -61,25 +67,28 @@ class DeltaCenter(ABC):
             token: for the Hub instead of the one that its client finds (``HF_TOKEN``).
 
         Raises:
-            CenterError: if it is no URL, or its driver is not installed.
+            CenterError: if it is no URL of a center, or its driver is missing or refuses it.
+            UnreachableError: if the driver cannot connect.
         """
         if isinstance(url, DeltaCenter):
             return url
         url = url or os.environ.get("DELTACENTER_URL") or "hf://"
-        scheme = re.match(r"([a-z][a-z0-9+.-]*)(?:::[^:]+)*://", url)
-        if scheme is None:
+        parts = re.fullmatch(r"([a-z][a-z0-9+.-]*)(?:::[^:]+)*://(.*)", url, re.DOTALL)
+        scheme, place = parts.groups() if parts else ("", "")
+        if bool(place) == (scheme == "hf"):  # the Hub is one place, and all others have a name
             raise CenterError(
-                f"{url!r:.120} is not the URL of a center: expected 'file:///a/folder' "
-                "(`Path('a folder').resolve().as_uri()`), 'https://...' or 's3://bucket/prefix'."
+                f"{without_password(url)!r:.120} is not the URL of a center: expected "
+                "'file:///a/folder' (`Path('a folder').resolve().as_uri()`), 'hf://', "
+                "'https://a.server' or 's3://bucket/prefix'."
             )
-        if scheme[0] == "file://":
+        if scheme == "file":
             from opendelta.center.folder import FolderCenter
 
             return FolderCenter(url)
-        if scheme[0] in ("hf://", "http://", "https://"):
+        if scheme in ("hf", "http", "https"):
             from opendelta.center.hub import HubCenter
 
-            return HubCenter(None if scheme[0] == "hf://" else url, token)
+            return HubCenter(url if place else None, token)
         from opendelta.center.fsspec_center import FsspecCenter
 
         return FsspecCenter(url)

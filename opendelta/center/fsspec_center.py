@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from opendelta.center.contents import TEXT_LIMIT
+from opendelta.center.names import without_password
 from opendelta.center.progress import copy_stream
 from opendelta.center.versions import VersionedCenter
 from opendelta.exceptions import CenterError, UnreachableError
@@ -23,11 +23,17 @@ class FsspecCenter(VersionedCenter):
     """
 
     def __init__(self, url: str) -> None:
-        self.url = re.sub(r"://[^/@]*@", "://", url).rstrip("/")
+        self.url = without_password(url).rstrip("/")
         try:
             self.storage, self.root = url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise CenterError(f"There is no center at {self.url}: {error}") from error
+        except OSError as error:  # some drivers connect at once
+            raise UnreachableError(f"Cannot reach {self.url}: {error}") from error
+        except Exception as error:  # each has its own for a URL that it refuses
+            raise CenterError(
+                f"There is no center at {self.url}: {error}. A scheme needs its fsspec driver, as "
+                "'s3://bucket/prefix' needs `pip install s3fs`; 'file:///a/folder', 'hf://' and "
+                "'https://a.server' need none."
+            ) from error
 
     def _explained(self, error: Exception, doing: str) -> CenterError:
         if isinstance(error, (FileNotFoundError, PermissionError)):

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 
 from opendelta.center.center import DeltaCenter
 from opendelta.center.contents import FILES, RemoteFile, Version, digest_of
-from opendelta.center.names import DEFAULT_REVISION
+from opendelta.center.names import DEFAULT_REVISION, without_password
 from opendelta.exceptions import CenterError, UnreachableError
 from opendelta.version import __version__
 
@@ -45,10 +45,18 @@ class HubCenter(DeltaCenter):
         endpoint: of the server; None for ``HF_ENDPOINT``, else https://huggingface.co.
         token: of a user; None for the one that the client finds (``HF_TOKEN``, else that of
             ``hf auth login``). That one is for ``HF_ENDPOINT`` alone and is sent nowhere else.
+
+    Raises:
+        CenterError: if the endpoint is not the URL of a server.
     """
 
     def __init__(self, endpoint: str | None = None, token: str | bool | None = None) -> None:
         self.url = (endpoint or constants.ENDPOINT).rstrip("/")
+        if not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+(/[^\s?#]*)?", self.url):
+            raise CenterError(
+                f"{without_password(self.url)!r:.120} is not the URL of a server: expected "
+                "'https://a.server', with no user or password, for which there is `token`."
+            )
         if token is None and self.url != constants.ENDPOINT.rstrip("/"):
             token = False
         self.api = HfApi(self.url, token, library_name="opendelta", library_version=__version__)
@@ -69,7 +77,10 @@ class HubCenter(DeltaCenter):
 
     def _look_up(self, name: str, revision: str) -> Version:
         if "/" not in name:
-            raise CenterError(f"{name!r} is no name on {self.url}, where each is 'user/name'.")
+            raise CenterError(
+                f"{name!r} is no name on {self.url}, where each delta belongs to somebody: "
+                f"expected 'user/{name}'."
+            )
         info = self.api.model_info(name, revision=revision, files_metadata=True, timeout=_PATIENCE)
         files = {
             file.rfilename: RemoteFile(

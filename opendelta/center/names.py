@@ -1,4 +1,8 @@
-"""Names of deltas and revisions, checked before they become a path or part of a URL."""
+"""Names of deltas and revisions, checked before they become a path or part of a URL.
+
+A delta's name is ``user/name``. In a folder or bucket, ``name`` alone is one too. On the Hub, where
+each delta belongs to somebody, ``name`` alone can be pushed: under the user of the token.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def check_name(name: str) -> str:
-    """`name`, if it is one that a delta may have on a center: ``user/name`` or ``name``.
+    """`name`, if it is ``user/name`` or ``name``.
 
     Raises:
         CenterError: for anything else, saying what is allowed.
@@ -44,6 +48,11 @@ def check_revision(revision: str) -> str:
 def is_hash(revision: str) -> bool:
     """Whether a revision names one version for good, as branches do not."""
     return _HASH.fullmatch(revision) is not None
+
+
+def without_password(url: str) -> str:
+    """A URL that may be shown."""
+    return re.sub(r"(^|://)[^/@]*@", r"\1", url)
 
 
 def as_file_name(name: str) -> str:

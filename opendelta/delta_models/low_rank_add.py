@@ -34,8 +34,8 @@ def low_rank_add(
         dtype = torch.get_autocast_dtype(x.device.type)
     if not fused_applies(output, x, lora_a):
         source = F.dropout(_as(x, dtype), dropout) if dropout else _as(x, dtype)
-        z = F.linear(source, lora_a)
-        return torch.add(output, _as(F.linear(z, lora_b), output.dtype), alpha=scaling)
+        z = F.linear(source, lora_a) * scaling  # here, before a dtype of less range or precision
+        return output + _as(F.linear(z, lora_b), output.dtype)
     seed = int(torch.randint(2**62, ()).item()) if dropout else None
     if torch.is_grad_enabled():
         added: Tensor = LowRankAdd.apply(output, x, lora_a, lora_b, scaling, dropout, seed, dtype)
@@ -138,7 +138,7 @@ def _forward(
         if to.dtype == z.dtype:
             added = torch.addmm(to, z.t(), b, alpha=scaling)
         else:
-            added = torch.add(to, _as(z.t() @ b, to.dtype), alpha=scaling)
+            added = to + _as((z.t() * scaling) @ b, to.dtype)
     # No view: what a node of the graph returns as a view must not be changed in place, and some
     # backbones scale their queries so.
     return torch.ops.aten._unsafe_view(added, output.shape), z

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from opendelta.addressing.graph import words
 from opendelta.addressing.patterns import lineage
 from opendelta.auto_delta import register
+from opendelta.backends.sharding import is_dtensor
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.dispatch import AfterDispatcher, Args, BeforeDispatcher, Kwargs, first_hidden
@@ -373,6 +374,11 @@ class SoftPromptModel(DeltaBase):
                 self.insert_action(host, companion, name, AfterDispatcher, trim)
 
     def _initial(self, embedding: Any) -> Tensor:
+        if any(map(is_dtensor, embedding._parameters.values())):
+            raise InsertionError(
+                "The token embedding is sharded already, and a soft prompt needs it before the "
+                "engine gathers it. Construct the prompt first, then let FSDP2 shard the backbone."
+            )
         count, (vocabulary, width) = self.soft_token_num, self.widths(embedding)
         if not self.token_init:
             return torch.empty(count, width).uniform_(-self.init_range, self.init_range)

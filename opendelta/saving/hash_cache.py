@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from opendelta.backbone_state import BackboneState
-from opendelta.ownership import dotted, own_modules, uncompiled
+from opendelta.backbone_state import ever_trained
+from opendelta.ownership import uncompiled
 from opendelta.saving.hashing import bare_parameters, gen_parameter_hash, structure_hash
 
 SAMPLES = 512
@@ -55,7 +55,7 @@ def backbone_hash(
     bare = list(bare_parameters(backbone)) if bare is None else bare
     named = [(name, p) for name, p in bare if name not in excludes]
     marks = _marks([p for _, p in named])
-    trained = _trained(backbone)
+    trained = ever_trained(backbone)
     key = (md5.hexdigest(), frozenset(excludes))
     chain = _chains.setdefault(backbone, {}).setdefault(key, [])
     known = 0
@@ -68,18 +68,6 @@ def backbone_hash(
         md5 = gen_parameter_hash([p], md5.copy())
         chain.append((mark, md5))
     return str(md5.hexdigest())
-
-
-def _trained(backbone: nn.Module) -> set[str]:
-    """Names of the backbone's own parameters that some freeze left trainable."""
-    if not any(state.trained for state in BackboneState.within(backbone)):
-        return set()
-    return {
-        dotted(place, name)
-        for place, module in own_modules(backbone)
-        if (state := BackboneState.of(module)) is not None
-        for name in state.trained
-    }
 
 
 def _same(new: Mark, old: Mark) -> bool:

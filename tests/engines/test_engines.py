@@ -12,10 +12,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
 import backbones
+import psutil
 import pytest
 import torch
 import worker
@@ -26,7 +29,7 @@ import opendelta
 
 pytestmark = pytest.mark.engines
 
-TRAINING = ("ddp", "fsdp2", "fsdp2_afterwards", "fsdp2_late", "accelerate", "trainer")
+TRAINING = ("ddp", "fsdp2", "fsdp2_afterwards", "fsdp2_late", "accelerate", "trainer", "ray")
 DEEPSPEED = ("zero2", "zero3")
 CASES = [(engine, case) for engine in (*TRAINING, *DEEPSPEED) for case in worker.ENGINES[engine][1]]
 ROOT = Path(__file__).parents[2]
@@ -37,17 +40,37 @@ SECONDS = 240  # DeepSpeed compiles an extension at its first run
 
 def in_two_processes(script: Path, folder: Path, *arguments: str) -> str:
     """What a script prints that `torchrun` runs in a folder."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        [sys.executable, *launch, *arguments],
-        capture_output=True,
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return said_by([*launch, str(script), *arguments], folder)
+
+
+def on_ray(script: Path, folder: Path, *arguments: str) -> str:
+    """What a script prints that has Ray start its processes, none of which it leaves behind."""
+    with tempfile.TemporaryDirectory(prefix="ray") as place:  # short: it holds sockets
+        own = {"RAY_TMPDIR": place, "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+        said = said_by([str(script), *arguments], folder, RAY_USAGE_STATS_ENABLED="0", **own)
+        left = [p for p in psutil.process_iter(["environ"]) if place in str(p.info["environ"])]
+        _, alive = psutil.wait_procs(left, timeout=10)
+        assert not alive
+    return said
+
+
+def said_by(command: list[str], folder: Path, **more: str) -> str:
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(ON_PATH)}
+    started = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=SECONDS,
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(ON_PATH)},
+        env=os.environ | environment | more,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    try:
+        said, complained = started.communicate(timeout=SECONDS)
+    finally:
+        started.terminate()  # in vain if it is done; else torchrun ends its processes too
+    assert started.returncode == 0, complained[-4000:]
+    return said
 
 
 class Outcome:
@@ -74,7 +97,8 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def run(engine: str) -> Outcome:
         folder = tmp_path_factory.mktemp(engine)
-        in_two_processes(Path(worker.__file__), folder, engine, str(folder))
+        launch = on_ray if engine == "ray" else in_two_processes
+        launch(Path(worker.__file__), folder, engine, str(folder))
         return Outcome(folder)
 
     return run
@@ -93,7 +117,13 @@ def plain(case: str) -> tuple[list[float], nn.Module, dict[str, Tensor]]:
 def test_training_equals_one_process(outcome: Any, engine: str, case: str) -> None:
     losses, _, _ = plain(case)
     assert max(losses) - min(losses) > 0.1  # each step counts
-    assert outcome(engine).of(case) == pytest.approx(losses, abs=1e-6)
+    assert outcome(engine).of(case)["losses"] == pytest.approx(losses, abs=1e-6)
+
+
+@pytest.mark.parametrize(("engine", "case"), CASES)
+def test_going_on_from_what_was_saved(outcome: Any, engine: str, case: str) -> None:
+    losses, _, _ = plain(case)
+    assert outcome(engine).of(case)["resumed"] == pytest.approx(losses, abs=1e-6)
 
 
 @pytest.mark.parametrize(("engine", "case"), CASES)
@@ -129,8 +159,11 @@ def test_split_lora_equals_one_process(outcome: Any, case: str) -> None:
     delta = worker.lora_on_decoder(model)
     losses = worker.train(worker.steps_of(model), worker.causal)
     assert max(losses) - min(losses) > 0.02
-    assert outcome("tensor_parallel").of(case) == pytest.approx(losses, abs=2e-6)
-    saved = load_file(outcome("tensor_parallel").folder / case / "model.safetensors")
+    split = outcome("tensor_parallel").of(case)
+    assert split["losses"] == pytest.approx(losses, abs=2e-6)
+    assert split["resumed"] == pytest.approx(losses, abs=2e-6)
+    folder = outcome("tensor_parallel").folder / case
+    saved = load_file(folder / "model.safetensors")
     expected = delta.checkpoint_tensors()
     assert saved.keys() == expected.keys()
     moved = 0.0
@@ -138,6 +171,26 @@ def test_split_lora_equals_one_process(outcome: Any, case: str) -> None:
         torch.testing.assert_close(tensor, expected[name], atol=2e-6, rtol=0)
         moved += float(tensor.abs().sum()) if name.endswith("lora_B") else 0.0
     assert moved > 1e-3  # they start at zero
+
+    fresh = worker.decoder(case)
+    opendelta.AutoDeltaModel.from_finetuned(folder, fresh)
+    torch.testing.assert_close(decoded(fresh), decoded(model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", worker.PLANS)
+def test_a_split_backbone_loads_the_file_of_a_whole_one(outcome: Any, case: str) -> None:
+    loaded = torch.tensor(outcome("split_loads").of(case))
+    model = worker.decoder(case)
+    bare = decoded(model)
+    opendelta.AutoDeltaModel.from_finetuned(outcome("split_loads").folder / case / "delta", model)
+    assert (decoded(model) - bare).abs().max() > 0.1
+    torch.testing.assert_close(loaded, decoded(model), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def decoded(model: nn.Module) -> Tensor:
+    logits: Tensor = model.eval()(worker.batches()[0]["input_ids"]).logits
+    return logits
 
 
 @pytest.mark.parametrize("case", worker.ENGINES["refused_on_split"][1])
@@ -205,8 +258,8 @@ SCRIPTS = [path for path in sorted(EXAMPLES.glob("*.py")) if path.name != "tiny.
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_examples_learn_and_save(script: Path, tmp_path: Path) -> None:
-    said = in_two_processes(script, tmp_path)
+    said = (on_ray if script.stem == "ray_" else in_two_processes)(script, tmp_path)
     losses = [float(loss) for loss in re.findall(r"loss'?:? '?(\d+\.\d+)", said)]
     assert len(losses) >= 4 and losses[-1] < losses[0]
-    saved = list(tmp_path.glob("delta_*/model.safetensors"))
+    saved = list(tmp_path.glob("delta_*/**/model.safetensors"))
     assert saved and all(load_file(file) for file in saved)

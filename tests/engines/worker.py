@@ -1,17 +1,19 @@
 """What each of two processes does in the tests of the engines; started by `torchrun`.
 
-``torchrun --nproc_per_node 2 tests/engines/worker.py ENGINE FOLDER``, with the checkout and
-``tests/golden`` on the ``PYTHONPATH``, runs the cases of one entry of `ENGINES` and writes what
-each rank returned, or what went wrong, to ``FOLDER/results.json``. Most train a method for five
-steps and save it from all ranks into ``FOLDER/case``.
+``torchrun --nproc_per_node 2 tests/engines/worker.py ENGINE FOLDER`` (for Ray: without torchrun),
+with the checkout and ``tests/golden`` on the ``PYTHONPATH``, runs the cases of one entry of
+`ENGINES` and writes what each rank returned, or what went wrong, to ``FOLDER/results.json``. Most
+train a method for five steps and save it from all ranks into ``FOLDER/case``.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import backbones
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 import opendelta
 from opendelta import DeltaBase
@@ -28,11 +32,13 @@ METHODS: dict[str, Callable[[nn.Module], DeltaBase]] = {
     "Adapter": lambda model: opendelta.AdapterModel(model, bottleneck_dim=4),
     "BitFit": opendelta.BitFitModel,
     "Prefix": lambda model: opendelta.PrefixModel(model, 3, reparameterize=False),
+    "SoftPrompt": lambda model: opendelta.SoftPromptModel(model, soft_token_num=3),
     "Prefix from a network": lambda model: opendelta.PrefixModel(model, 3, embed_dim=8, mid_dim=8),
 }
-STEPS, ROWS, RATE = 5, 4, 0.02
+STEPS, HALF, ROWS = 5, 2, 4
 Batch = dict[str, Tensor]
 Step = Callable[[Batch], Tensor]  # trains on a batch and returns its loss
+Put = Callable[..., DeltaBase]  # puts a delta on a backbone
 
 
 def batches() -> list[Batch]:
@@ -52,21 +58,39 @@ def share(batch: Batch) -> Batch:
     return {k: v.tensor_split(dist.get_world_size())[dist.get_rank()] for k, v in batch.items()}
 
 
-def put(method: str, model: nn.Module) -> DeltaBase:
-    """The delta whose values are the same in every process, with the classifier to be trained."""
-    torch.manual_seed(1)
+def put(method: str, model: nn.Module, seed: int = 1) -> DeltaBase:
+    """An untrained delta, with the classifier to be trained."""
+    torch.manual_seed(seed)
     delta = METHODS[method](model)
     delta.freeze_module(exclude=["deltas", "classifier"])
     return delta
 
 
+def saved(folder: Path, model: nn.Module, seed: int = 1) -> DeltaBase:
+    """A trained delta, to be trained on."""
+    delta = opendelta.AutoDeltaModel.from_finetuned(folder, model)
+    delta.freeze_module(exclude=["deltas", *(delta.left_trainable or ())])
+    model.train()
+    return delta
+
+
+def save_to_go_on(delta: DeltaBase, folder: Path) -> None:
+    """Save a delta to be trained on: with the network that generates prefixes."""
+    if isinstance(delta, opendelta.PrefixModel):
+        delta.save_finetuned(folder, keep_reparameterization=True)
+    else:
+        delta.save_finetuned(folder)
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    """An optimizer with a state."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trained, lr=0.02, momentum=0.8)
 
 
-def steps_of(model: nn.Module) -> Step:
+def steps_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Step:
     """Plain training with `model`, which may be an engine's wrapper."""
-    optimizer = sgd(model)
+    optimizer = optimizer or sgd(model)
 
     def step(batch: Batch) -> Tensor:
         loss: Tensor = model(**batch).loss
@@ -78,10 +102,12 @@ def steps_of(model: nn.Module) -> Step:
     return step
 
 
-def train(step: Step, rows: Callable[[Batch], Batch] = share) -> list[float]:
-    """Losses over five steps, averaged over the ranks."""
+def train(
+    step: Step, rows: Callable[[Batch], Batch] = share, part: slice = slice(STEPS)
+) -> list[float]:
+    """Losses over five steps or a part of them, averaged over the ranks."""
     losses = []
-    for batch in batches():
+    for batch in batches()[part]:
         loss = step(rows(batch))
         if dist.is_initialized():
             dist.all_reduce(loss)
@@ -90,65 +116,138 @@ def train(step: Step, rows: Callable[[Batch], Batch] = share) -> list[float]:
     return losses
 
 
-# --- engines: (method, folder) -> losses, the delta saved by all ranks -------------------------
+# --- engines: how a backbone gets on them ---------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A delta on an engine: how it trains, and how the optimizer's state is kept in a folder."""
+
+    delta: DeltaBase
+    step: Step
+    save: Callable[[Path], Any]
+    load: Callable[[Path], Any]
+
+
+Start = Callable[[Put], Run]
+Losses = dict[str, list[float]]
+
+
+def both_ways(
+    start: Start, fresh: Put, folder: Path, rows: Callable[[Batch], Batch] = share
+) -> Losses:
+    """Train at one go and save; train, save, start anew and go on, with all or the delta alone."""
+    whole = start(fresh)
+    losses = train(whole.step, rows)
+    whole.delta.save_finetuned(folder)
+    whole.save(folder.with_name(f"{folder.name} whole"))  # the engine is as it was
+
+    half = folder.with_name(f"{folder.name} half")
+    first = start(fresh)
+    resumed = train(first.step, rows, slice(HALF))
+    save_to_go_on(first.delta, half)
+    first.save(half / "engine")
+    second = start(functools.partial(saved, half))
+    second.load(half / "engine")
+    resumed += train(second.step, rows, slice(HALF, None))
+
+    third = start(functools.partial(fresh, seed=2))
+    third.delta.load_checkpoint(half)
+    loaded = train(third.step, rows, slice(HALF, None))
+    return {"losses": losses, "resumed": resumed, "loaded": loaded}
+
+
+def trains(start: Start) -> Callable[[str, Path], Losses]:
+    return lambda method, folder: both_ways(start, functools.partial(put, method), folder)
+
+
+def bert() -> nn.Module:
+    return backbones.build("bert_cls").train()
+
+
+def state_by_rank(delta: DeltaBase, model: nn.Module) -> Run:
+    """Each rank keeps what its optimizer has."""
+    optimizer = sgd(model)
+
+    def save(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        torch.save(optimizer.state_dict(), folder / f"{dist.get_rank()}.pt")
+
+    def load(folder: Path) -> None:
+        state = torch.load(folder / f"{dist.get_rank()}.pt", weights_only=False)  # has DTensors
+        optimizer.load_state_dict(state)
+
+    return Run(delta, steps_of(model, optimizer), save, load)
+
+
+def state_of_all(delta: DeltaBase, model: nn.Module) -> Run:
+    """All ranks write one state, PyTorch's distributed checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as dcp_state
+
+    optimizer = sgd(model)
+
+    def save(folder: Path) -> None:
+        dcp.save(dcp_state.get_optimizer_state_dict(model, optimizer), checkpoint_id=folder)
+
+    def load(folder: Path) -> None:
+        state = dcp_state.get_optimizer_state_dict(model, optimizer)
+        dcp.load(state, checkpoint_id=folder)
+        dcp_state.set_optimizer_state_dict(model, optimizer, state)
+
+    return Run(delta, steps_of(model, optimizer), save, load)
+
+
+def ddp(put_on: Put) -> Run:
+    model = bert()
+    delta = put_on(model)
+    return state_by_rank(delta, nn.parallel.DistributedDataParallel(model))
+
+
+def ray_train(put_on: Put) -> Run:
+    from ray.train.torch import prepare_model
+
+    model = bert()
+    delta = put_on(model)
+    return state_by_rank(delta, prepare_model(model))
 
 
 def sharded(model: nn.Module) -> nn.Module:
     """FSDP2, layer by layer."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.bert.encoder.layer:  # type: ignore[union-attr]
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    for layer in stacks[0]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
 
 
-def ddp(method: str, folder: Path) -> list[float]:
-    model = backbones.build("bert_cls").train()
-    delta = put(method, model)
-    losses = train(steps_of(nn.parallel.DistributedDataParallel(model)))
-    delta.save_finetuned(folder)
-    return losses
+def fsdp2(put_on: Put) -> Run:
+    model = bert()
+    delta = put_on(model)
+    return state_of_all(delta, sharded(model))
 
 
-def fsdp2(method: str, folder: Path) -> list[float]:
-    model = backbones.build("bert_cls").train()
-    delta = put(method, model)
-    losses = train(steps_of(sharded(model)))
-    delta.save_finetuned(folder)
-    return losses
+def fsdp2_afterwards(put_on: Put) -> Run:
+    model = sharded(bert())
+    return state_of_all(put_on(model), model)
 
 
-def fsdp2_afterwards(method: str, folder: Path) -> list[float]:
-    model = sharded(backbones.build("bert_cls").train())
-    delta = put(method, model)
-    losses = train(steps_of(model))
-    delta.save_finetuned(folder)
-    return losses
-
-
-def fsdp2_late(method: str, folder: Path) -> list[float]:
+def fsdp2_late(put_on: Put) -> Run:
     """The delta comes after the model has run, its values differ between the ranks at first."""
-    model = sharded(backbones.build("bert_cls"))
+    model = sharded(bert())
     with torch.no_grad():
-        model(**share(batches()[0]))
+        model.eval()(**share(batches()[0]))
     model.train()
-    torch.manual_seed(1 + dist.get_rank())
-    delta = METHODS[method](model)
-    delta.freeze_module(exclude=["deltas", "classifier"])
-    losses = train(steps_of(model))
-    delta.save_finetuned(folder)
-    return losses
+    return state_of_all(put_on(model, seed=1 + dist.get_rank()), model)
 
 
-def accelerate(method: str, folder: Path) -> list[float]:
+def accelerate(put_on: Put) -> Run:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
-    model = backbones.build("bert_cls").train()
-    delta = put(method, model)
+    model = bert()
+    delta = put_on(model)
     model, optimizer = accelerator.prepare(model, sgd(model))
 
     def step(batch: Batch) -> Tensor:
@@ -158,18 +257,50 @@ def accelerate(method: str, folder: Path) -> list[float]:
         optimizer.zero_grad()
         return loss.detach()
 
-    losses = train(step)
-    delta.save_finetuned(folder)
-    return losses
+    return Run(delta, step, accelerator.save_state, accelerator.load_state)
 
 
-def trainer(method: str, folder: Path, resume: str | None = None) -> list[float]:
-    """The whole model is not saved, the delta at every other step."""
-    model = backbones.build("bert_cls").train()
+def zero(stage: int) -> Start:
+    """DeepSpeed's ZeRO at a stage."""
+
+    def start(put_on: Put) -> Run:
+        import deepspeed
+
+        model = bert()
+        delta = put_on(model)
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=sgd(model),
+            config={
+                "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
+                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+                "gradient_clipping": 0.0,
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+            },
+        )
+
+        def step(batch: Batch) -> Tensor:
+            loss: Tensor = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
+            return loss.detach()
+
+        return Run(delta, step, engine.save_checkpoint, engine.load_checkpoint)
+
+    return start
+
+
+def trainer(method: str, folder: Path) -> Losses:
+    """A Trainer saves for itself, the delta and the optimizer's state at every other step."""
+    model = bert()
     delta = put(method, model)
-    losses = trainer_for(model, delta, folder).train_from(resume)
+    losses = trainer_for(model, delta, folder).train_from(None)
     delta.save_finetuned(folder)
-    return losses
+    model = bert()
+    second = trainer_for(model, put(method, model, seed=2), folder)
+    rest = second.train_from(str(folder / "run" / f"checkpoint-{HALF}"))
+    return {"losses": losses, "resumed": losses[:HALF] + rest}
 
 
 def trainer_for(model: nn.Module, delta: DeltaBase, folder: Path) -> Any:
@@ -202,7 +333,7 @@ def trainer_for(model: nn.Module, delta: DeltaBase, folder: Path) -> Any:
         output_dir=str(folder / "run"),
         per_device_train_batch_size=ROWS // (dist.get_world_size() if dist.is_initialized() else 1),
         num_train_epochs=1,
-        save_steps=2,
+        save_steps=HALF,
         max_grad_norm=0,
         report_to=[],
         disable_tqdm=True,
@@ -219,39 +350,6 @@ def trainer_for(model: nn.Module, delta: DeltaBase, folder: Path) -> Any:
         optimizers=(optimizer, schedule),
         callbacks=callbacks,
     )
-
-
-def zero(stage: int) -> Callable[[str, Path], list[float]]:
-    """DeepSpeed's ZeRO at a stage."""
-
-    def run(method: str, folder: Path) -> list[float]:
-        import deepspeed
-
-        model = backbones.build("bert_cls").train()
-        delta = put(method, model)
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=sgd(model),
-            config={
-                "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
-                "zero_optimization": {"stage": stage},
-                "gradient_clipping": 0.0,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-            },
-        )
-
-        def step(batch: Batch) -> Tensor:
-            loss: Tensor = engine(**batch).loss
-            engine.backward(loss)
-            engine.step()
-            return loss.detach()
-
-        losses = train(step)
-        delta.save_finetuned(folder)
-        return losses
-
-    return run
 
 
 # --- tensor parallelism: every rank has the same rows ---------------------------------------------
@@ -279,8 +377,8 @@ def decoder(case: str) -> nn.Module:
     return Phi3ForCausalLM(Phi3Config(**sizes, **heads, **tokens))
 
 
-def lora_on_decoder(model: nn.Module) -> DeltaBase:
-    torch.manual_seed(1)
+def lora_on_decoder(model: nn.Module, seed: int = 1) -> DeltaBase:
+    torch.manual_seed(seed)
     delta = opendelta.LoraModel(model, lora_r=4, modified_modules=["self_attn", "mlp", "lm_head"])
     delta.freeze_module()
     return delta
@@ -302,12 +400,27 @@ def split_decoder(case: str, folder: Path) -> nn.Module:
     return model
 
 
-def tensor_parallel(case: str, folder: Path) -> list[float]:
-    model = split_decoder(case, folder).train()
-    delta = lora_on_decoder(model)
-    losses = train(steps_of(model), causal)
-    delta.save_finetuned(folder)
-    return losses
+def tensor_parallel(case: str, folder: Path) -> Losses:
+    def start(put_on: Put) -> Run:
+        model = split_decoder(case, folder).train()
+        return state_by_rank(put_on(model), model)  # the other kind knows no packed shards
+
+    return both_ways(start, lora_on_decoder, folder, causal)
+
+
+def split_loads(case: str, folder: Path) -> list[list[list[float]]]:
+    """Logits of a split backbone that loads the file of a whole one."""
+    if dist.get_rank() == 0:
+        delta = lora_on_decoder(decoder(case))
+        with torch.no_grad():
+            for p in delta.parameters():
+                p.normal_(std=0.1)
+        delta.save_finetuned(folder / "delta")
+    model = split_decoder(case, folder).eval()
+    opendelta.AutoDeltaModel.from_finetuned(folder / "delta", model)
+    with torch.no_grad():
+        logits: Tensor = model(batches()[0]["input_ids"]).logits
+    return logits.tolist()
 
 
 # --- what is refused, and what is on all ranks ----------------------------------------------------
@@ -360,17 +473,73 @@ def put_after_zero3(which: str, folder: Path) -> str:
     return error_of(lambda: opendelta.AdapterModel(engine if which == "engine" else model))
 
 
+def refused_on_fsdp1(kept: str, folder: Path) -> list[str]:
+    """A delta on what FSDP1 flattened, and saving one that was put on before."""
+    model = backbones.build("bert_cls")
+    delta = put("LoRA", model)
+    options: dict[str, Any] = {"use_orig_params": kept == "originals"}
+    options["device_id"] = torch.device("cpu")
+    wrapper = FullyShardedDataParallel(model, **options)
+    acts = (
+        lambda: opendelta.AdapterModel(wrapper),
+        lambda: opendelta.AdapterModel(model),
+        lambda: delta.save_finetuned(folder),
+    )
+    return [error_of(act) for act in acts]
+
+
+def refused_on_fsdp2(case: str, folder: Path) -> str:
+    """What cannot be put on a backbone that FSDP2 has sharded already."""
+    if case == "a new bias":
+        model = sharded(backbones.build("llama"))
+        return error_of(lambda: opendelta.BitFitModel(model))
+    if case == "shared parameters":
+        model = sharded(backbones.build("bert_cls"))
+        return error_of(lambda: opendelta.CompacterModel(model, shared_phm_rule=True))
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "tensor"))
+    model = backbones.build("bert_cls")
+    plan = {"intermediate.dense": ColwiseParallel()}
+    for layer in model.bert.encoder.layer:
+        parallelize_module(layer, mesh["tensor"], plan)
+        fully_shard(layer, mesh=mesh["data"])
+    return error_of(lambda: opendelta.LoraModel(model))
+
+
+def fsdp2_precision(case: str, folder: Path) -> list[str]:
+    """In which dtype a delta that comes late runs, where layers have a policy and the root none."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = backbones.build("bert_cls")
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+    delta = METHODS[case](model)
+    seen = set()
+    for insertion in delta.insertions:
+        insertion.module.register_forward_hook(
+            lambda module, *_: seen.update(str(p.dtype) for p in module.parameters())
+        )
+    model(**share(batches()[0]))
+    return sorted(seen)
+
+
 def ranks_that_differ(how: str, folder: Path) -> str:
-    """Ranks that do not construct the same delta on a sharded backbone."""
+    """Ranks that do not construct the same delta on a sharded backbone, the second is another."""
     model = sharded(backbones.build("bert_cls"))
-    names = {
-        "plans": ("query", "value"),
-        "ranks": ("query", "query"),
-        "failures": ("query", "no_such_module"),
-    }[how]
-    rank = 4 + dist.get_rank() * (how == "ranks")
-    name = names[dist.get_rank()]
-    return error_of(lambda: opendelta.LoraModel(model, lora_r=rank, modified_modules=[name]))
+    second = dist.get_rank() == 1
+    attention = model.bert.encoder.layer[1].attention.self
+    if how == "methods" and second:  # the first rank would gather biases, the second nothing
+        return error_of(lambda: opendelta.LoraModel(model))
+    if how == "methods":
+        return error_of(lambda: opendelta.BitFitModel(model))
+    if how == "failures" and second:
+        del attention.value
+    if how == "shapes" and second:
+        attention.value.in_features = 32
+    rank, places = 5 if how == "arguments" and second else 4, ["1.attention.self.value"]
+    return error_of(lambda: opendelta.LoraModel(model, rank, modified_modules=places))
 
 
 def hashes(engine: str, folder: Path) -> list[str]:
@@ -423,19 +592,24 @@ def logits_of(model: nn.Module) -> list[list[float]]:
 
 OF_METHODS = tuple(METHODS)
 ENGINES: dict[str, tuple[Callable[[str, Path], Any], tuple[str, ...]]] = {
-    "ddp": (ddp, OF_METHODS),
-    "fsdp2": (fsdp2, OF_METHODS[:-1]),
+    "ddp": (trains(ddp), OF_METHODS),
+    "fsdp2": (trains(fsdp2), OF_METHODS[:-1]),
     "fsdp2_network": (fsdp2_network, ("before",)),
-    "fsdp2_afterwards": (fsdp2_afterwards, OF_METHODS),
-    "fsdp2_late": (fsdp2_late, OF_METHODS),
-    "accelerate": (accelerate, OF_METHODS),
+    "fsdp2_afterwards": (trains(fsdp2_afterwards), OF_METHODS),
+    "fsdp2_late": (trains(fsdp2_late), OF_METHODS),
+    "accelerate": (trains(accelerate), OF_METHODS),
+    "ray": (trains(ray_train), OF_METHODS),
     "trainer": (trainer, OF_METHODS),
-    "zero2": (zero(2), OF_METHODS),
-    "zero3": (zero(3), OF_METHODS),
+    "zero2": (trains(zero(2)), OF_METHODS),
+    "zero3": (trains(zero(3)), OF_METHODS),
     "tensor_parallel": (tensor_parallel, tuple(PLANS)),
+    "split_loads": (split_loads, tuple(PLANS)),
     "refused_on_split": (refused_on_split, ("Adapter", "BitFit", "Prefix")),
     "put_after_ddp": (put_after_ddp, ("wrapper", "module")),
-    "ranks_that_differ": (ranks_that_differ, ("plans", "ranks", "failures")),
+    "refused_on_fsdp1": (refused_on_fsdp1, ("flat", "originals")),
+    "refused_on_fsdp2": (refused_on_fsdp2, ("a new bias", "shared parameters", "two meshes")),
+    "fsdp2_precision": (fsdp2_precision, ("LoRA", "Adapter")),
+    "ranks_that_differ": (ranks_that_differ, ("methods", "arguments", "shapes", "failures")),
     "put_after_zero3": (put_after_zero3, ("new", "engine", "detached")),
     "hashes": (hashes, ("fsdp2",)),
     "unwritable": (unwritable, ("fsdp2",)),
@@ -443,20 +617,44 @@ ENGINES: dict[str, tuple[Callable[[str, Path], Any], tuple[str, ...]]] = {
 }
 
 
-def main(engine: str, folder: Path) -> None:
+def run_cases(engine: str, folder: Path) -> None:
+    """In each of the processes, which are a group already."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     results: dict[str, Any] = {}
     run, cases = ENGINES[engine]
     for case in cases:
         try:
             results[case] = run(case, folder / case)
         except Exception:
+            traceback.print_exc()
             results[case] = traceback.format_exc()
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, results)
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(every))
+
+
+def start_ray(folder: Path) -> None:
+    """Ray starts the processes itself."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    ray.init(num_cpus=2)
+    TorchTrainer(
+        lambda: run_cases("ray", folder),
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(storage_path=str(folder), name="run"),
+    ).fit()
+    ray.shutdown()
+
+
+def main(engine: str, folder: Path) -> None:
+    if engine == "ray":
+        start_ray(folder)
+        return
+    dist.init_process_group("gloo")
+    run_cases(engine, folder)
     dist.destroy_process_group()
 
 
