@@ -73,7 +73,9 @@ def every_module(root: nn.Module) -> Iterator[nn.Module]:
     seen: set[int] = set()
     stack = [root]
     while stack:
-        module = unblocked(stack.pop())
+        module = stack.pop()
+        if "_module" in module.__dict__:
+            module = unblocked(module)
         if id(module) not in seen:
             seen.add(id(module))
             yield module

@@ -114,10 +114,10 @@ def join_engine(backbone: nn.Module, insertions: Sequence[Insertion]) -> None:
                     f"{insertion.host_name!r} has no {insertion.name} yet, and FSDP2 sharded it "
                     f"already: it would not know one that is added. {_ORDER}"
                 )
-        elif isinstance(insertion, (ModuleInsertion, Replacement)) and not any(
-            map(is_shard, insertion.module.parameters())
-        ):
-            new.setdefault(id(insertion.module), (insertion.module, insertion))
+        elif isinstance(insertion, (ModuleInsertion, Replacement)):
+            parameters = list(insertion.module.parameters())
+            if parameters and not any(map(is_shard, parameters)):
+                new.setdefault(id(insertion.module), (insertion.module, insertion))
     holders = Counter(id(p) for module, _ in new.values() for p in module.parameters())
     shared = any(count > 1 for count in holders.values())
     for module, insertion in new.values():
@@ -156,15 +156,15 @@ def _fully_shard_like(host: nn.Module, delta: nn.Module, backbone: nn.Module) ->
 
     units = [m for m in backbone.modules() if hasattr(m, "set_requires_gradient_sync")]
     unit: Any = next(u for u in reversed(units) if any(part is host for part in u.modules()))
-    sharded: list[Any] = list(filter(is_dtensor, every_parameter(backbone)))
-    for p in sharded:  # one dimension of shards, and any of replicas before it
-        if not all(placement.is_replicate() for placement in p.placements[:-1]):
+    weight: Any
+    for weight in filter(is_dtensor, every_parameter(backbone)):
+        if not all(placement.is_replicate() for placement in weight.placements[:-1]):
             raise InsertionError(
-                f"FSDP2 and tensor parallelism together (placements {tuple(p.placements)}) take "
-                f"no delta afterwards. {_ORDER}"
+                f"FSDP2 and tensor parallelism together (placements {tuple(weight.placements)}) "
+                f"take no delta afterwards. {_ORDER}"
             )
-    first: Any = next(filter(is_dtensor, every_parameter(unit)))
-    mesh = first.device_mesh
+    weight = next(filter(is_dtensor, every_parameter(unit)))
+    mesh = weight.device_mesh
     for p in delta.parameters():
         for group in mesh.get_all_groups():
             torch.distributed.broadcast(p.data, group=group, group_src=0)

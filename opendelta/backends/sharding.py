@@ -44,9 +44,16 @@ def is_shard(tensor: Any) -> bool:
     return is_dtensor(tensor) or is_partitioned(tensor)
 
 
+def _in_a_group() -> bool:
+    """Whether there is a process group: only its ranks can share a backbone."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether some parameter of a module is a shard."""
-    return bmt.has_distributed(module) or any(map(is_shard, every_parameter(module)))
+    if bmt.has_distributed(module):
+        return True
+    return _in_a_group() and any(map(is_shard, every_parameter(module)))
 
 
 def class_name(module: nn.Module) -> str:
@@ -107,6 +114,8 @@ def _gathered(tensor: Tensor, **options: Any) -> Any:
 
 def reshard(backbone: nn.Module) -> None:
     """Let FSDP2 put its shards back where a forward without backward left whole tensors."""
+    if not _in_a_group():
+        return
     for module in every_module(backbone):
         if hasattr(type(module), "set_requires_gradient_sync"):  # an FSDPModule
             module.reshard()  # type: ignore[operator]
@@ -117,7 +126,7 @@ def reshard(backbone: nn.Module) -> None:
 
 def _groups(backbone: nn.Module) -> list[ProcessGroup]:
     """The groups of ranks that hold the shards of a backbone; none where it is not sharded."""
-    for p in every_parameter(backbone):
+    for p in every_parameter(backbone) if _in_a_group() else ():
         if is_dtensor(p):
             groups: list[ProcessGroup] = p.device_mesh.get_all_groups()  # type: ignore[attr-defined]
             return groups
