@@ -32,6 +32,7 @@ def main() -> None:
             accelerator.print(f"step {step}: loss {loss.item():.3f}")
 
     delta.save_finetuned("delta_accelerate")
+    prepared, optimizer = accelerator.free_memory(prepared, optimizer)  # DDP before its processes
     accelerator.end_training()
 
 

@@ -7,6 +7,7 @@ between the ranks.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch import nn
 
 from opendelta.backends import bmt
 from opendelta.backends.sharding import is_dtensor, is_flattened, is_shard, is_sharded
-from opendelta.exceptions import InsertionError
+from opendelta.exceptions import DeltaWarning, InsertionError, warn
 from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, Replacement
 from opendelta.ownership import every_module, every_parameter
 
@@ -33,6 +34,9 @@ def require_open(backbone: nn.Module) -> None:
     Raises:
         InsertionError: for the wrapper of DDP or DeepSpeed itself, for a backbone under ZeRO-3
             whose engine was initialised, and for one that FSDP1 flattened.
+
+    Warns:
+        DeltaWarning: for a backbone that is, or was, under ZeRO-1 or ZeRO-2.
     """
     if hasattr(backbone, "require_backward_grad_sync") or hasattr(backbone, "allreduce_gradients"):
         raise InsertionError(
@@ -44,6 +48,14 @@ def require_open(backbone: nn.Module) -> None:
         raise InsertionError(
             "DeepSpeed's ZeRO-3 was initialised on this backbone already, and its optimizer "
             f"takes no more parameters. {_ORDER}"
+        )
+    if "deepspeed" in sys.modules and any(
+        hasattr(p, "_hp_mapping") for p in every_parameter(backbone)
+    ):
+        warn(
+            "DeepSpeed's ZeRO was initialised on this backbone before this delta, which its "
+            f"optimizer does not know and will not train. {_ORDER}",
+            DeltaWarning,
         )
 
 
@@ -108,7 +120,7 @@ def join_engine(backbone: nn.Module, insertions: Sequence[Insertion]) -> None:
     new: dict[int, tuple[Any, Insertion]] = {}
     for insertion in insertions:
         if isinstance(insertion, ParameterInsertion):
-            require_unsplit(insertion, "BitFit")
+            require_unsplit(insertion.host, insertion.host_name, "BitFit")
             if _by_fsdp2(insertion.host) and insertion.host._parameters.get(insertion.name) is None:
                 raise InsertionError(
                     f"{insertion.host_name!r} has no {insertion.name} yet, and FSDP2 sharded it "
@@ -124,7 +136,7 @@ def join_engine(backbone: nn.Module, insertions: Sequence[Insertion]) -> None:
         if hasattr(module, "split_like"):
             module.split_like(insertion.host)
             continue
-        require_unsplit(insertion, type(module).__name__)
+        require_unsplit(insertion.host, insertion.host_name, type(module).__name__)
         if _by_fsdp2(insertion.host):
             if shared:
                 raise InsertionError(
@@ -134,16 +146,16 @@ def join_engine(backbone: nn.Module, insertions: Sequence[Insertion]) -> None:
             _fully_shard_like(insertion.host, module, backbone)
 
 
-def require_unsplit(insertion: Insertion, what: str) -> None:
+def require_unsplit(host: nn.Module, host_name: str, what: str) -> None:
     """Refuse a host that is split by tensor parallelism.
 
     Raises:
         InsertionError: naming how it is split.
     """
-    weight = split_by(insertion.host)
+    weight = split_by(host)
     if weight is not None:
         raise InsertionError(
-            f"{insertion.host_name!r} is split by tensor parallelism (placements "
+            f"{host_name!r} is split by tensor parallelism (placements "
             f"{tuple(weight.placements)} over {weight.device_mesh.size()} ranks). LoRA on its "
             f"linears follows the plan, {what} does not: load the backbone without tp_plan, or "
             "use LoraModel."

@@ -36,7 +36,7 @@ def is_partitioned(tensor: Any) -> bool:
 
 def is_flattened(tensor: Any) -> bool:
     """Whether FSDP1 made one flat tensor of this one and others."""
-    return getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False)
+    return getattr(tensor, "_fsdp_flattened", False)
 
 
 def is_shard(tensor: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from opendelta.addressing.graph import words
 from opendelta.addressing.patterns import lineage
 from opendelta.auto_delta import register
+from opendelta.backends.engines import require_unsplit
 from opendelta.backends.sharding import is_dtensor
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
@@ -344,6 +345,7 @@ class SoftPromptModel(DeltaBase):
             name = dotted(name, inner)
             host = sites[name]
         embedding_name, embedding = _embedding_of(name, host)
+        require_unsplit(embedding, dotted(name, embedding_name), type(self).__name__)
         names = get_arg_names_inside_func(type(host).forward)
         expand, count = self.other_expand_ids, self.soft_token_num
         layer = SoftPromptLayer(self._initial(embedding), embedding_name, names, expand)

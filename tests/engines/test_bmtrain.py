@@ -36,7 +36,7 @@ BACKBONES = ("bert", "llama", "modelcenter")
 WORLDS = (1, 2)
 
 
-def start(script: list[str], world: int) -> str:
+def start(script: list[str], world: int, folder: Path | None = None) -> str:
     """Run a Python script in `world` processes; returns what the first of them said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -53,8 +53,8 @@ def start(script: list[str], world: int) -> str:
     for rank in range(world):
         env = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed when it is read
-        command = [sys.executable, *script]
-        started.append((subprocess.Popen(command, env=env, stdout=said, stderr=said), said))
+        command: dict[str, Any] = {"args": [sys.executable, *script], "cwd": folder, "env": env}
+        started.append((subprocess.Popen(**command, stdout=said, stderr=said), said))
     try:
         codes = [process.wait(timeout=300) for process, _ in started]
     finally:
@@ -146,3 +146,13 @@ def test_the_example_learns_and_saves(delta: str, tmp_path: Path) -> None:
     losses = [float(line.rsplit(" ", 1)[1]) for line in said.splitlines() if "loss" in line]
     assert losses[-1] < losses[0]
     assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
+
+
+@everywhere
+def test_the_code_of_the_page_runs(world: int, tmp_path: Path) -> None:
+    page = HERE.parents[1] / "docs" / "bmtrain.md"
+    start([str(HERE / "bmt_page.py"), str(page)], world, tmp_path)
+    assert {file.name for file in (tmp_path / "my_delta").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }

@@ -20,7 +20,9 @@ from typing import Any
 import backbones
 import psutil
 import pytest
+import splitting
 import torch
+import training
 import worker
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -69,7 +71,7 @@ def said_by(command: list[str], folder: Path, **more: str) -> str:
         said, complained = started.communicate(timeout=SECONDS)
     finally:
         started.terminate()  # in vain if it is done; else torchrun ends its processes too
-    assert started.returncode == 0, complained[-4000:]
+    assert started.returncode == 0, complained[-8000:]
     return said
 
 
@@ -108,8 +110,8 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def plain(case: str) -> tuple[list[float], nn.Module, dict[str, Tensor]]:
     """Losses, trained model and saved tensors of one process."""
     model = backbones.build("bert_cls").train()
-    delta = worker.put(case, model)
-    losses = worker.train(worker.steps_of(model), lambda batch: batch)
+    delta = training.put(case, model)
+    losses = training.train(training.steps_of(model), lambda batch: batch)
     return losses, model, delta.checkpoint_tensors()
 
 
@@ -126,12 +128,24 @@ def test_going_on_from_what_was_saved(outcome: Any, engine: str, case: str) -> N
     assert outcome(engine).of(case)["resumed"] == pytest.approx(losses, abs=1e-6)
 
 
+@pytest.mark.parametrize(("engine", "case"), [pair for pair in CASES if pair[0] != "trainer"])
+def test_loading_on_the_engine_and_going_on(outcome: Any, engine: str, case: str) -> None:
+    model = backbones.build("bert_cls").train()
+    training.put(case, model)
+    for part in (slice(training.HALF), slice(training.HALF, None)):  # each with a new optimizer
+        losses = training.train(training.steps_of(model), lambda batch: batch, part)
+    assert outcome(engine).of(case)["loaded"] == pytest.approx(losses, abs=1e-6)
+    assert outcome(engine).of(case)["resumed"][-2:] != pytest.approx(losses[-2:], abs=1e-3)
+
+
 @pytest.mark.parametrize(("engine", "case"), CASES)
 def test_the_file_is_that_of_one_process(outcome: Any, engine: str, case: str) -> None:
     _, _, expected = plain(case)
     folder = outcome(engine).folder / case
     written = {file.name for file in folder.iterdir()} - {"run"}
     assert written == {"config.json", "model.safetensors"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["backbone_class"] == "BertForSequenceClassification"
     saved = load_file(folder / "model.safetensors")
     assert saved.keys() == expected.keys()
     for name, tensor in saved.items():
@@ -144,7 +158,7 @@ def test_a_fresh_backbone_loads_it(outcome: Any, engine: str, case: str) -> None
     _, trained, _ = plain(case)
     model = backbones.build("bert_cls")
     opendelta.AutoDeltaModel.from_finetuned(outcome(engine).folder / case, model)
-    batch = worker.batches()[0]
+    batch = training.batches()[0]
     with torch.no_grad():
         actual, expected = model(**batch).logits, trained.eval()(**batch).logits
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
@@ -153,11 +167,11 @@ def test_a_fresh_backbone_loads_it(outcome: Any, engine: str, case: str) -> None
 # --- tensor parallelism ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", worker.PLANS)
+@pytest.mark.parametrize("case", splitting.PLANS)
 def test_split_lora_equals_one_process(outcome: Any, case: str) -> None:
-    model = worker.decoder(case).train()
-    delta = worker.lora_on_decoder(model)
-    losses = worker.train(worker.steps_of(model), worker.causal)
+    model = splitting.decoder(case).train()
+    delta = splitting.lora_on_decoder(model)
+    losses = training.train(training.steps_of(model), splitting.causal)
     assert max(losses) - min(losses) > 0.02
     split = outcome("tensor_parallel").of(case)
     assert split["losses"] == pytest.approx(losses, abs=2e-6)
@@ -172,15 +186,15 @@ def test_split_lora_equals_one_process(outcome: Any, case: str) -> None:
         moved += float(tensor.abs().sum()) if name.endswith("lora_B") else 0.0
     assert moved > 1e-3  # they start at zero
 
-    fresh = worker.decoder(case)
+    fresh = splitting.decoder(case)
     opendelta.AutoDeltaModel.from_finetuned(folder, fresh)
     torch.testing.assert_close(decoded(fresh), decoded(model), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("case", worker.PLANS)
+@pytest.mark.parametrize("case", splitting.PLANS)
 def test_a_split_backbone_loads_the_file_of_a_whole_one(outcome: Any, case: str) -> None:
     loaded = torch.tensor(outcome("split_loads").of(case))
-    model = worker.decoder(case)
+    model = splitting.decoder(case)
     bare = decoded(model)
     opendelta.AutoDeltaModel.from_finetuned(outcome("split_loads").folder / case / "delta", model)
     assert (decoded(model) - bare).abs().max() > 0.1
@@ -189,7 +203,7 @@ def test_a_split_backbone_loads_the_file_of_a_whole_one(outcome: Any, case: str)
 
 @torch.no_grad()
 def decoded(model: nn.Module) -> Tensor:
-    logits: Tensor = model.eval()(worker.batches()[0]["input_ids"]).logits
+    logits: Tensor = model.eval()(training.batches()[0]["input_ids"]).logits
     return logits
 
 
@@ -221,13 +235,43 @@ def test_a_network_sharded_with_one_prefix_says_what_to_do(outcome: Any) -> None
     assert "after fully_shard" in outcome("fsdp2_network").of("before")
 
 
-def test_ranks_that_construct_different_deltas_are_told(outcome: Any) -> None:
-    for case, words in (("plans", ("query.lora", "value.lora")), ("ranks", ("(4, 64)", "(5, 64)"))):
-        said = outcome("ranks_that_differ").of(case)
-        assert said.startswith("InsertionError") and all(word in said for word in words)
+@pytest.mark.parametrize("case", ["Adapter", "BitFit"])
+def test_a_delta_after_zero2_is_warned_of(outcome: Any, case: str) -> None:
+    (said,) = outcome("put_after_zero2").of(case)
+    assert "will not train" in said and "Construct (or attach) the delta first" in said
+
+
+@pytest.mark.parametrize("case", ["flat", "originals"])
+def test_what_fsdp1_flattened_takes_and_saves_no_delta(outcome: Any, case: str) -> None:
+    for said in outcome("refused_on_fsdp1").of(case):
+        assert said.startswith("InsertionError") and "fully_shard" in said
+
+
+@pytest.mark.parametrize("case", worker.REFUSED_BY_FSDP2)
+def test_what_fsdp2_cannot_add_names_the_order(outcome: Any, case: str) -> None:
+    said = outcome("refused_on_fsdp2").of(case)
+    assert said.startswith("InsertionError") and "FSDP2" in said and "first, then let" in said
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("methods", ("BitFitModel", "LoraModel")),
+        ("arguments", ("'lora_r': 4", "'lora_r': 5")),
+        ("shapes", ("1.attention.self.value.lora.lora_A", "(4, 32)", "(4, 64)")),
+    ],
+)
+def test_ranks_that_construct_different_deltas_are_told(
+    outcome: Any, case: str, words: tuple[str, ...]
+) -> None:
+    said = outcome("ranks_that_differ").of(case)
+    assert said.startswith("InsertionError") and all(word in said for word in words)
+
+
+def test_ranks_are_told_that_another_failed(outcome: Any) -> None:
     good, bad = (results["failures"] for results in outcome("ranks_that_differ").by_rank)
-    assert bad.startswith("AddressingError") and "no_such_module" in bad
-    assert good.startswith("InsertionError") and "no_such_module" in good
+    assert bad.startswith("AddressingError") and "1.attention.self.value" in bad
+    assert good.startswith("InsertionError") and "AddressingError" in good
 
 
 def test_all_ranks_learn_that_the_first_could_not_write(outcome: Any) -> None:
@@ -251,6 +295,16 @@ def test_switching_and_loading_on_shards(outcome: Any, case: str) -> None:
         torch.testing.assert_close(same, on, atol=1e-5, rtol=0)
     for same in (after, removed):
         assert torch.equal(same, off)
+
+
+def test_a_layer_of_a_users_own_joins_fsdp2(outcome: Any) -> None:
+    both = [outcome("fsdp2_own_layer").of(when) for when in ("before", "afterwards")]
+    assert both[0] == pytest.approx(both[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["LoRA", "Adapter"])
+def test_a_delta_that_comes_late_has_the_precision_of_its_layer(outcome: Any, case: str) -> None:
+    assert outcome("fsdp2_precision").of(case) == ["torch.bfloat16"]
 
 
 SCRIPTS = [path for path in sorted(EXAMPLES.glob("*.py")) if path.name != "tiny.py"]

@@ -5,6 +5,7 @@ The tiny LLaMA's linears are quantised by the packages' own code, on the CPU.
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -227,3 +228,23 @@ def test_lora_on_4_bits_in_the_trainer(tmp_path: Path) -> None:
         torch.testing.assert_close(output(again), output(model))
     AutoDeltaModel.from_finetuned(tmp_path / "delta", again)
     torch.testing.assert_close(output(again), output(model))
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainingArguments
+
+    page = Path(__file__).parents[2] / "docs" / "quantised.md"
+    blocks = re.findall(r"^```py\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    backbones.build("llama").save_pretrained("some/model")
+    names: dict[str, Any] = {
+        "arguments": TrainingArguments("run", max_steps=2, use_cpu=True, report_to=[]),
+        "data": [{"input_ids": ids, "labels": ids} for ids in IDS],
+        "evaluate": output,
+    }
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+    model, delta = names["model"], names["delta"]
+    weights = [p for p in model.parameters() if hasattr(p, "quant_state")]
+    assert weights and model.training and not any(map(repacked, weights))
+    assert all(p.abs().sum() > 0 for name, p in delta.named_parameters() if "lora_B" in name)

@@ -1,0 +1,83 @@
+"""Tensor parallelism: LoRA on decoders that are split over the ranks, which have the same rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import backbones
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from training import Batch, Losses, Put, Run, batches, both_ways, state_by_rank
+
+import opendelta
+from opendelta import DeltaBase
+
+PLANS: dict[str, Any] = {
+    "llama": "auto",
+    "phi3": "auto",  # fused projections, gathered
+    "phi3_packed": {  # a fused projection of which each rank has a piece of each part
+        "model.layers.*.mlp.gate_up_proj": "packed_colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+    },
+}
+
+
+def decoder(case: str) -> nn.Module:
+    """A tiny decoder, its weights by name."""
+    if case == "llama":
+        return backbones.build("llama")
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return Phi3ForCausalLM(Phi3Config(**sizes, **heads, **tokens))
+
+
+def lora_on_decoder(model: nn.Module, seed: int = 1) -> DeltaBase:
+    torch.manual_seed(seed)
+    delta = opendelta.LoraModel(model, lora_r=4, modified_modules=["self_attn", "mlp", "lm_head"])
+    delta.freeze_module()
+    return delta
+
+
+def causal(batch: Batch) -> Batch:
+    return {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
+
+
+def split_decoder(case: str, folder: Path) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    if dist.get_rank() == 0:
+        decoder(case).save_pretrained(folder / "backbone")
+    dist.barrier()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder / "backbone", tp_plan=PLANS[case], dtype=torch.float32
+    )
+    return model
+
+
+def tensor_parallel(case: str, folder: Path) -> Losses:
+    def start(put_on: Put) -> Run:
+        model = split_decoder(case, folder).train()
+        return state_by_rank(put_on(model), model)  # the other kind knows no packed shards
+
+    return both_ways(start, lora_on_decoder, folder, causal)
+
+
+def split_loads(case: str, folder: Path) -> list[list[list[float]]]:
+    """Logits of a split backbone that loads the file of a whole one."""
+    if dist.get_rank() == 0:
+        delta = lora_on_decoder(decoder(case))
+        with torch.no_grad():
+            for p in delta.parameters():
+                p.normal_(std=0.1)
+        delta.save_finetuned(folder / "delta")
+    model = split_decoder(case, folder).eval()
+    opendelta.AutoDeltaModel.from_finetuned(folder / "delta", model)
+    with torch.no_grad():
+        logits: Tensor = model(batches()[0]["input_ids"]).logits
+    return logits.tolist()
