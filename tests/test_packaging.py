@@ -66,6 +66,7 @@ def test_wheel_holds_every_file_of_the_package(checkout: Path, tmp_path: Path) -
         "engines",
         "accelerate",
         "examples",
+        "storage",
     }
 
 
