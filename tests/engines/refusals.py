@@ -60,13 +60,13 @@ def initialised(model: nn.Module, stage: int) -> Any:
     return engine
 
 
-def put_after_zero3(which: str, folder: Path) -> str:
-    """A delta that is new, on the backbone or the engine, or was detached when ZeRO-3 came."""
+def put_after_zero(which: str, folder: Path) -> str:
+    """A delta that is new, on the backbone or on the engine, or was detached when ZeRO-3 came."""
     model = backbones.build("bert_cls")
     delta = put("LoRA", model)
     if which == "detached":
         delta.detach()
-    engine = initialised(model, 3)
+    engine = initialised(model, 2 if which == "engine" else 3)
     if which == "detached":
         return error_of(delta.attach)
     return error_of(lambda: opendelta.AdapterModel(engine if which == "engine" else model))
@@ -139,8 +139,12 @@ def ranks_that_differ(how: str, folder: Path) -> str:
 
 def unwritable(engine: str, folder: Path) -> str:
     """Saving where the first rank cannot write."""
-    model = sharded(backbones.build("bert_cls"))
+    model = backbones.build("bert_cls")
     delta = put("LoRA", model)
+    if engine == "zero3":
+        initialised(model, 3)
+    else:
+        sharded(model)
 
     def fail(*_: Any) -> None:
         raise OSError("disk full")

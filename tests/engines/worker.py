@@ -46,10 +46,10 @@ ENGINES: dict[str, tuple[Callable[[str, Path], Any], tuple[str, ...]]] = {
     "fsdp2_own_layer": (on_shards.fsdp2_own_layer, ("before", "afterwards")),
     "fsdp2_precision": (on_shards.fsdp2_precision, ("LoRA", "Adapter")),
     "ranks_that_differ": (refusals.ranks_that_differ, DIFFERENCES),
-    "put_after_zero3": (refusals.put_after_zero3, ("new", "engine", "detached")),
+    "put_after_zero": (refusals.put_after_zero, ("new", "engine", "detached")),
     "put_after_zero2": (refusals.put_after_zero2, ("Adapter", "BitFit")),
     "hashes": (on_shards.hashes, ("fsdp2",)),
-    "unwritable": (refusals.unwritable, ("fsdp2",)),
+    "unwritable": (refusals.unwritable, ("fsdp2", "zero3")),
     "switched": (on_shards.switched, AFTERWARDS),
 }
 
