@@ -21,13 +21,7 @@ from opendelta.backends.quantised import warn_of_repacking
 from opendelta.dispatch import Dispatcher, forget_compiled_code
 from opendelta.exceptions import ConfigError, DeltaWarning, warn
 from opendelta.insertion import Insertion, ModuleInsertion, ParameterSlot
-from opendelta.ownership import (
-    dotted,
-    every_module,
-    every_parameter,
-    named_tensors,
-    own_modules,
-)
+from opendelta.ownership import dotted, every_module, every_parameter, named_tensors, own_modules
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase

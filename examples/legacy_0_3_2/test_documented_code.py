@@ -53,15 +53,11 @@ def trainable(model):
 def test_1_3_quick_start(capsys):
     # ---
     from transformers import AutoModelForSequenceClassification
-
     model = AutoModelForSequenceClassification.from_pretrained("bert-large-cased")
 
     from opendelta import AdapterModel
-
     delta_model = AdapterModel(model)
-    delta_model.freeze_module(
-        exclude=["deltas", "classifier"]
-    )  # leave the delta tuning modules and the newly initialized classification head tunable.
+    delta_model.freeze_module(exclude=["deltas", "classifier"]) # leave the delta tuning modules and the newly initialized classification head tunable.
     # delta_model.log() # optional: to visualize how the `model` changes.
     # ---
     TRAINED.append(model)
@@ -71,7 +67,7 @@ def test_1_3_quick_start(capsys):
     optimizer, loss_function = get_optimizer_loss_function()
     for batch in training_dataloader:
         optimizer.zero_grad()
-        targets = batch.pop("labels")
+        targets = batch.pop('labels')
         outputs = model(**batch).logits
         loss = loss_function(outputs, targets)
         loss.backward()
@@ -93,32 +89,23 @@ def test_1_3_quick_start(capsys):
 def test_1_4_custom_usage(capsys):
     # ---
     from transformers import AutoModelForSequenceClassification
-
-    model = AutoModelForSequenceClassification.from_pretrained(
-        "facebook/bart-base"
-    )  # suppose we load BART
+    model = AutoModelForSequenceClassification.from_pretrained("facebook/bart-base") # suppose we load BART
 
     from bigmodelvis import Visualization
-
     Visualization(model).structure_graph()
     # ---
     assert "fc2" in capsys.readouterr().out
     # ---
     from opendelta import AdapterModel
-
-    delta_model = AdapterModel(backbone_model=model, modified_modules=["fc2"], bottleneck_dim=12)
-    delta_model.log()  # This will visualize the backbone after modification and other information.
+    delta_model = AdapterModel(backbone_model=model, modified_modules=['fc2'], bottleneck_dim=12)
+    delta_model.log() # This will visualize the backbone after modification and other information.
     # ---
     assert "adapter" in capsys.readouterr().out
-    assert {
-        m.fc2.adapter.modulelist.down_proj.out_features for m in model.model.encoder.layers
-    } == {12}
+    assert {m.fc2.adapter.modulelist.down_proj.out_features for m in model.model.encoder.layers} == {12}
     used = model
     model = AutoModelForSequenceClassification.from_pretrained("facebook/bart-base")
     # ---
-    delta_model = AdapterModel(
-        backbone_model=model, modified_modules=["final_layer_norm"], bottleneck_dim=12
-    )
+    delta_model = AdapterModel(backbone_model=model, modified_modules=['final_layer_norm'], bottleneck_dim=12)
     # ---
     assert hasattr(model.model.decoder.layers[1].final_layer_norm, "adapter")
     model, (delta_model,) = used, opendelta.deltas(used)
@@ -141,10 +128,8 @@ def test_1_4_custom_usage(capsys):
     delta_model.save_finetuned("some_local_path/")
 
     from transformers import AutoModelForSequenceClassification
-
     model = AutoModelForSequenceClassification.from_pretrained("facebook/bart-base")
     from opendelta import AutoDeltaModel
-
     delta_model = AutoDeltaModel.from_finetuned("some_local_path/", backbone_model=model)
     # ---
     assert torch.equal(model.model(ids).last_hidden_state, hidden)
@@ -154,11 +139,9 @@ def test_1_4_custom_usage(capsys):
     torch.save(model.state_dict(), "some_local_path/pytorch_model.bin")
 
     from transformers import AutoModelForSequenceClassification
-
     model = AutoModelForSequenceClassification.from_pretrained("facebook/bart-base")
     from opendelta import AdapterModel
-
-    delta_model = AdapterModel(backbone_model=model, modified_modules=["fc2"], bottleneck_dim=12)
+    delta_model = AdapterModel(backbone_model=model, modified_modules=['fc2'], bottleneck_dim=12)
     model.load_state_dict(torch.load("some_local_path/pytorch_model.bin"), strict=False)
     # ---
     assert torch.equal(model.eval().model(ids).last_hidden_state, hidden)
@@ -172,10 +155,13 @@ def test_1_5_1_auto_delta_from_a_dict_and_1_6_1_sharing(capsys):
     backbone_model = T5ForConditionalGeneration.from_pretrained("t5-base")
 
     config_dict = {
-        "delta_type": "lora",
-        "modified_modules": ["SelfAttention.q", "SelfAttention.v", "SelfAttention.o"],
-        "lora_r": 4,
-    }
+        "delta_type":"lora",
+        "modified_modules":[
+            "SelfAttention.q",
+            "SelfAttention.v",
+            "SelfAttention.o"
+        ],
+        "lora_r":4}
 
     delta_config = AutoDeltaConfig.from_dict(config_dict)
 
@@ -183,7 +169,6 @@ def test_1_5_1_auto_delta_from_a_dict_and_1_6_1_sharing(capsys):
 
     # now visualize the modified backbone_model
     from bigmodelvis import Visualization
-
     Visualization(backbone_model).structure_graph()
     # ---
     assert type(delta_model) is opendelta.LoraModel
@@ -191,7 +176,7 @@ def test_1_5_1_auto_delta_from_a_dict_and_1_6_1_sharing(capsys):
     assert ranks == [4] * (3 * 2 * 2)  # three projections, two layers, encoder and decoder
     assert "lora" in capsys.readouterr().out
     # ---
-    delta_model.save_finetuned("test_delta_model", push_to_dc=True)
+    delta_model.save_finetuned("test_delta_model", push_to_dc = True)
     # ---
     fresh = T5ForConditionalGeneration.from_pretrained("t5-base")
     assert AutoDeltaModel.from_finetuned("t5-base_lora", backbone_model=fresh).lora_r == 4
@@ -201,7 +186,6 @@ def test_1_5_2_and_1_6_2_a_delta_of_delta_center(capsys):
     # ---
     # use tranformers as usual.
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
     t5 = AutoModelForSeq2SeqLM.from_pretrained("t5-large")
     t5_tokenizer = AutoTokenizer.from_pretrained("t5-large")
     # A running example
@@ -213,11 +197,8 @@ def test_1_5_2_and_1_6_2_a_delta_of_delta_center(capsys):
     # ---
     # use existing delta models
     from opendelta import AutoDeltaModel, AutoDeltaConfig
-
     # use existing delta models from DeltaCenter
-    delta = AutoDeltaModel.from_finetuned(
-        "thunlp/Spelling_Correction_T5_LRAdapter_demo", backbone_model=t5
-    )
+    delta = AutoDeltaModel.from_finetuned("thunlp/Spelling_Correction_T5_LRAdapter_demo", backbone_model=t5)
     # freeze the whole backbone model except the delta models.
     delta.freeze_module()
     # visualize the change
@@ -235,14 +216,10 @@ def test_1_5_2_and_1_6_2_a_delta_of_delta_center(capsys):
 def test_1_7_composition(capsys):
     # ---
     from transformers import AutoModelForSequenceClassification
-
     model = AutoModelForSequenceClassification.from_pretrained("roberta-base")
     from opendelta import LoraModel, AdapterModel
-
-    delta_model = LoraModel(backbone_model=model, modified_modules=["key"], lora_r=1)
-    delta_model2 = AdapterModel(
-        backbone_model=model, modified_modules=["output"], bottleneck_dim=12
-    )
+    delta_model = LoraModel(backbone_model=model, modified_modules=['key'], lora_r=1)
+    delta_model2 = AdapterModel(backbone_model=model, modified_modules=['output'], bottleneck_dim=12)
     delta_model.log()
     # ---
     layer = model.roberta.encoder.layer[0]
@@ -250,15 +227,11 @@ def test_1_7_composition(capsys):
     assert hasattr(layer.output, "adapter") and hasattr(layer.attention.output, "adapter")
     # ---
     from transformers import AutoModelForSequenceClassification
-
     model = AutoModelForSequenceClassification.from_pretrained("facebook/bart-base")
     from opendelta import AdapterModel, LowRankAdapterModel
-
-    delta_model = AdapterModel(backbone_model=model, modified_modules=["fc2"])
-    delta_model2 = AdapterModel(backbone_model=model, modified_modules=["fc2"], bottleneck_dim=12)
-    delta_model3 = LowRankAdapterModel(
-        backbone_model=model, modified_modules=["fc2"], reduction_factor=12
-    )
+    delta_model = AdapterModel(backbone_model=model, modified_modules=['fc2'])
+    delta_model2 = AdapterModel(backbone_model=model, modified_modules=['fc2'], bottleneck_dim=12)
+    delta_model3 = LowRankAdapterModel(backbone_model=model, modified_modules=['fc2'], reduction_factor=12)
     delta_model.log()
     # ---
     fc2 = model.model.encoder.layers[0].fc2
@@ -283,11 +256,9 @@ def test_1_8_multitask(capsys):
 
     # ---
     from transformers import AutoModelForSequenceClassification
-
     model = AutoModelForSequenceClassification.from_pretrained("facebook/bart-base")
     from opendelta import LoraModel
-
-    delta_model = LoraModel(backbone_model=model, modified_modules=["fc2"])
+    delta_model = LoraModel(backbone_model=model, modified_modules=['fc2'])
     delta_model.log()
     # ---
     assert "lora" in capsys.readouterr().out
@@ -309,20 +280,19 @@ def test_1_8_multitask(capsys):
     # ---
     # continue from the above example
     from opendelta import AdapterModel
-
-    delta_model2 = AdapterModel(backbone_model=model, modified_modules=["fc1"])
+    delta_model2 = AdapterModel(backbone_model=model, modified_modules=['fc1'])
     delta_model2.log()
     # ---
     filled(delta_model2)
     assert not torch.equal(logits(), with_lora)
     # ---
-    delta_model.detach()  # detach the lora delta
+    delta_model.detach() # detach the lora delta
     delta_model.log()
     # ---
     assert not torch.equal(logits(), bare) and not torch.equal(logits(), with_lora)
     # ---
-    delta_model2.detach()  # detach the adapter delta
-    delta_model.attach()  # reattach the lora delta
+    delta_model2.detach() # detach the adapter delta
+    delta_model.attach() # reattach the lora delta
     delta_model.log()
     # ---
     assert torch.equal(logits(), with_lora)
@@ -333,12 +303,10 @@ def test_1_8_multitask(capsys):
 def test_1_12_visualize(capsys):
     # ---
     from transformers import BertForMaskedLM
-
     backbone_model = BertForMaskedLM.from_pretrained("bert-base-uncased")
     print(backbone_model)
 
     from bigmodelvis import Visualization
-
     model_vis = Visualization(backbone_model)
     model_vis.structure_graph()
     # ---
@@ -349,7 +317,6 @@ def test_1_12_visualize(capsys):
     assert "BertIntermediate" in capsys.readouterr().out
     # ---
     from opendelta import LowRankAdapterModel
-
     delta_model = LowRankAdapterModel(backbone_model)
     delta_model.freeze_module(exclude=["cls", "intermediate", "LayerNorm"])
     Visualization(backbone_model).structure_graph()
@@ -368,9 +335,9 @@ def test_1_12_visualize(capsys):
 
 def test_1_14_3_pseudo_input():
     # ---
-    pseudo_input = torch.tensor([[0, 0, 0]])
+    pseudo_input = torch.tensor([[0,0,0]])
     # or
-    pseudo_input = torch.tensor([0, 0, 0])
+    pseudo_input = torch.tensor([0,0,0])
     # ---
     root = toy_net()
     opendelta.AdapterModel(root, modified_modules=["name_b"])  # a Sequential: no width to be read
@@ -380,25 +347,18 @@ def test_1_14_3_pseudo_input():
 def toy_net():
     # ---
     import torch.nn as nn
-
     class MyNet1(nn.Module):
-        def __init__(
-            self,
-        ):
+        def __init__(self,):
             super().__init__()
-            self.name_a = nn.Linear(5, 5)
-
+            self.name_a = nn.Linear(5,5)
         def forward(self, hiddens):
             return self.name_a(hiddens)
 
     class MyNet2(nn.Module):
-        def __init__(
-            self,
-        ):
+        def __init__(self,):
             super().__init__()
-            self.embedding = nn.Embedding(10, 5)
+            self.embedding = nn.Embedding(10,5)
             self.name_b = nn.Sequential(MyNet1(), MyNet1())
-
         def forward(self, input_ids):
             hiddens = self.embedding(input_ids)
             return self.name_b(hiddens)
@@ -415,20 +375,16 @@ def test_1_15_1_name_of_a_submodule(capsys):
     assert capsys.readouterr().out == "Linear(in_features=5, out_features=5, bias=True)\n"
     # ---
     from bigmodelvis import Visualization
-
     Visualization(root).structure_graph()
     # ---
     assert "adapter" not in capsys.readouterr().out
     # ---
     from opendelta import AdapterModel
-
-    AdapterModel(backbone_model=root, modified_modules=["name_b.0.name_a"])
+    AdapterModel(backbone_model=root, modified_modules=['name_b.0.name_a'])
     Visualization(root).structure_graph()
     # ---
     assert "adapter" in capsys.readouterr().out
-    assert hasattr(root.name_b[0].name_a, "adapter") and not hasattr(
-        root.name_b[1].name_a, "adapter"
-    )
+    assert hasattr(root.name_b[0].name_a, "adapter") and not hasattr(root.name_b[1].name_a, "adapter")
     assert root(torch.tensor([[1, 2, 3]])).shape == (1, 3, 5)
 
 
@@ -442,23 +398,21 @@ def test_1_15_3_patterns():
         return [name.removeprefix("roberta.encoder.layer.") for name in hosts]
 
     # ---
-    suffix = r"[r](\d)+\.output.dense"
-    layers = r"[r][0-5]\.attention"
-    ordinary = "attention.output.dense"
+    suffix = r'[r](\d)+\.output.dense'
+    layers = r'[r][0-5]\.attention'
+    ordinary = 'attention.output.dense'
     # ---
     assert modified(suffix) == [f"{i}.output.dense" for i in range(3)]
     assert modified(layers) == [f"{i}.attention" for i in range(3)]
     assert modified(ordinary) == [f"{i}.attention.output.dense" for i in range(3)]
 
-    config = opendelta.AutoDeltaConfig.from_dict(
-        json.loads(r"""
+    config = opendelta.AutoDeltaConfig.from_dict(json.loads(r"""
     {
         "delta_type": "adapter",
         "modified_modules": ["[r][0-5]\\.attention"],
         "bottleneck_dim": 12
     }
-    """)
-    )
+    """))
     assert config.modified_modules == [layers]
 
 
@@ -484,12 +438,10 @@ def test_1_15_3_interactive_selection(capsys):
         user = pool.submit(clicking, names, lambda: capsys.readouterr().out)
         # ---
         from transformers import BertForMaskedLM
-
         model = BertForMaskedLM.from_pretrained("bert-base-cased")
         # suppose we load BERT
 
-        from opendelta import LoraModel  # use lora as an example, others are same
-
+        from opendelta import LoraModel # use lora as an example, others are same
         delta_model = LoraModel(backbone_model=model, interactive_modify=True)
         # ---
         user.result()
@@ -500,39 +452,33 @@ def test_1_15_3_interactive_selection(capsys):
 def test_1_16_2_common_structure(capsys):
     # ---
     mapping = {
-        "bert.embeddings.word_embeddings": {"__name__": "embeddings"},
-        "bert.embeddings.position_embeddings": {"__name__": ""},
-        "bert.embeddings.token_type_embeddings": {"__name__": ""},
-        "bert.embeddings.LayerNorm": {"__name__": ""},
-        "bert.encoder": {
-            "__name__": "encoder",
-            "layer": {
-                "__name__": "block",
-                "$": {
-                    "__name__": "$",
-                    "attention": {
-                        "__name__": "attn",
-                        "self.query": {"__name__": "q"},
-                        "self.key": {"__name__": "k"},
-                        "self.value": {"__name__": "v"},
-                        "output.dense": {"__name__": "proj"},
-                        "output.LayerNorm": {"__name__": "layer_norm"},
+        "bert.embeddings.word_embeddings": {"__name__":"embeddings"},
+        "bert.embeddings.position_embeddings": {"__name__":""},
+        "bert.embeddings.token_type_embeddings": {"__name__":""},
+        "bert.embeddings.LayerNorm": {"__name__":""},
+        "bert.encoder": {"__name__":"encoder",
+            "layer": {"__name__":"block",
+                "$": {"__name__":"$",
+                    "attention": {"__name__":"attn",
+                        "self.query": {"__name__":"q"},
+                        "self.key": {"__name__":"k"},
+                        "self.value": {"__name__":"v"},
+                        "output.dense": {"__name__":"proj"},
+                        "output.LayerNorm": {"__name__":"layer_norm"},
                     },
-                    "output": {
-                        "__name__": "ff",
-                        "dense": {"__name__": "w2"},
-                        "LayerNorm": {"__name__": "layer_norm"},
+                    "output": {"__name__":"ff",
+                        "dense": {"__name__":"w2"},
+                        "LayerNorm": {"__name__":"layer_norm"}
                     },
-                    "intermediate.dense": {"__name__": "ff.w1"},
-                },
-            },
+                    "intermediate.dense": {"__name__":"ff.w1"},
+                }
+            }
         },
-        "cls.predictions": {
-            "__name__": "lm_head",
-            "transform.dense": {"__name__": ""},
-            "transform.LayerNorm": {"__name__": ""},
-            "decoder": {"__name__": "proj"},
-        },
+        "cls.predictions": {"__name__": "lm_head",
+            "transform.dense": {"__name__":""},
+            "transform.LayerNorm": {"__name__":""},
+            "decoder": {"__name__":"proj"},
+        }
     }
     # ---
     from transformers import BertForMaskedLM
@@ -541,13 +487,8 @@ def test_1_16_2_common_structure(capsys):
 
     model = BertForMaskedLM.from_pretrained("bert-base-cased")
     common = CommonStructureMap(model)
-    assert (
-        common.transform("bert.encoder.layer.2.attention.self.query")
-        == "bert.encoder.block.2.attn.q"
-    )
-    assert (
-        common.transform("bert.encoder.layer.0.intermediate.dense") == "bert.encoder.block.0.ff.w1"
-    )
+    assert common.transform("bert.encoder.layer.2.attention.self.query") == "bert.encoder.block.2.attn.q"
+    assert common.transform("bert.encoder.layer.0.intermediate.dense") == "bert.encoder.block.0.ff.w1"
     capsys.readouterr()
     Visualization(model).structure_graph(common_structure=True, mapping=mapping, only_common=True)
     drawn = re.findall(r"── (\S+) \(", capsys.readouterr().out)
@@ -563,7 +504,7 @@ def test_1_19_dummy_inputs():
         lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
     )
     # ---
-    setattr(backbone_model, "dummy_inputs", some_dummy_inputs)
+    setattr(backbone_model, 'dummy_inputs', some_dummy_inputs)
     # ---
     opendelta.AdapterModel(backbone_model, modified_modules=["name_b"])
     assert [ids.tolist() for ids in seen] == [[[1, 2]]]
@@ -571,30 +512,23 @@ def test_1_19_dummy_inputs():
 
 def test_1_20_1_and_1_22_configs_and_auto_classes():
     from transformers import AutoModelForSeq2SeqLM
-
     t5 = AutoModelForSeq2SeqLM.from_pretrained("t5-large")
     backbone_model = AutoModelForSeq2SeqLM.from_pretrained("t5-base")
     from opendelta import AdapterConfig, AutoDeltaConfig, AutoDeltaModel
-
     # ---
     delta_config = AdapterConfig.from_finetuned("thunlp/FactQA_T5-large_Adapter", backbone_model=t5)
     # ---
     assert type(delta_config) is AdapterConfig and delta_config.bottleneck_dim == 24
     # ---
-    config = AutoDeltaConfig.from_dict(
-        {"delta_type": "lora"}
-    )  # This will load the dault lora config.
+    config = AutoDeltaConfig.from_dict({"delta_type":"lora"}) # This will load the dault lora config.
     # ---
     assert (type(config), config.lora_r) == (opendelta.LoraConfig, 8)
     # ---
-    config = AutoDeltaConfig.from_dict(
-        {"delta_type": "lora", "lora_r": 5}
-    )  # Will load the default lora config, with lora_r = 5
+    config = AutoDeltaConfig.from_dict({"delta_type":"lora", "lora_r":5}) # Will load the default lora config, with lora_r = 5
     # ---
     assert config.lora_r == 5
     # ---
     from transformers import AutoConfig
-
     delta_config = AutoDeltaConfig.from_finetuned("thunlp/FactQA_T5-large_Adapter")
     # ---
     assert type(delta_config) is AdapterConfig
