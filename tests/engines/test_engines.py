@@ -251,6 +251,11 @@ def test_what_fsdp2_cannot_add_names_the_order(outcome: Any, case: str) -> None:
     assert said.startswith("InsertionError") and "FSDP2" in said and "first, then let" in said
 
 
+def test_a_network_sharded_with_one_prefix_says_what_to_do(outcome: Any) -> None:
+    said = outcome("fsdp2_network").of("before")
+    assert said.startswith("InsertionError") and "on after fully_shard" in said
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [
