@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel, register
 from opendelta.backbone_state import deltas
-from opendelta.backends.quantised import quantised_training
 from opendelta.basemodel import DeltaBase
 from opendelta.center import (
     DeltaCenter,
@@ -48,7 +47,7 @@ from opendelta.version import __version__
 from opendelta.web import interactive
 
 if TYPE_CHECKING:
-    from opendelta.callback import DeltaCallback
+    from opendelta.trainer import DeltaCallback, quantised_training
 
 __all__ = [
     "AdapterConfig",
@@ -99,9 +98,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`DeltaCallback` is a class of transformers', whose import takes a second: for who asks."""
-    if name == "DeltaCallback":
-        from opendelta.callback import DeltaCallback
+    """What is for the `Trainer` imports transformers', which takes a second: for who asks."""
+    if name in ("DeltaCallback", "quantised_training"):
+        from opendelta import trainer
 
-        return DeltaCallback
+        return getattr(trainer, name)
     raise AttributeError(f"module 'opendelta' has no attribute {name!r}")

@@ -5,14 +5,12 @@ Linears are told by their attributes, so that no package is named or imported he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opendelta.exceptions import DeltaWarning, InsertionError, warn
+from opendelta.exceptions import DeltaWarning, warn
 from opendelta.ownership import every_parameter
 
 
@@ -57,38 +55,3 @@ def warn_of_repacking(backbone: nn.Module, args: Any) -> None:
             "which unpacks them, after each evaluation and before training on.",
             DeltaWarning,
         )
-
-
-@contextmanager
-def quantised_training(model: nn.Module) -> Iterator[nn.Module]:
-    """Let `transformers.Trainer` be built on a quantised model that carries deltas.
-
-    The trainer refuses "purely quantized models" and knows PEFT's adapters alone. Within the block
-    the model says that it has some; afterwards it does not, so that ``save_pretrained`` stays what
-    it is::
-
-        with opendelta.quantised_training(model):
-            trainer = Trainer(model=model, args=arguments, train_dataset=data)
-        trainer.train()
-
-    Args:
-        model: a quantised transformers model with a delta on it.
-
-    Raises:
-        InsertionError: if no delta is on it: its own weights cannot train.
-    """
-    from opendelta.backbone_state import deltas  # which needs this module first
-
-    if not deltas(model):
-        raise InsertionError(
-            f"No delta is on this {type(model).__name__}, and quantised weights cannot train: put "
-            "one on first, such as LoraModel(model)."
-        )
-    attributes, flag = model.__dict__, "_hf_peft_config_loaded"
-    before = {flag: attributes[flag]} if flag in attributes else {}
-    attributes[flag] = True
-    try:
-        yield model
-    finally:
-        del attributes[flag]
-        attributes.update(before)

@@ -1,0 +1,74 @@
+"""With transformers' `Trainer`: a delta in each checkpoint, and training on a quantised model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from opendelta.backbone_state import deltas
+from opendelta.backends.sharding import is_sharded
+from opendelta.basemodel import DeltaBase
+from opendelta.exceptions import InsertionError
+
+FOLDER = "delta"
+
+
+class DeltaCallback(TrainerCallback):
+    """Writes a delta into each checkpoint folder of a Trainer, under ``delta/``.
+
+    ``Trainer(..., callbacks=[DeltaCallback(delta)])`` is all there is to do. The folder
+    ``checkpoint-500/delta`` is one that `save_finetuned` wrote. ``resume_from_checkpoint`` reads
+    what the Trainer itself saves beside it.
+
+    Args:
+        delta: what to save; it is on the Trainer's model.
+    """
+
+    def __init__(self, delta: DeltaBase) -> None:
+        self.delta = delta
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Save, after the Trainer has: on the first rank, on all of them where that takes all."""
+        if state.is_world_process_zero or is_sharded(self.delta.backbone_model):
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            self.delta.save_finetuned(checkpoint / FOLDER)
+
+
+@contextmanager
+def quantised_training(model: nn.Module) -> Iterator[nn.Module]:
+    """Let `transformers.Trainer` be built on a quantised model that carries deltas.
+
+    The trainer refuses "purely quantized models" and knows PEFT's adapters alone. Within the block
+    the model says that it has some; afterwards it does not, so that ``save_pretrained`` stays what
+    it is::
+
+        with opendelta.quantised_training(model):
+            trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train()
+
+    Args:
+        model: a quantised transformers model with a delta on it.
+
+    Raises:
+        InsertionError: if no delta is on it: its own weights cannot train.
+    """
+    if not deltas(model):
+        raise InsertionError(
+            f"No delta is on this {type(model).__name__}, and quantised weights cannot train: put "
+            "one on first, such as LoraModel(model)."
+        )
+    attributes, flag = model.__dict__, "_hf_peft_config_loaded"
+    before = {flag: attributes[flag]} if flag in attributes else {}
+    attributes[flag] = True
+    try:
+        yield model
+    finally:
+        del attributes[flag]
+        attributes.update(before)
