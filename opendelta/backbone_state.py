@@ -20,7 +20,7 @@ from opendelta.backends.engines import require_reduced
 from opendelta.backends.quantised import warn_of_repacking
 from opendelta.dispatch import Dispatcher, forget_compiled_code
 from opendelta.exceptions import ConfigError, DeltaWarning, warn
-from opendelta.insertion import Insertion, ModuleInsertion, ParameterSlot
+from opendelta.insertion import Insertion, ModuleInsertion, ParameterSlot, switch
 from opendelta.ownership import dotted, every_module, every_parameter, named_tensors, own_modules
 
 if TYPE_CHECKING:
@@ -339,15 +339,13 @@ def bare(backbone: nn.Module) -> Iterator[nn.Module]:
     states = BackboneState.within(backbone)
     attached = [i for state in states for i in state.insertions if i.attached]
     trimmed = [(state, state.trimmed) for state in states]
-    for insertion in reversed(attached):
-        insertion.detach()
+    switch(reversed(attached), False)
     for state in states:
         state.trimmed = False
     try:
         yield backbone
     finally:
-        for insertion in attached:
-            insertion.attach()
+        switch(attached, True)
         for state, was in trimmed:
             state.trimmed = was
 

@@ -1,7 +1,8 @@
-"""One process of a test of BMTrain: deltas put on before the backbone is wrapped, and refusals."""
+"""One process of a test of BMTrain: orders of putting on, refusals, who writes."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import backbones
@@ -80,6 +81,20 @@ def on_a_block() -> None:
     torch.testing.assert_close(evaluated(model), evaluated(plain), atol=1e-5, rtol=0)
 
 
+def the_first_writes() -> None:
+    """Every process saves, one of them writes, and the file is there for all."""
+    delta = put("LoraModel", engine.BMTrainModelWrapper(bert()), plain=False)
+    wrote = []
+
+    def save(tensors: dict[str, Tensor], path: Any) -> None:
+        wrote.append(path)
+        torch.save(tensors, path)
+
+    delta.save_finetuned("delta", save_function=save)
+    assert bool(wrote) == (engine.rank() == 0)
+    assert Path("delta", "pytorch_model.bin").exists()
+
+
 if __name__ == "__main__":
     for each in METHODS:
         if each != "CompacterModel":  # BMTrain's wrapper makes two of a parameter that is shared
@@ -87,3 +102,4 @@ if __name__ == "__main__":
         detached_while_wrapped(each)
     prefix_is_refused()
     on_a_block()
+    the_first_writes()

@@ -132,8 +132,8 @@ def test_the_hash_is_that_of_the_plain_backbone(backbone: str, world: int) -> No
 
 
 @everywhere
-def test_before_and_around_the_wrapping(world: int) -> None:
-    start([str(HERE / "bmt_orders.py")], world)
+def test_before_and_around_the_wrapping(world: int, tmp_path: Path) -> None:
+    start([str(HERE / "bmt_orders.py")], world, tmp_path)
 
 
 @pytest.mark.parametrize("delta", ["lora", "adapter", "bitfit"])
