@@ -17,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from opendelta.backends.bmt import is_distributed
 from opendelta.backends.engines import require_reduced
-from opendelta.backends.quantised import warn_of_repacking
+from opendelta.backends.quantised import is_offloaded, warn_of_repacking
 from opendelta.dispatch import Dispatcher, forget_compiled_code
-from opendelta.exceptions import ConfigError, DeltaWarning, warn
+from opendelta.exceptions import ConfigError, DeltaWarning, InsertionError, warn
 from opendelta.insertion import Insertion, ModuleInsertion, ParameterSlot, switch
 from opendelta.ownership import dotted, every_module, every_parameter, named_tensors, own_modules
 
@@ -64,6 +64,7 @@ class BackboneState:
         self.handles: list[RemovableHandle] = []
         self.gradient_handles: list[RemovableHandle] = []
         self.first_forward: RemovableHandle | None = None
+        self.first_training: RemovableHandle | None = None
         self.repacking: RemovableHandle | None = None
         self.probing = False
 
@@ -109,11 +110,10 @@ class BackboneState:
                     )
 
     def drop_forward_hooks(self) -> None:
-        if self.first_forward is not None:
-            self.first_forward.remove()
-            self.first_forward = None
-        for handle in self.gradient_handles:
-            handle.remove()
+        for handle in (self.first_forward, self.first_training, *self.gradient_handles):
+            if handle is not None:
+                handle.remove()
+        self.first_forward = self.first_training = None
         self.gradient_handles.clear()
 
     def forget(self, delta: DeltaBase, backbone: nn.Module) -> None:
@@ -152,8 +152,6 @@ class BackboneState:
         if torch.compiler.is_compiling() or self.probing or self.first_forward is None:
             return
         attached = [i for i in self.insertions if i.attached and isinstance(i, ModuleInsertion)]
-        acting = (p for i in self.insertions if i.attached for _, p in i.named_parameters())
-        require_reduced(module, acting)
         self.first_forward.remove()
         self.first_forward = None
         missed = [dotted(i.host_name, i.name) for i in attached if not i.reached]
@@ -165,6 +163,33 @@ class BackboneState:
                 "them, or this input takes another way; leave them out with exclude_modules.",
                 DeltaWarning,
             )
+
+    def watch_training(self, backbone: nn.Module) -> None:
+        """In the forwards with gradients to come, refuse deltas that would not train."""
+        if self.first_training is None:
+            self.first_training = backbone.register_forward_hook(self.require_training)
+
+    def require_training(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Hook of the root that acts, outside of compiled code, until deltas are known to train.
+
+        Raises:
+            InsertionError: if DDP does not know a delta, or Accelerate offloaded it.
+        """
+        if torch.compiler.is_compiling() or self.probing or self.first_training is None:
+            return
+        if not torch.is_grad_enabled():
+            return
+        acting = [insertion for insertion in self.insertions if insertion.attached]
+        away = [insertion for insertion in acting if _is_offloaded(insertion)]
+        if away:
+            raise InsertionError(
+                f"Accelerate offloaded the delta on {away[0].host_name!r} together with the "
+                "backbone, so that it gets no gradients. Offload the backbone first, then "
+                "construct or load the delta, which stays where it computes."
+            )
+        if require_reduced(module, (p for i in acting for _, p in i.named_parameters())):
+            self.first_training.remove()
+            self.first_training = None
 
     @property
     def insertions(self) -> Iterator[Insertion]:
@@ -196,6 +221,13 @@ class BackboneState:
     def delta_tensors(self) -> set[int]:
         """Ids of the tensors that deltas keep constant (buffers, parameters that never train)."""
         return {id(t) for delta in self.deltas for t in delta.constants()}
+
+
+def _is_offloaded(insertion: Insertion) -> bool:
+    """Whether Accelerate offloaded what a delta put on, not the backbone below it alone."""
+    inserted = getattr(insertion, "module", None)  # a parameter is offloaded with its host
+    parts = (insertion.host,) if inserted is None else inserted.modules()
+    return any(map(is_offloaded, parts))
 
 
 def ever_trained(backbone: nn.Module) -> set[str]:
@@ -257,11 +289,12 @@ def fill_in(
 ) -> None:
     """Add to a dict to be loaded what a trimmed one leaves out, with the values there are now.
 
-    BMTrain, which takes whole values alone, is to load with ``strict=False`` instead.
+    What has no values on the meta device stays missing, as anywhere. BMTrain, which takes whole
+    values alone, is to load with ``strict=False`` instead.
     """
     keep = active_names(module, constants)
     for name, tensor in named_tensors(module):
-        if name not in keep and not is_distributed(tensor):
+        if name not in keep and not (tensor.is_meta or is_distributed(tensor)):
             state_dict.setdefault(prefix + name, tensor.detach())
 
 

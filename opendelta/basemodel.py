@@ -309,8 +309,7 @@ class DeltaBase(MergeMixin):
             InsertionError: if the delta is merged or was removed.
         """
         state = self._switching(reset_state_dict)
-        join_engine(self.backbone_model, self._inside(module))
-        switch(self._inside(module), True)
+        self._put_on(self._inside(module))
         state.held = None if reset_state_dict else state.held
 
     def detach(self, module: nn.Module | None = None, reset_state_dict: bool = True) -> None:
@@ -326,6 +325,12 @@ class DeltaBase(MergeMixin):
         state = self._switching(reset_state_dict)
         switch(reversed(self._inside(module)), False)
         state.held = None if reset_state_dict else state.held
+
+    def _put_on(self, insertions: Sequence[Insertion]) -> None:
+        """Let insertions act again, on whichever engine the backbone has got meanwhile."""
+        join_engine(self.backbone_model, insertions)
+        switch(insertions, True)
+        BackboneState.create(self.backbone_model).watch_training(self.backbone_model)
 
     def _switching(self, reset_state_dict: bool) -> BackboneState:
         self.require_presence()
@@ -345,7 +350,7 @@ class DeltaBase(MergeMixin):
             yield
         finally:
             reshard(self.backbone_model)
-            switch(() if self._removed else before, True)
+            self._put_on([] if self._removed else before)
 
     @contextmanager
     def attached(self) -> Iterator[None]:

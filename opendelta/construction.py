@@ -399,6 +399,7 @@ class Construction(Targeting):
             state.deltas.append(cast("DeltaBase", self))
         state.settle_hooks(self.backbone_model)
         state.watch_first_forward(self.backbone_model)
+        state.watch_training(self.backbone_model)
         for insertion in planned:
             if isinstance(insertion, ParameterInsertion):
                 state.slots[insertion.full_name] = insertion.slot

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from opendelta.backbone_state import deltas
+from opendelta.backends.engines import require_whole
 from opendelta.backends.sharding import is_sharded
 from opendelta.basemodel import DeltaBase
 from opendelta.exceptions import InsertionError
@@ -36,6 +37,7 @@ class DeltaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Save, after the Trainer has: on the first rank, on all of them where that takes all."""
+        require_whole(self.delta.backbone_model)  # on all ranks alike
         if state.is_world_process_zero or is_sharded(self.delta.backbone_model):
             checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             self.delta.save_finetuned(checkpoint / FOLDER)

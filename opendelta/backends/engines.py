@@ -7,7 +7,6 @@ between the ranks.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,7 +16,13 @@ import torch
 from torch import nn
 
 from opendelta.backends import bmt
-from opendelta.backends.sharding import is_dtensor, is_flattened, is_shard, is_sharded
+from opendelta.backends.sharding import (
+    groups_of,
+    in_a_group,
+    is_dtensor,
+    is_flattened,
+    is_shard,
+)
 from opendelta.exceptions import DeltaWarning, InsertionError, warn
 from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, Replacement
 from opendelta.ownership import every_module, every_parameter
@@ -34,9 +39,6 @@ def require_open(backbone: nn.Module) -> None:
     Raises:
         InsertionError: for the wrapper of DDP or DeepSpeed itself, for a backbone under ZeRO-3
             whose engine was initialised, and for one that FSDP1 flattened.
-
-    Warns:
-        DeltaWarning: for a backbone that is, or was, under ZeRO-1 or ZeRO-2.
     """
     if hasattr(backbone, "require_backward_grad_sync") or hasattr(backbone, "allreduce_gradients"):
         raise InsertionError(
@@ -48,14 +50,6 @@ def require_open(backbone: nn.Module) -> None:
         raise InsertionError(
             "DeepSpeed's ZeRO-3 was initialised on this backbone already, and its optimizer "
             f"takes no more parameters. {_ORDER}"
-        )
-    if "deepspeed" in sys.modules and any(
-        hasattr(p, "_hp_mapping") for p in every_parameter(backbone)
-    ):
-        warn(
-            "DeepSpeed's ZeRO was initialised on this backbone before this delta, which its "
-            f"optimizer does not know and will not train. {_ORDER}",
-            DeltaWarning,
         )
 
 
@@ -73,22 +67,25 @@ def require_whole(backbone: nn.Module) -> None:
         )
 
 
-def require_reduced(backbone: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+def require_reduced(backbone: nn.Module, parameters: Iterable[nn.Parameter]) -> bool:
     """Refuse deltas that DDP does not know, during a forward of its.
+
+    Returns:
+        Whether that is settled; it is not where processes there are may yet run it under DDP.
 
     Raises:
         InsertionError: if DDP runs now and was made before one of `parameters`.
     """
     ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
     if ddp is None:
-        return
+        return not in_a_group()
     known = {id(p) for p in ddp._module_parameters}
     if any(p.requires_grad and id(p) not in known for p in parameters):
         raise InsertionError(
-            f"A delta was put on {type(backbone).__name__} (or unfrozen) after "
-            "DistributedDataParallel wrapped it, so that its gradients are not averaged and the "
-            f"ranks would drift apart. {_ORDER}"
+            f"A delta was put on {type(backbone).__name__} after DistributedDataParallel wrapped "
+            f"it, so that its gradients are not averaged and the ranks would drift apart. {_ORDER}"
         )
+    return True
 
 
 def split_by(host: nn.Module) -> Any:
@@ -104,46 +101,81 @@ def _by_fsdp2(host: nn.Module) -> bool:
 
 
 def join_engine(backbone: nn.Module, insertions: Sequence[Insertion]) -> None:
-    """Make what is about to be put on a backbone part of the engine that sharded it.
+    """Make what is about to act on a backbone part of the engine that the backbone is on.
 
-    Called on every rank; the values of the first rank become those of all.
+    Called on every rank; the values of the first rank become those of all. What was there when the
+    engine came is left alone.
 
     Raises:
         InsertionError: if the engine, or the method, cannot do that.
+
+    Warns:
+        DeltaWarning: if the backbone is, or was, under ZeRO-1 or ZeRO-2.
     """
-    if not is_sharded(backbone):
-        return
     if bmt.has_distributed(backbone):
         bmt.distribute(insertions)
         return
+    new = [i for i in insertions if not _is_known(i)] if in_a_group() else []
+    if not new:
+        return
     require_open(backbone)
-    new: dict[int, tuple[Any, Insertion]] = {}
-    for insertion in insertions:
+    if any(hasattr(p, "_hp_mapping") for p in every_parameter(backbone)):
+        warn(
+            "DeepSpeed's ZeRO was initialised on this backbone before this delta, which its "
+            f"optimizer does not know and will not train. {_ORDER}",
+            DeltaWarning,
+        )
+    groups = groups_of(backbone)
+    if groups:
+        modules = _joining(new)
+        for insertion in new:
+            for _, p in insertion.named_parameters():
+                for group in groups:
+                    torch.distributed.broadcast(p.data, group=group, group_src=0)
+        for module, host in modules:
+            if hasattr(module, "split_like"):
+                module.split_like(host)
+            elif _by_fsdp2(host):
+                _fully_shard_like(host, module, backbone)
+
+
+def _is_known(insertion: Insertion) -> bool:
+    """Whether the engine, if there is one, has the parameters of an insertion already."""
+    if isinstance(insertion, ParameterInsertion) and insertion.slot.sharded:
+        return True  # it acts by its values
+    parameters = [p for _, p in insertion.named_parameters()]
+    return not parameters or any(is_shard(p) or hasattr(p, "_hp_mapping") for p in parameters)
+
+
+def _joining(new: Sequence[Insertion]) -> list[tuple[Any, nn.Module]]:
+    """The modules among what is new to an engine, each once and with its host.
+
+    Raises:
+        InsertionError: if one cannot join it.
+    """
+    joining: dict[int, tuple[nn.Module, nn.Module]] = {}
+    for insertion in new:
+        host = insertion.host
         if isinstance(insertion, ParameterInsertion):
-            require_unsplit(insertion.host, insertion.host_name, "BitFit")
-            if _by_fsdp2(insertion.host) and insertion.host._parameters.get(insertion.name) is None:
+            require_unsplit(host, insertion.host_name, "BitFit")
+            if _by_fsdp2(host) and host._parameters.get(insertion.name) is None:
                 raise InsertionError(
                     f"{insertion.host_name!r} has no {insertion.name} yet, and FSDP2 sharded it "
                     f"already: it would not know one that is added. {_ORDER}"
                 )
         elif isinstance(insertion, (ModuleInsertion, Replacement)):
-            parameters = list(insertion.module.parameters())
-            if parameters and not any(map(is_shard, parameters)):
-                new.setdefault(id(insertion.module), (insertion.module, insertion))
-    holders = Counter(id(p) for module, _ in new.values() for p in module.parameters())
-    shared = any(count > 1 for count in holders.values())
-    for module, insertion in new.values():
-        if hasattr(module, "split_like"):
-            module.split_like(insertion.host)
-            continue
-        require_unsplit(insertion.host, insertion.host_name, type(module).__name__)
-        if _by_fsdp2(insertion.host):
-            if shared:
-                raise InsertionError(
-                    "The modules of this delta share parameters, which FSDP2 cannot add to a "
-                    f"backbone that it sharded already. {_ORDER}"
-                )
-            _fully_shard_like(insertion.host, module, backbone)
+            if not hasattr(insertion.module, "split_like"):
+                require_unsplit(host, insertion.host_name, type(insertion.module).__name__)
+            joining.setdefault(id(insertion.module), (insertion.module, host))
+    holders = Counter(id(p) for module, _ in joining.values() for p in module.parameters())
+    if any(count > 1 for count in holders.values()) and any(
+        _by_fsdp2(host) for _, host in joining.values()
+    ):
+        raise InsertionError(
+            "The modules of this delta share parameters, which FSDP2 cannot add to a backbone "
+            f"that it sharded already. {_ORDER}"
+        )
+    return list(joining.values())
 
 
 def require_unsplit(host: nn.Module, host_name: str, what: str) -> None:
@@ -177,9 +209,6 @@ def _fully_shard_like(host: nn.Module, delta: nn.Module, backbone: nn.Module) ->
             )
     weight = next(filter(is_dtensor, every_parameter(unit)))
     mesh = weight.device_mesh
-    for p in delta.parameters():
-        for group in mesh.get_all_groups():
-            torch.distributed.broadcast(p.data, group=group, group_src=0)
     # Small, and a prefix is used after the module that holds it was called: not resharded between.
     policy = replace(unit._get_fsdp_state()._mp_policy, output_dtype=None)  # it ends in the unit
     fully_shard(delta, mesh=mesh, reshard_after_forward=False, mp_policy=policy)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ def is_shard(tensor: Any) -> bool:
     return is_dtensor(tensor) or is_partitioned(tensor)
 
 
-def _in_a_group() -> bool:
+def in_a_group() -> bool:
     """Whether there is a process group: only its ranks can share a backbone."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -53,7 +53,7 @@ def is_sharded(module: nn.Module) -> bool:
     """Whether some parameter of a module is a shard."""
     if bmt.has_distributed(module):
         return True
-    return _in_a_group() and any(map(is_shard, every_parameter(module)))
+    return in_a_group() and any(map(is_shard, every_parameter(module)))
 
 
 def class_name(module: nn.Module) -> str:
@@ -78,7 +78,7 @@ def full(tensor: Tensor) -> Tensor:
         whole: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
         return whole
     if is_partitioned(tensor):
-        with _gathered(tensor):
+        with gathered([tensor]):
             return tensor.detach().clone()
     if bmt.is_distributed(tensor):
         return bmt.whole(tensor)
@@ -94,7 +94,7 @@ def assign(target: Tensor, value: Tensor) -> None:
         value = value.to(device=target.device, dtype=target.dtype)
         target.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
     elif is_partitioned(target):
-        with _gathered(target, modifier_rank=0):
+        with gathered([target], modifier_rank=0):
             target.copy_(value)
         if hasattr(target, "_z3_optimizer"):  # whose own copy would overwrite it at the next step
             piece = target.ds_tensor.float()  # type: ignore[attr-defined]
@@ -107,14 +107,17 @@ def assign(target: Tensor, value: Tensor) -> None:
             target.set_full_hp_param(value.float())  # type: ignore[attr-defined]
 
 
-def _gathered(tensor: Tensor, **options: Any) -> Any:
-    """ZeRO-3's own way to a whole parameter; DeepSpeed is loaded where there is one."""
-    return sys.modules["deepspeed"].zero.GatheredParameters([tensor], **options)
+def gathered(tensors: Iterable[Tensor], **options: Any) -> Any:
+    """A ``with`` block in which those of `tensors` that ZeRO-3 partitioned are whole."""
+    shards = list(filter(is_partitioned, tensors))
+    if not shards:
+        return nullcontext()
+    return sys.modules["deepspeed"].zero.GatheredParameters(shards, **options)
 
 
 def reshard(backbone: nn.Module) -> None:
     """Let FSDP2 put its shards back where a forward without backward left whole tensors."""
-    if not _in_a_group():
+    if not in_a_group():
         return
     for module in every_module(backbone):
         if hasattr(type(module), "set_requires_gradient_sync"):  # an FSDPModule
@@ -124,22 +127,23 @@ def reshard(backbone: nn.Module) -> None:
 # --- all ranks together ---------------------------------------------------------------------------
 
 
-def _groups(backbone: nn.Module) -> list[ProcessGroup]:
+def groups_of(backbone: nn.Module) -> list[ProcessGroup]:
     """The groups of ranks that hold the shards of a backbone; none where it is not sharded."""
-    for p in every_parameter(backbone) if _in_a_group() else ():
+    groups: dict[ProcessGroup, None] = {}
+    p: Any
+    for p in every_parameter(backbone) if in_a_group() else ():
         if is_dtensor(p):
-            groups: list[ProcessGroup] = p.device_mesh.get_all_groups()  # type: ignore[attr-defined]
-            return groups
-        if is_partitioned(p):
-            return [p.ds_process_group]  # type: ignore[attr-defined]
-    return []
+            groups.update(dict.fromkeys(p.device_mesh.get_all_groups()))
+        elif is_partitioned(p):
+            groups[p.ds_process_group] = None
+    return list(groups)
 
 
 def _said_by_all(backbone: nn.Module, notes: Iterable[str]) -> list[str]:
     """What the ranks that share a backbone say, each once; nothing is read where none share it."""
     if bmt.has_distributed(backbone):
         return bmt.said_by_all("\n".join(notes))
-    groups = _groups(backbone)
+    groups = groups_of(backbone)
     every = ["\n".join(notes)] if groups else []
     for group in groups:
         heard: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size(group))]
@@ -176,7 +180,7 @@ def is_writer(backbone: nn.Module) -> bool:
     """Whether this rank is the one that writes files: the first of those that share a backbone."""
     if bmt.has_distributed(backbone):
         return bmt.is_first()
-    return all(torch.distributed.get_rank(group) == 0 for group in _groups(backbone))
+    return all(torch.distributed.get_rank(group) == 0 for group in groups_of(backbone))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from opendelta.addressing.graph import words
 from opendelta.addressing.patterns import lineage
 from opendelta.auto_delta import register
 from opendelta.backends.engines import require_unsplit
-from opendelta.backends.sharding import is_dtensor
+from opendelta.backends.sharding import gathered, is_dtensor
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.dispatch import AfterDispatcher, Args, BeforeDispatcher, Kwargs, first_hidden
@@ -390,7 +390,7 @@ class SoftPromptModel(DeltaBase):
                 "from token embeddings can be no longer; pass token_init=False."
             )
         ids = torch.arange(count, device=next(embedding.parameters()).device)
-        with torch.no_grad():
+        with torch.no_grad(), gathered(embedding.parameters()):
             embeds: Tensor = embedding.forward(ids)  # may scale them; a delta on it takes no part
         return embeds.clone()
 

@@ -73,7 +73,7 @@ class SplitLoraLayer(LoraLayer):
             )
 
     def split_like(self, host: nn.Module) -> None:
-        """Split the factors as the host's weight is, with the values of the first rank."""
+        """Split the factors, which are the same on all ranks, as the host's weight is."""
         from torch.distributed.tensor import Replicate, distribute_tensor  # loaded by the host
 
         weight: Any = host.weight
@@ -82,7 +82,6 @@ class SplitLoraLayer(LoraLayer):
         a, b = (placement, Replicate()) if by_rows else (Replicate(), placement)
         for name, where in (("lora_A", a), ("lora_B", b)):
             values = getattr(self, name).detach()
-            torch.distributed.broadcast(values, group=weight.device_mesh.get_group(), group_src=0)
             shard = distribute_tensor(values, weight.device_mesh, [where], src_data_rank=None)
             setattr(self, name, nn.Parameter(shard))
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from opendelta.backbone_state import BackboneState, deltas, own_parameters, unmerged
 from opendelta.backends.engines import require_whole
-from opendelta.backends.quantised import has_repacked
 from opendelta.backends.sharding import (
+    agreeing,
     assign,
     class_name,
     full,
@@ -40,7 +40,7 @@ from opendelta.exceptions import (
     warn,
 )
 from opendelta.freezing import EVERY_DELTA, reached
-from opendelta.ownership import every_parameter, named_tensors, uncompiled
+from opendelta.ownership import named_tensors, uncompiled
 from opendelta.saving.files import (
     CONFIG_FILE,
     SAFETENSORS_FILE,
@@ -48,14 +48,14 @@ from opendelta.saving.files import (
     WEIGHT_FILES,
     read_config,
     read_tensors,
+    read_verified,
     require_tensors,
-    sha256_of,
     weights_in,
     write_atomically,
     write_tensors,
 )
 from opendelta.saving.hash_cache import backbone_hash
-from opendelta.saving.hashing import bare_parameters, gen_model_hash
+from opendelta.saving.hashing import bare_parameters, gen_model_hash, gen_parameter_hash, unhashable
 from opendelta.sizes import random_state_kept_on_error
 
 if TYPE_CHECKING:
@@ -130,10 +130,11 @@ class SaveLoadMixin(Construction):
                 cast("DeltaBase", self), center, center_args, center_args_pool, not delay_push
             )
         folder = Path(finetuned_delta_path or "./delta_checkpoints/")
-        if folder.is_file():
-            raise CheckpointError(f"{folder} is a file; a delta is saved into a folder.")
-        if not overwrite:
-            _refuse_foreign(folder)
+        with agreeing(self.backbone_model, CheckpointError):
+            if folder.is_file():
+                raise CheckpointError(f"{folder} is a file; a delta is saved into a folder.")
+            if not overwrite:
+                _refuse_foreign(folder)
         unsaid = self.left_trainable is None and state_dict is None
         if unsaid and any(p.requires_grad for _, p in own_parameters(self.backbone_model)):
             warn(
@@ -174,6 +175,12 @@ class SaveLoadMixin(Construction):
         for name, p in own_parameters(self.backbone_model):
             if name in wanted:
                 tensors.setdefault(name, originals.get(id(p), p))
+        away = [name for name, tensor in tensors.items() if tensor.is_meta]
+        if away:
+            raise CheckpointError(
+                f"{away[0]!r} ({len(away)} in all) is on the meta device, or offloaded, so there "
+                "are no values to save. A delta stays at hand if it is put on after offloading."
+            )
         return {name: full(tensor) for name, tensor in tensors.items()}
 
     def describe_backbone(self, carried: Collection[str]) -> None:
@@ -240,8 +247,10 @@ class SaveLoadMixin(Construction):
             CheckpointError: if the file is damaged or does not fit; nothing is loaded then.
         """
         self.require_own(backbone_model)
-        values = _delta_config(Path(path))
-        tensors = read_tensors(weights_in(path, values.get("weights_file")), load_func)
+        with agreeing(self.backbone_model, CheckpointError) as read:
+            values = _delta_config(Path(path))
+            tensors = read_tensors(weights_in(path, values.get("weights_file")), load_func)
+            read.append(fingerprint(tensors))
         load_tensors(self, tensors, values.get("backbone_hash_excludes"))
 
     # --- its tensors ------------------------------------------------------------------------
@@ -334,32 +343,27 @@ class SaveLoadMixin(Construction):
                 "from_finetuned(None, ...) needs both delta_config and state_dict; else name the "
                 "folder that save_finetuned wrote."
             )
-        source: Path | None = None
-        if finetuned_delta_path is not None and (delta_config is None or state_dict is None):
-            source = resolve(
-                finetuned_delta_path,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                **source_arguments(kwargs),
-            )
-        if delta_config is None:
-            assert source is not None
-            delta_config = cls._config_in(source, **kwargs)
-            kwargs = {}
-        model_class: type[DeltaBase] = cls._class_for(delta_config)
-        config = model_class.config_from(delta_config, **kwargs)
-        if state_dict is None:
-            assert source is not None
-            folder = source.parent if source.suffix == ".json" else source
-            file = weights_in(folder, config.weights_file)
-            expected = config.weights_sha256
-            if expected and sha256_of(file) != expected:
-                raise CheckpointError(
-                    f"{file} is not the file that was saved: its sha256 differs from the one in "
-                    f"{CONFIG_FILE} ({expected[:12]}...). It was damaged or exchanged."
+        with agreeing(backbone_model, CheckpointError) as read:
+            source: Path | None = None
+            if finetuned_delta_path is not None and (delta_config is None or state_dict is None):
+                source = resolve(
+                    finetuned_delta_path,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    **source_arguments(kwargs),
                 )
-            state_dict = read_tensors(file)
+            if delta_config is None:
+                assert source is not None
+                delta_config = cls._config_in(source, **kwargs)
+                kwargs = {}
+            model_class: type[DeltaBase] = cls._class_for(delta_config)
+            config = model_class.config_from(delta_config, **kwargs)
+            if state_dict is None:
+                assert source is not None
+                folder = source.parent if source.suffix == ".json" else source
+                state_dict = read_verified(folder, config.weights_file, config.weights_sha256)
+            read.append(fingerprint(state_dict))
         check_backbone(config, backbone_model, check_hash)
         if any(
             type(other) is model_class and other.is_attached for other in deltas(backbone_model)
@@ -400,6 +404,12 @@ class SaveLoadMixin(Construction):
                 "loads any."
             )
         return found
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> Iterator[str]:
+    """A line for each tensor by which ranks compare what they are about to load."""
+    for name, tensor in tensors.items():
+        yield f"{name} {tuple(tensor.shape)} {gen_parameter_hash([tensor]).hexdigest()}"
 
 
 def _note_weights(file: Path, digest: str) -> None:
@@ -464,11 +474,7 @@ def why_unhashed(backbone: nn.Module) -> str | None:
     """Why the hash of a backbone is not taken now, None if it can be."""
     if is_sharded(backbone):
         return "it is sharded, and not gathered unasked (check_hash='full' does, on all ranks)"
-    if any(p.is_meta for p in every_parameter(backbone)):
-        return "some of its weights are offloaded or on the meta device"
-    if has_repacked(backbone):
-        return "bitsandbytes repacked its weights for evaluation (model.state_dict() unpacks them)"
-    return None
+    return unhashable(backbone)
 
 
 def load_tensors(

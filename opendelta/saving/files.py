@@ -127,6 +127,21 @@ def read_tensors(file: Path, load_func: Callable[..., Any] | None = None) -> dic
     return dict(content)
 
 
+def read_verified(folder: Path, named: str | None, sha256: str | None) -> dict[str, Tensor]:
+    """The tensors in a folder whose config names their file and its sha256, or neither.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged, or not the one that was saved.
+    """
+    file = weights_in(folder, named)
+    if sha256 and sha256_of(file) != sha256:
+        raise CheckpointError(
+            f"{file} is not the file that was saved: its sha256 differs from the one in "
+            f"{CONFIG_FILE} ({sha256[:12]}...). It was damaged or exchanged."
+        )
+    return read_tensors(file)
+
+
 def require_tensors(content: Any, source: str) -> None:
     """Refuse what is no dict of tensors.
 

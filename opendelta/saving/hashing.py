@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.backbone_state import BackboneState, unmerged
+from opendelta.backends.quantised import has_repacked
 from opendelta.backends.sharding import class_name, full, full_shape, reshard
+from opendelta.exceptions import CheckpointError
 from opendelta.insertion import ParameterSlot
-from opendelta.ownership import dotted, own_children, own_modules, uncompiled
+from opendelta.ownership import dotted, every_parameter, own_children, own_modules, uncompiled
 
 # Bytes copied at once from a device or a non-contiguous tensor, so that no whole model is copied.
 _PIECE = 1 << 24
@@ -66,13 +68,28 @@ def gen_model_hash(
 
     Returns:
         32 hex digits.
+
+    Raises:
+        CheckpointError: if its parameters are not at hand, or not as they were loaded.
     """
     model = uncompiled(model)
+    reason = unhashable(model) if with_parameters else None
+    if reason is not None:
+        raise CheckpointError(f"This {type(model).__name__} has no hash now: {reason}.")
     reshard(model)
     md5 = structure_hash(model)
     if with_parameters:
         md5 = gen_parameter_hash((p for n, p in bare_parameters(model) if n not in excludes), md5)
     return str(md5.hexdigest())
+
+
+def unhashable(model: nn.Module) -> str | None:
+    """Why the parameters of a model have no hash now, None if they have."""
+    if any(p.is_meta for p in every_parameter(model)):
+        return "some of its weights are offloaded or on the meta device"
+    if has_repacked(model):
+        return "bitsandbytes repacked its weights for evaluation (model.state_dict() unpacks them)"
+    return None
 
 
 def structure_hash(model: nn.Module) -> Any:
