@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from opendelta.backbone_state import deltas
 from opendelta.backends.engines import require_whole
-from opendelta.backends.sharding import is_sharded
+from opendelta.backends.sharding import is_sharded, reshard
 from opendelta.basemodel import DeltaBase
 from opendelta.exceptions import InsertionError
 
@@ -37,8 +37,10 @@ class DeltaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Save, after the Trainer has: on the first rank, on all of them where that takes all."""
-        require_whole(self.delta.backbone_model)  # on all ranks alike
-        if state.is_world_process_zero or is_sharded(self.delta.backbone_model):
+        backbone = self.delta.backbone_model
+        require_whole(backbone)  # on all ranks alike
+        reshard(backbone)
+        if state.is_world_process_zero or is_sharded(backbone):
             checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             self.delta.save_finetuned(checkpoint / FOLDER)
 

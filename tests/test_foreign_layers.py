@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import opendelta
 from opendelta import CommonStructureMap, LoraModel
-from opendelta.exceptions import ConfigError, InsertionError
+from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
 from opendelta.ownership import every_module
 
 IDS = torch.arange(8).view(2, 4) + 3
@@ -214,6 +214,35 @@ def test_deltas_on_offloaded_backbones(kind: str, method: str, tmp_path: Path) -
     delta.attach()
     assert not any(p.is_meta for p in delta.parameters())
     torch.testing.assert_close(cases.output(model, "llama"), cases.output(plain, "llama"))
+
+
+@pytest.mark.parametrize("method", ["LoraModel", "AdapterModel", "BitFitModel"])
+def test_a_delta_that_is_offloaded_too_is_refused(method: str, tmp_path: Path) -> None:
+    model, plain = backbones.build("bert"), backbones.build("bert")
+    delta = cases.put(method, "bert", model)
+    cases.randomise(delta)
+    cases.randomise(cases.put(method, "bert", plain))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    delta.freeze_module()
+    with torch.no_grad():
+        torch.testing.assert_close(cases.output(model, "bert"), cases.output(plain, "bert"))
+    for _ in range(2):
+        with pytest.raises(InsertionError, match="Offload the backbone first"):
+            cases.loss(model, "bert")
+    if method != "BitFitModel":  # whose biases it holds itself
+        with pytest.raises(CheckpointError, match="put on after offloading"):
+            delta.save_finetuned(tmp_path)
+    with pytest.raises(CheckpointError, match="offloaded or on the meta device"):
+        opendelta.gen_model_hash(model)
+
+
+def test_a_trimmed_state_dict_gives_a_meta_backbone_no_weights() -> None:
+    model = backbones.build("bert_cls")
+    delta = opendelta.LoraModel(model)
+    delta.freeze_module(exclude=["deltas", "classifier"])
+    trimmed = model.state_dict()
+    with pytest.raises(RuntimeError, match="Missing key.*embeddings"):
+        model.to("meta").load_state_dict(trimmed, assign=True)
 
 
 def test_a_prefix_where_relative_positions_are_offloaded() -> None:

@@ -85,20 +85,15 @@ def whole(p: Any) -> Tensor:
     """The values of a distributed parameter, put together: all processes must ask for them."""
     from bmtrain.distributed import all_reduce
 
-    piece, shape = slice(p._start_partition, p._end_partition), p._original_shape
-    flat, held = p.new_zeros(shape.numel()), p.detach().reshape(-1)
-    gathered = held.numel() == shape.numel()  # also in a `Block` that is not done with its layer
-    flat[piece] = held[piece] if gathered else held
+    flat = p.new_zeros(p._original_shape.numel())
+    flat[p._start_partition : p._end_partition] = p.detach().reshape(-1)
     values: Tensor = all_reduce(flat, "sum", p._zero_comm)
-    return values.view(shape)
+    return values.view(p._original_shape)
 
 
 def fill(p: Any, values: Tensor) -> None:
     """Copy `values`, those of the whole parameter, into a distributed parameter."""
-    held, flat = p.data.view(-1), values.reshape(-1)
-    if held.numel() != flat.numel():
-        flat = flat[p._start_partition : p._end_partition]
-    held.copy_(flat)
+    p.data.view(-1).copy_(values.reshape(-1)[p._start_partition : p._end_partition])
 
 
 def said_by_all(said: str) -> list[str]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opendelta.backends.engines import split_by
+from opendelta.backends.sharding import is_dtensor
 from opendelta.delta_models.lora import LoraLayer
 from opendelta.exceptions import InsertionError
 
@@ -91,6 +92,8 @@ class SplitLoraLayer(LoraLayer):
         b: Any = self.lora_B
         group = a.device_mesh.get_group()
         x = F.dropout(x.to(a.dtype), self.lora_dropout if self.training else 0.0)
+        if is_dtensor(x):  # PyTorch's own plans, whose algebra moves what has to be moved
+            return output + (F.linear(F.linear(x, a), b) * self.scaling).to(output.dtype)
         if x.shape[-1] == a.shape[1]:
             z = F.linear(x, a.full_tensor())
         else:

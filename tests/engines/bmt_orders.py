@@ -13,7 +13,7 @@ from bmt_on_cpu import install
 from torch import Tensor, nn
 
 import opendelta
-from opendelta.exceptions import ConfigError
+from opendelta.exceptions import ConfigError, InsertionError
 
 engine: Any = install()
 engine.init_distributed(seed=0)
@@ -95,6 +95,17 @@ def the_first_writes() -> None:
     assert Path("delta", "pytorch_model.bin").exists()
 
 
+def processes_that_differ_are_told() -> None:
+    model = engine.BMTrainModelWrapper(bert())
+    try:
+        opendelta.LoraModel(model, lora_r=4 + engine.rank())
+    except InsertionError as error:
+        assert "'lora_r': 4" in str(error) and "'lora_r': 5" in str(error)
+    else:
+        raise AssertionError("two processes put different deltas on one backbone")
+    assert not opendelta.deltas(model)
+
+
 if __name__ == "__main__":
     for each in METHODS:
         if each != "CompacterModel":  # BMTrain's wrapper makes two of a parameter that is shared
@@ -103,3 +114,5 @@ if __name__ == "__main__":
     prefix_is_refused()
     on_a_block()
     the_first_writes()
+    if engine.world_size() > 1:
+        processes_that_differ_are_told()

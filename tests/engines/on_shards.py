@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import backbones
 import torch
 import torch.distributed as dist
+from refusals import initialised
+from splitting import lora_on_decoder, split_and_sharded, split_decoder
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from training import METHODS, batches, bert, put, sharded, share, steps_of, train
+from training import METHODS, batches, bert, put, sharded, share, steps_of, train, zero
 
 import opendelta
 
@@ -60,6 +64,12 @@ def hashes(engine: str, folder: Path) -> list[str]:
     model = backbones.build("bert_cls")
     if engine == "fsdp2":
         put("LoRA", sharded(model))
+    elif engine == "split":
+        model = split_decoder("llama", folder)
+        lora_on_decoder(model)
+    else:
+        put("LoRA", model)
+        initialised(model, 3)
     return [opendelta.gen_model_hash(model)]
 
 
@@ -84,6 +94,71 @@ def switched(method: str, folder: Path) -> list[list[list[float]]]:
     opendelta.AutoDeltaModel.from_finetuned(folder, fresh)
     loaded = logits_of(fresh)
     return [trained, again, loaded, without, after, removed]
+
+
+def zero_switched(stage: str, folder: Path) -> dict[str, list[list[list[float]]]]:
+    """Logits on DeepSpeed's engine, of each method: trained, detached, attached again."""
+    found = {}
+    for method in METHODS:
+        if method == "SoftPrompt":
+            continue  # it has a second host, which ZeRO-3's hooks of the first do not serve
+        run = zero(int(stage))(functools.partial(put, method))
+        train(run.step)
+        model: Any = run.delta.backbone_model
+        logits = [logits_of(model)]
+        run.delta.detach()
+        logits.append(logits_of(model))
+        run.delta.attach()
+        found[method] = [*logits, logits_of(model)]
+    return found
+
+
+def after_a_forward(what: str, folder: Path) -> bool:
+    """Whether FSDP2's shards are what is used after a forward left whole tensors in places."""
+    model = backbones.build("bert_cls")
+    delta = put("Adapter", model)
+    delta.save_finetuned(folder / str(dist.get_rank()))
+    before = logits_of(model)
+    with torch.no_grad():
+        for p in delta.parameters():
+            p.add_(0.1)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))  # one unit
+    assert logits_of(model) != before
+    if what == "load":
+        delta.load_checkpoint(folder / str(dist.get_rank()))
+        return torch.allclose(torch.tensor(logits_of(model)), torch.tensor(before), atol=1e-5)
+    if what == "hash":
+        return opendelta.gen_model_hash(model) == opendelta.gen_model_hash(
+            backbones.build("bert_cls")
+        )
+    if what == "callback":  # the first rank's folder holds what it takes all ranks to save
+        state: Any = SimpleNamespace(is_world_process_zero=dist.get_rank() == 0, global_step=1)
+        arguments: Any = SimpleNamespace(output_dir=folder)
+        opendelta.DeltaCallback(delta).on_save(arguments, state, None)
+        return (folder / "checkpoint-1" / "delta" / "model.safetensors").exists()
+    return who_writes(delta, folder / "saved") == [0]
+
+
+def who_writes(delta: opendelta.DeltaBase, folder: Path) -> list[int]:
+    """The ranks that write where all of them save."""
+    wrote = []
+
+    def save(tensors: dict[str, Tensor], path: Any) -> None:
+        wrote.append(dist.get_rank())
+        torch.save(tensors, path)
+
+    delta.save_finetuned(folder, save_function=save)
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, wrote)
+    return [rank for ranks in every for rank in ranks]
+
+
+def two_meshes(case: str, folder: Path) -> list[int]:
+    """Who writes a delta on what is sharded on one mesh and split on another."""
+    model = bert()
+    delta = put("LoRA", model)
+    split_and_sharded(model)
+    return who_writes(delta, folder)
 
 
 def logits_of(model: nn.Module) -> list[list[float]]:

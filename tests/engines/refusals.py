@@ -10,10 +10,9 @@ from typing import Any
 import backbones
 import torch
 import torch.distributed as dist
-from splitting import split_decoder
+from splitting import split_and_sharded, split_decoder
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from training import METHODS, batches, put, sgd, sharded, share
 
 import opendelta
@@ -34,12 +33,25 @@ def refused_on_split(method: str, folder: Path) -> str:
 
 
 def put_after_ddp(where: str, folder: Path) -> list[str]:
-    """On the wrapper at once, inside it at each forward."""
-    wrapper = nn.parallel.DistributedDataParallel(backbones.build("bert_cls"))
+    """On the wrapper at once, inside it at each forward with gradients."""
+    model, rows = backbones.build("bert_cls"), share(batches()[0])
+    if where == "attached":
+        delta = put("LoRA", model)
+        delta.detach()
+    wrapper = nn.parallel.DistributedDataParallel(model)
     if where == "wrapper":
         return [error_of(lambda: opendelta.LoraModel(wrapper))]
-    opendelta.LoraModel(wrapper.module).freeze_module()
-    return [error_of(lambda: wrapper(**share(batches()[0]))) for _ in range(2)]
+    if where == "attached":
+        with torch.no_grad():
+            wrapper(**rows)
+        delta.attach()
+    else:
+        put("LoRA", model)
+    if where == "looked at":
+        model(**rows)
+        with torch.no_grad():
+            wrapper(**rows)
+    return [error_of(lambda: wrapper(**rows)) for _ in range(2)]
 
 
 def fsdp2_network(when: str, folder: Path) -> str:
@@ -73,13 +85,21 @@ def put_after_zero(which: str, folder: Path) -> str:
 
 
 def put_after_zero2(method: str, folder: Path) -> list[str]:
-    """What is warned of: nothing on the first delta, the order on the second."""
+    """What is warned of: nothing on the first delta, the order on the second, new or attached."""
     model = backbones.build("bert_cls")
+    if method == "attached":
+        second = opendelta.AdapterModel(model)
+        second.detach()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", opendelta.DeltaWarning)
-        put("LoRA", model)
+        first = put("LoRA", model)
         initialised(model, 2)
-        METHODS[method](model)
+        first.detach()
+        first.attach()
+        if method == "attached":
+            second.attach()
+        else:
+            METHODS[method](model)
     return [str(one.message) for one in told if one.category is opendelta.DeltaWarning]
 
 
@@ -110,13 +130,7 @@ def refused_on_fsdp2(case: str, folder: Path) -> str:
     if case == "a soft prompt":
         sharded(model)
         return error_of(lambda: METHODS["SoftPrompt"](model))
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "tensor"))
-    plan = {"intermediate.dense": ColwiseParallel()}
-    for layer in model.bert.encoder.layer:
-        parallelize_module(layer, mesh["tensor"], plan)
-        fully_shard(layer, mesh=mesh["data"])
+    split_and_sharded(model)
     return error_of(lambda: opendelta.LoraModel(model))
 
 
@@ -137,6 +151,21 @@ def ranks_that_differ(how: str, folder: Path) -> str:
     return error_of(lambda: opendelta.LoraModel(model, rank, modified_modules=places))
 
 
+def loads_that_differ(how: str, folder: Path) -> str:
+    """Ranks that do not read the same file: the second's is stale, missing or not to be read."""
+    mine, second = folder / str(dist.get_rank()), dist.get_rank() == 1
+    delta = put("LoRA", backbones.build("bert_cls"), seed=1 + second)
+    if not (second and how == "missing"):
+        delta.save_finetuned(mine)
+    if second and how == "damaged":
+        (mine / "model.safetensors").write_bytes(b"")
+    model = sharded(backbones.build("bert_cls"))
+    if how == "into a delta":
+        delta = put("LoRA", model)
+        return error_of(lambda: delta.load_checkpoint(mine))
+    return error_of(lambda: opendelta.AutoDeltaModel.from_finetuned(mine, model))
+
+
 def unwritable(engine: str, folder: Path) -> str:
     """Saving where the first rank cannot write."""
     model = backbones.build("bert_cls")
@@ -145,6 +174,12 @@ def unwritable(engine: str, folder: Path) -> str:
         initialised(model, 3)
     else:
         sharded(model)
+    if engine == "a foreign folder":
+        mine = folder / str(dist.get_rank())
+        mine.mkdir(parents=True)
+        if dist.get_rank() == 0:
+            (mine / "config.json").write_text("{}")
+        return error_of(lambda: delta.save_finetuned(mine))
 
     def fail(*_: Any) -> None:
         raise OSError("disk full")

@@ -9,13 +9,21 @@ import backbones
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from training import Batch, Losses, Put, Run, batches, both_ways, state_by_rank
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from training import Batch, Losses, Put, Run, batches, both_ways, state_by_rank, steps_of, train
 
 import opendelta
 from opendelta import DeltaBase
 
 PLANS: dict[str, Any] = {
     "llama": "auto",
+    "native": None,  # PyTorch's own plan, see `parallelized`
     "phi3": "auto",  # fused projections, gathered
     "phi3_packed": {  # a fused projection of which each rank has a piece of each part
         "model.layers.*.mlp.gate_up_proj": "packed_colwise",
@@ -26,7 +34,7 @@ PLANS: dict[str, Any] = {
 
 def decoder(case: str) -> nn.Module:
     """A tiny decoder, its weights by name."""
-    if case == "llama":
+    if not case.startswith("phi3"):
         return backbones.build("llama")
     from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -48,8 +56,28 @@ def causal(batch: Batch) -> Batch:
     return {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
 
 
+def parallelized(model: nn.Module) -> nn.Module:
+    """A decoder whose feed-forward is split by PyTorch's own `parallelize_module`."""
+    plan = {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, {**plan, "mlp.down_proj": RowwiseParallel()})
+    return model
+
+
+def split_and_sharded(model: nn.Module) -> None:
+    """Tensor parallelism of BERT on one dimension of a mesh, FSDP2 on the other."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "tensor"))
+    for layer in model.bert.encoder.layer:
+        parallelize_module(layer, mesh["tensor"], {"intermediate.dense": ColwiseParallel()})
+        fully_shard(layer, mesh=mesh["data"])
+
+
 def split_decoder(case: str, folder: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
+
+    if case == "native":
+        return parallelized(decoder(case))
 
     if dist.get_rank() == 0:
         decoder(case).save_pretrained(folder / "backbone")
@@ -81,3 +109,13 @@ def split_loads(case: str, folder: Path) -> list[list[list[float]]]:
     with torch.no_grad():
         logits: Tensor = model(batches()[0]["input_ids"]).logits
     return logits.tolist()
+
+
+def beside_a_split(case: str, folder: Path) -> dict[str, Any]:
+    """An adapter on norms, which are not split: values that differ at first, then training."""
+    model = split_decoder("llama", folder).train()
+    torch.manual_seed(1 + dist.get_rank())
+    delta = opendelta.AdapterModel(model, 4, modified_modules=["input_layernorm"])
+    delta.freeze_module()
+    losses = train(steps_of(model), causal)
+    return {"losses": losses, "values": [p.double().sum().item() for p in delta.parameters()]}

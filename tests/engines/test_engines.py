@@ -31,8 +31,9 @@ import opendelta
 
 pytestmark = pytest.mark.engines
 
-TRAINING = ("ddp", "fsdp2", "fsdp2_afterwards", "fsdp2_late", "accelerate", "trainer", "ray")
-DEEPSPEED = ("zero2", "zero3")
+TRAINING = ("ddp", "fsdp2", "fsdp2_afterwards", "fsdp2_late", "fsdp2_detached")
+TRAINING += ("accelerate", "trainer", "ray")
+DEEPSPEED = ("zero2", "zero3", "zero3_early")
 CASES = [(engine, case) for engine in (*TRAINING, *DEEPSPEED) for case in worker.ENGINES[engine][1]]
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "distributed"
@@ -207,6 +208,16 @@ def decoded(model: nn.Module) -> Tensor:
     return logits
 
 
+def test_a_delta_beside_split_modules_is_the_same_on_all_ranks(outcome: Any) -> None:
+    model = splitting.decoder("llama").train()
+    torch.manual_seed(1)
+    delta = opendelta.AdapterModel(model, 4, modified_modules=["input_layernorm"])
+    delta.freeze_module()
+    losses = training.train(training.steps_of(model), splitting.causal)
+    assert max(losses) - min(losses) > 0.02
+    assert outcome("beside_a_split").of("Adapter")["losses"] == pytest.approx(losses, abs=2e-6)
+
+
 @pytest.mark.parametrize("case", worker.ENGINES["refused_on_split"][1])
 def test_other_methods_name_the_plan(outcome: Any, case: str) -> None:
     said = outcome("refused_on_split").of(case)
@@ -217,7 +228,7 @@ def test_other_methods_name_the_plan(outcome: Any, case: str) -> None:
 # --- what is refused on every rank -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["wrapper", "module"])
+@pytest.mark.parametrize("case", worker.ENGINES["put_after_ddp"][1])
 def test_a_delta_after_ddp_names_the_order(outcome: Any, case: str) -> None:
     for said in outcome("put_after_ddp").of(case):
         assert said.startswith("InsertionError") and "DistributedDataParallel" in said
@@ -233,7 +244,7 @@ def test_a_delta_after_deepspeed_names_the_order(outcome: Any, case: str, word: 
     assert "Construct (or attach) the delta first" in said
 
 
-@pytest.mark.parametrize("case", ["Adapter", "BitFit"])
+@pytest.mark.parametrize("case", worker.ENGINES["put_after_zero2"][1])
 def test_a_delta_after_zero2_is_warned_of(outcome: Any, case: str) -> None:
     (said,) = outcome("put_after_zero2").of(case)
     assert "will not train" in said and "Construct (or attach) the delta first" in said
@@ -284,11 +295,48 @@ def test_all_ranks_learn_that_the_first_could_not_write(outcome: Any, case: str)
     assert second.startswith("CheckpointError") and "disk full" in second
 
 
+def test_all_ranks_learn_that_the_first_may_not_write(outcome: Any) -> None:
+    first, second = (results["a foreign folder"] for results in outcome("unwritable").by_rank)
+    assert first.startswith("CheckpointError") and "overwrite=True" in first
+    assert second.startswith("CheckpointError") and "overwrite=True" in second
+
+
+@pytest.mark.parametrize("case", ["stale", "into a delta"])
+def test_ranks_that_read_different_files_are_told(outcome: Any, case: str) -> None:
+    said = outcome("loads_that_differ").of(case)
+    assert said.startswith("CheckpointError") and said.count("query.lora.lora_A (4, 64)") > 1
+
+
+@pytest.mark.parametrize(("case", "word"), [("missing", "1'"), ("damaged", "sha256")])
+def test_ranks_are_told_that_another_could_not_read(outcome: Any, case: str, word: str) -> None:
+    for said in (results[case] for results in outcome("loads_that_differ").by_rank):
+        assert said.startswith("CheckpointError") and word in said
+
+
 # --- on all ranks -------------------------------------------------------------------------------
 
 
-def test_a_sharded_backbone_hashes_like_a_whole_one(outcome: Any) -> None:
-    assert outcome("hashes").of("fsdp2") == [opendelta.gen_model_hash(backbones.build("bert_cls"))]
+@pytest.mark.parametrize("case", worker.ENGINES["hashes"][1])
+def test_a_sharded_backbone_hashes_like_a_whole_one(outcome: Any, case: str) -> None:
+    whole = backbones.build("llama" if case == "split" else "bert_cls")
+    assert outcome("hashes").of(case) == [opendelta.gen_model_hash(whole)]
+
+
+@pytest.mark.parametrize("stage", worker.ENGINES["zero_switched"][1])
+def test_switching_on_deepspeed(outcome: Any, stage: str) -> None:
+    for logits in outcome("zero_switched").of(stage).values():
+        on, off, again = map(torch.tensor, logits)
+        assert (on - off).abs().max() > 1e-3
+        torch.testing.assert_close(again, on, atol=1e-6, rtol=0)
+
+
+def test_one_rank_writes_what_is_on_two_meshes(outcome: Any) -> None:
+    assert outcome("two_meshes").of("LoRA") == [0]
+
+
+@pytest.mark.parametrize("what", worker.ENGINES["after_a_forward"][1])
+def test_shards_are_used_after_a_forward_left_whole_tensors(outcome: Any, what: str) -> None:
+    assert outcome("after_a_forward").of(what) is True
 
 
 @pytest.mark.parametrize("case", worker.ENGINES["switched"][1])

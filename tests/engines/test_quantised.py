@@ -168,6 +168,13 @@ def test_training_on_repacked_weights_warns_of_the_lost_gradients(evaluated: nn.
         evaluated(input_ids=IDS, labels=IDS)
 
 
+def test_evaluating_on_repacked_weights_warns_of_nothing(evaluated: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeltaWarning)
+        output(evaluated)
+        output(evaluated.train())
+
+
 def test_the_cure_that_the_warning_names(evaluated: nn.Module) -> None:
     evaluated.state_dict()
     evaluated.train()

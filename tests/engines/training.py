@@ -224,6 +224,15 @@ def fsdp2_afterwards(put_on: Put) -> Run:
     return state_of_all(put_on(model), model)
 
 
+def fsdp2_detached(put_on: Put) -> Run:
+    """The delta is off the model while that is sharded, its values differ between the ranks."""
+    model = bert()
+    delta = put_on(model, seed=1 + dist.get_rank())
+    with delta.detached():
+        sharded(model)
+    return state_of_all(delta, model)
+
+
 def fsdp2_late(put_on: Put) -> Run:
     """The delta comes after the model has run, its values differ between the ranks at first."""
     model = sharded(bert())
@@ -251,25 +260,27 @@ def accelerate(put_on: Put) -> Run:
     return Run(delta, step, accelerator.save_state, accelerator.load_state)
 
 
-def zero(stage: int) -> Start:
-    """DeepSpeed's ZeRO at a stage."""
+def zero(stage: int, partitioned: bool = False) -> Start:
+    """DeepSpeed's ZeRO at a stage, the backbone partitioned already when the delta comes, or not.
+
+    `from_pretrained` partitions where a config of stage 3 is at hand.
+    """
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS // 2,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
 
     def start(put_on: Put) -> Run:
         import deepspeed
 
         model = bert()
+        if partitioned:
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
         delta = put_on(model)
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=sgd(model),
-            config={
-                "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
-                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-                "gradient_clipping": 0.0,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-            },
-        )
+        engine, *_ = deepspeed.initialize(model=model, optimizer=sgd(model), config=config)
 
         def step(batch: Batch) -> Tensor:
             loss: Tensor = engine(**batch).loss
