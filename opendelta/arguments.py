@@ -11,6 +11,17 @@ from typing import Any
 
 from opendelta.exceptions import ConfigError, UnknownArgumentError, nearest
 
+# Names that other libraries give to arguments, and what those are called here.
+ELSEWHERE = {
+    "r": ("lora_r",),
+    "rank": ("lora_r",),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "target_modules": ("modified_modules",),
+    "modules_to_save": ("unfrozen_modules",),
+    "num_virtual_tokens": ("prefix_token_num", "soft_token_num"),
+}
+
 # Arguments that are not configuration: what is modified, and how the modules are chosen.
 NOT_CONFIGURATION = frozenset({"self", "backbone_model", "interactive_modify"})
 
@@ -31,9 +42,10 @@ def checked(constructor: Callable[..., None]) -> Callable[..., None]:
         unknown = [name for name in kwargs if name not in keywords]
         if unknown and not open_ended:
             choices = [name for name in signature.parameters if name != "self"]
+            here = [name for name in ELSEWHERE.get(unknown[0], ()) if name in choices]
             raise UnknownArgumentError(
                 f"{type(self).__name__} has no argument {unknown[0]!r}."
-                + nearest(unknown[0], choices)
+                + (f" Here it is called {here[0]!r}." if here else nearest(unknown[0], choices))
                 + f" Its arguments are {', '.join(choices)}."
             )
         try:

@@ -164,7 +164,8 @@ def freeze(
         choices = [EVERY_DELTA, *sorted(ends), *sorted(places)]
         for pattern in sorted(selection.unmatched):
             warn(
-                f"{pattern!r} names no module or parameter, so nothing more stays trainable."
+                f"{pattern!r} names no module or parameter of this {type(backbone).__name__}, "
+                "which the delta is on, so nothing more of it stays trainable."
                 + nearest(pattern, choices),
                 UnmatchedPatternWarning,
             )

@@ -165,10 +165,11 @@ def test_a_local_folder_comes_first(center: DeltaCenter) -> None:
     assert same(load(Path(NAME)), here)
 
 
-def test_a_path_object_is_a_path(center: DeltaCenter) -> None:
+@pytest.mark.parametrize("path", [Path(NAME), f"./{NAME}", "../nowhere", "/no/where"])
+def test_what_can_only_be_a_path_is_one(center: DeltaCenter, path: Any) -> None:
     pushed(center, 1)
-    with pytest.raises(CheckpointError, match="no folder"):
-        load(Path(NAME))
+    with pytest.raises(CheckpointError, match="^There is no folder .* A delta is saved with"):
+        load(path)
 
 
 def test_the_center_says_which_version_is_the_current_one(center: DeltaCenter) -> None:

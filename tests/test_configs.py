@@ -35,6 +35,7 @@ from opendelta import (
     ParallelAdapterConfig,
     gen_model_hash,
 )
+from opendelta.exceptions import UnknownArgumentError
 
 GOLDEN = Path(__file__).parent / "golden"
 TYPES = {
@@ -766,3 +767,20 @@ def test_defining_a_class_again_takes_its_place() -> None:
         {"delta_type": "test_again", "modified_modules": ["first"]}, backbones.build("mlp")
     )
     assert type(made) is second
+
+
+@pytest.mark.parametrize(
+    ("method", "argument", "here"),
+    [
+        (LoraModel, "r", "lora_r"),
+        (LoraModel, "target_modules", "modified_modules"),
+        (opendelta.PrefixModel, "num_virtual_tokens", "prefix_token_num"),
+        (opendelta.SoftPromptModel, "num_virtual_tokens", "soft_token_num"),
+        (opendelta.AdapterModel, "modules_to_save", "unfrozen_modules"),
+    ],
+)
+def test_names_of_other_libraries_are_answered_by_those_used_here(
+    method: Any, argument: str, here: str
+) -> None:
+    with pytest.raises(UnknownArgumentError, match=f"{argument!r}. Here it is called {here!r}"):
+        method(backbones.build("bert"), **{argument: 8})

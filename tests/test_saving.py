@@ -276,6 +276,14 @@ def test_without_a_freeze_only_the_delta_and_unfrozen_modules_with_a_warning(
         assert set(load_file(tmp_path / str(len(own)) / "model.safetensors")) == names(delta) | own
 
 
+def test_what_another_delta_left_trainable_is_saved_with_that_one(tmp_path: Path) -> None:
+    delta = trained("LoraModel", "bert_cls", exclude=["deltas", "classifier"])
+    other = place("BitFitModel", "bert_cls", delta.backbone_model)
+    with pytest.warns(DeltaWarning, match="what the LoraModel left trainable with that one alone"):
+        other.save_finetuned(tmp_path)
+    assert not CLASSIFIER & set(load_file(tmp_path / "model.safetensors"))
+
+
 def test_after_a_freeze_nothing_warns(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from opendelta.addressing.patterns import REGEX_MARK, fold_numbers
+from opendelta.addressing.patterns import REGEX_MARK
 from opendelta.exceptions import AddressingError, UnmatchedPatternWarning, nearest, warn
 
 Find = Callable[[str], list[str]]  # the modules that a pattern addresses
@@ -56,12 +56,14 @@ def own_name_hint(hits: Sequence[str]) -> str:
 
 
 def offer_names(names: Sequence[str]) -> str:
-    """What a backbone offers to patterns by its modules' own names."""
-    folded = fold_numbers(names)
-    shown = ", ".join(folded[:8]) + (", ..." if len(folded) > 8 else "")
+    """What a backbone offers to patterns: how its innermost modules are called, and the default."""
+    outer = {name.rpartition(".")[0] for name in names}
+    leaves = (name.rpartition(".")[2] for name in names if name not in outer)
+    called = list(dict.fromkeys(leaf for leaf in leaves if not leaf.isdigit()))
+    shown = ", ".join(called[:12]) + (", ..." if len(called) > 12 else "")
     return (
-        f"Its modules are {shown}, where $ is any number "
-        "(`opendelta.Visualization(model).structure_graph()` shows them)."
+        f"Its innermost modules are called {shown} (`opendelta.Visualization(model)"
+        ".structure_graph()` shows all). Without modified_modules a delta goes to its usual places."
     )
 
 

@@ -49,7 +49,7 @@ def resolve(
     """
     if os.path.exists(path_or_name):
         return Path(path_or_name)
-    if not isinstance(path_or_name, str):  # a Path is meant as one
+    if not isinstance(path_or_name, str) or path_or_name.startswith((".", "/", "~")):
         return resolve_folder(path_or_name)
     if path_or_name.startswith(("http://", "https://")):
         return _config_at(path_or_name, cache_dir, local_files_only)

@@ -455,6 +455,7 @@ def _embedding_of(name: str, host: Any) -> tuple[str, Any]:
     if not found:
         raise InsertionError(
             f"No token embedding is found in {name or type(host).__name__!r}: a soft prompt goes "
-            "before token embeddings. Name the model that holds one in modified_modules."
+            "before token embeddings, which models of pixels or sounds have not. Where there is "
+            "one elsewhere, name the model that holds it in modified_modules."
         )
     return found[0]

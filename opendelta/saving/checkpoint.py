@@ -137,9 +137,15 @@ class SaveLoadMixin(Construction):
                 _refuse_foreign(folder)
         unsaid = self.left_trainable is None and state_dict is None
         if unsaid and any(p.requires_grad for _, p in own_parameters(self.backbone_model)):
+            others = [d for d in deltas(self.backbone_model) if d.left_trainable]
             warn(
                 "freeze_module was never called on this delta: only its own parameters and its "
-                "unfrozen_modules are saved, although the whole backbone may have been trained.",
+                "unfrozen_modules are saved, "
+                + (
+                    f"and what the {type(others[0]).__name__} left trainable with that one alone."
+                    if others
+                    else "although the whole backbone may have been trained."
+                ),
                 DeltaWarning,
             )
         tensors = self.checkpoint_tensors() if state_dict is None else state_dict

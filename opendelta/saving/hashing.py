@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opendelta.backbone_state import BackboneState, unmerged
 from opendelta.backends.quantised import has_repacked
-from opendelta.backends.sharding import class_name, full, full_shape, reshard
+from opendelta.backends.sharding import class_name, full, full_shape
 from opendelta.exceptions import CheckpointError
 from opendelta.insertion import ParameterSlot
 from opendelta.ownership import dotted, every_parameter, own_children, own_modules, uncompiled
@@ -76,7 +76,6 @@ def gen_model_hash(
     reason = unhashable(model) if with_parameters else None
     if reason is not None:
         raise CheckpointError(f"This {type(model).__name__} has no hash now: {reason}.")
-    reshard(model)
     md5 = structure_hash(model)
     if with_parameters:
         md5 = gen_parameter_hash((p for n, p in bare_parameters(model) if n not in excludes), md5)

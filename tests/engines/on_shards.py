@@ -126,6 +126,7 @@ def after_a_forward(what: str, folder: Path) -> bool:
     assert logits_of(model) != before
     if what == "load":
         delta.load_checkpoint(folder / str(dist.get_rank()))
+        model.reshard()  # whole tensors are forgotten
         return torch.allclose(torch.tensor(logits_of(model)), torch.tensor(before), atol=1e-5)
     if what == "hash":
         return opendelta.gen_model_hash(model) == opendelta.gen_model_hash(
