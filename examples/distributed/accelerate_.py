@@ -31,7 +31,8 @@ def main() -> None:
         if step % 5 == 0:
             accelerator.print(f"step {step}: loss {loss.item():.3f}")
 
-    delta.save_finetuned("delta_accelerate")
+    if accelerator.is_main_process:
+        delta.save_finetuned("delta_checkpoints/delta_accelerate")
     prepared, optimizer = accelerator.free_memory(prepared, optimizer)  # DDP before its processes
     accelerator.end_training()
 

@@ -31,7 +31,7 @@ def main() -> None:
             print(f"step {step}: loss {loss.item():.3f}")
 
     if dist.get_rank() == 0:
-        delta.save_finetuned("delta_ddp")
+        delta.save_finetuned("delta_checkpoints/delta_ddp")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def main(stage: int) -> None:
         if rank == 0 and step % 5 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
 
-    delta.save_finetuned(f"delta_zero{stage}")  # on all ranks: the first one writes
+    # on all ranks: the first one writes
+    delta.save_finetuned(f"delta_checkpoints/delta_zero{stage}")
     torch.distributed.destroy_process_group()
 
 

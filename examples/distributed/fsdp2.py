@@ -23,7 +23,8 @@ def main() -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     adapter = AdapterModel(model, bottleneck_dim=4)  # comes later, and is sharded the same way
-    lora.freeze_module(exclude=["deltas", "classifier"])
+    for delta in (lora, adapter):  # each saves the head that it left trainable
+        delta.freeze_module(exclude=["deltas", "classifier"])
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     mine = {k: v.to(device) for k, v in batch(dist.get_rank(), dist.get_world_size()).items()}
@@ -35,8 +36,8 @@ def main() -> None:
         if dist.get_rank() == 0 and step % 5 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
 
-    lora.save_finetuned("delta_fsdp2_lora")  # on all ranks: the first one writes
-    adapter.save_finetuned("delta_fsdp2_adapter")
+    for delta in (lora, adapter):  # on all ranks: the first one writes
+        delta.save_finetuned(f"delta_checkpoints/delta_fsdp2_{delta.delta_type}")
     dist.destroy_process_group()
 
 

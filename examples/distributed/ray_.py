@@ -42,7 +42,7 @@ def main() -> None:
     result = TorchTrainer(
         train,
         scaling_config=ScalingConfig(num_workers=2, use_gpu=torch.cuda.is_available()),
-        run_config=RunConfig(name="delta_ray", storage_path=str(Path.cwd())),
+        run_config=RunConfig(name="delta_ray", storage_path=str(Path.cwd() / "delta_checkpoints")),
     ).fit()
     ray.shutdown()
     assert result.checkpoint is not None

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from opendelta import LoraModel
 
-FOLDER = "tiny_llama"
+FOLDER = "delta_checkpoints/tiny_llama"
 
 
 def main() -> None:
@@ -37,7 +37,8 @@ def main() -> None:
         if dist.get_rank() == 0 and step % 5 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
 
-    delta.save_finetuned("delta_tensor_parallel")  # on all ranks: the first one writes
+    # on all ranks: the first one writes
+    delta.save_finetuned("delta_checkpoints/delta_tensor_parallel")
     dist.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
 """LoRA with a Trainer: torchrun --nproc_per_node 2 examples/distributed/trainer.py
 
-Each ``trainer_run/checkpoint-N`` has a folder ``delta``; with ``resume`` behind the command, a run
-goes on from the last one.
+Each ``delta_checkpoints/trainer_run/checkpoint-N`` has a folder ``delta``; with ``resume`` behind
+the command, a run goes on from the last one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
     delta = LoraModel(model, lora_r=4)
     delta.freeze_module(exclude=["deltas", "classifier"])
     arguments = TrainingArguments(
-        output_dir="trainer_run",
+        output_dir="delta_checkpoints/trainer_run",
         per_device_train_batch_size=8,
         num_train_epochs=4,
         learning_rate=1e-2,
@@ -35,7 +35,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint="resume" in sys.argv)
 
     if trainer.is_world_process_zero():
-        delta.save_finetuned("delta_trainer")
+        delta.save_finetuned("delta_checkpoints/delta_trainer")
 
 
 if __name__ == "__main__":

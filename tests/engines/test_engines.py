@@ -367,5 +367,5 @@ def test_the_examples_learn_and_save(script: Path, tmp_path: Path) -> None:
     said = (on_ray if script.stem == "ray_" else in_two_processes)(script, tmp_path)
     losses = [float(loss) for loss in re.findall(r"loss'?:? '?(\d+\.\d+)", said)]
     assert len(losses) >= 4 and losses[-1] < losses[0]
-    saved = list(tmp_path.glob("delta_*/**/model.safetensors"))
+    saved = list(tmp_path.glob("delta_checkpoints/delta_*/**/model.safetensors"))
     assert saved and all(load_file(file) for file in saved)
