@@ -116,7 +116,7 @@ def zero_switched(stage: str, folder: Path) -> dict[str, list[list[list[float]]]
 def after_a_forward(what: str, folder: Path) -> bool:
     """Whether FSDP2's shards are what is used after a forward left whole tensors in places."""
     model = backbones.build("bert_cls")
-    delta = put("Adapter", model)
+    delta = put("BitFit" if what == "switch" else "Adapter", model)
     delta.save_finetuned(folder / str(dist.get_rank()))
     before = logits_of(model)
     with torch.no_grad():
@@ -128,6 +128,13 @@ def after_a_forward(what: str, folder: Path) -> bool:
         delta.load_checkpoint(folder / str(dist.get_rank()))
         model.reshard()  # whole tensors are forgotten
         return torch.allclose(torch.tensor(logits_of(model)), torch.tensor(before), atol=1e-5)
+    if what == "switch":
+        delta.detach()
+        without = logits_of(model)
+        with delta.attached():
+            logits_of(model)
+        model.reshard()
+        return logits_of(model) == without
     if what == "hash":
         return opendelta.gen_model_hash(model) == opendelta.gen_model_hash(
             backbones.build("bert_cls")

@@ -42,8 +42,7 @@ def put_after_ddp(where: str, folder: Path) -> list[str]:
     if where == "wrapper":
         return [error_of(lambda: opendelta.LoraModel(wrapper))]
     if where == "attached":
-        with torch.no_grad():
-            wrapper(**rows)
+        wrapper(**rows).loss.backward()
         delta.attach()
     else:
         put("LoRA", model)

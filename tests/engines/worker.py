@@ -56,7 +56,7 @@ ENGINES: dict[str, tuple[Callable[[str, Path], Any], tuple[str, ...]]] = {
     "hashes": (on_shards.hashes, ("fsdp2", "zero3", "split")),
     "unwritable": (refusals.unwritable, ("fsdp2", "zero3", "a foreign folder")),
     "loads_that_differ": (refusals.loads_that_differ, LOADS),
-    "after_a_forward": (on_shards.after_a_forward, ("load", "hash", "callback", "save")),
+    "after_a_forward": (on_shards.after_a_forward, ("load", "switch", "hash", "callback", "save")),
     "two_meshes": (on_shards.two_meshes, ("LoRA",)),
     "beside_a_split": (splitting.beside_a_split, ("Adapter",)),
     "switched": (on_shards.switched, AFTERWARDS),
