@@ -461,10 +461,12 @@ def test_a_running_count_ends_before_the_selection_returns(start: Start) -> None
 
 
 PROGRAM = """
-    import threading, socket, sys
+    import signal, threading
     from torch import nn
     from opendelta.web import select_modules
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, also where the
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests run in the background and ignore both
     backbone = nn.Sequential(nn.Linear(2, 2))
     try:
         select_modules(backbone, 0)
