@@ -188,8 +188,8 @@ class BackboneState:
                 "construct or load the delta, which stays where it computes."
             )
         if require_reduced(module, (p for i in acting for _, p in i.named_parameters())):
-            self.first_training.remove()
-            self.first_training = None
+            handle, self.first_training = self.first_training, None
+            handle.remove()
 
     @property
     def insertions(self) -> Iterator[Insertion]:

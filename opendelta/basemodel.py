@@ -349,8 +349,9 @@ class DeltaBase(MergeMixin):
         try:
             yield
         finally:
-            reshard(self.backbone_model)
-            self._put_on([] if self._removed else before)
+            if not self._removed:
+                reshard(self.backbone_model)
+                self._put_on(before)
 
     @contextmanager
     def attached(self) -> Iterator[None]:

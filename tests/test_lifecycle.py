@@ -250,3 +250,5 @@ def test_a_delta_may_be_removed_while_it_is_set_aside(method: str) -> None:
         delta.remove()
     assert {name: digest(tensor) for name, tensor in model.state_dict().items()} == before
     assert not delta.is_attached
+    hooks = [value for m in model.modules() for key, value in vars(m).items() if "_hooks" in key]
+    assert not any(hooks)
