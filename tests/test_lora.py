@@ -213,9 +213,26 @@ def test_dropout_redraws_the_mask_of_the_forward() -> None:
     )
 
 
-def test_functional_transforms_use_plain_operations() -> None:
+@pytest.mark.parametrize("rows", [4, 64])
+def test_the_output_may_be_changed_in_place(rows: int) -> None:
+    """Some backbones scale their queries so."""
     layer = layer_of(torch.float32)
-    xs, base = torch.randn(6, 5), torch.randn(6, 4)
+    base, x = torch.randn(rows, 4, requires_grad=True), torch.randn(rows, 5, requires_grad=True)
+    (layer(base, x) * 2).pow(2).sum().backward()
+    expected = [base.grad, x.grad, *(p.grad for p in layer.parameters())]
+    base.grad = x.grad = None
+    layer.zero_grad()
+    layer(base, x).mul_(2).pow(2).sum().backward()
+    for actual, grad in zip(
+        [base.grad, x.grad, *(p.grad for p in layer.parameters())], expected, strict=True
+    ):
+        torch.testing.assert_close(actual, grad)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_functional_transforms_use_plain_operations(rows: int) -> None:
+    layer = layer_of(torch.float32)
+    xs, base = torch.randn(6, rows, 5), torch.randn(6, rows, 4)
     values = dict(layer.named_parameters())
 
     def squared(values: dict[str, torch.Tensor], o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
