@@ -30,7 +30,7 @@ from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, 
 from opendelta.inspection import Summary, num_total_parameters, print_log, summary
 from opendelta.merging import MergeMixin
 from opendelta.ownership import uncompiled
-from opendelta.saving.checkpoint import check_backbone
+from opendelta.saving.backbone_check import check_backbone
 
 INTERACTIVE_PORT = 8888
 

@@ -21,7 +21,6 @@ from opendelta.backends.sharding import (
     class_name,
     full,
     full_shape,
-    is_sharded,
     reshard,
     written_once,
 )
@@ -32,7 +31,6 @@ from opendelta.center.resolve import resolve, source_arguments
 from opendelta.construction import Construction
 from opendelta.delta_configs import BaseDeltaConfig, require_json
 from opendelta.exceptions import (
-    BackboneMismatchWarning,
     CheckpointError,
     ConfigError,
     DeltaWarning,
@@ -41,6 +39,7 @@ from opendelta.exceptions import (
 )
 from opendelta.freezing import EVERY_DELTA, reached
 from opendelta.ownership import named_tensors, uncompiled
+from opendelta.saving.backbone_check import check_backbone, why_unhashed
 from opendelta.saving.files import (
     CONFIG_FILE,
     SAFETENSORS_FILE,
@@ -55,7 +54,7 @@ from opendelta.saving.files import (
     write_tensors,
 )
 from opendelta.saving.hash_cache import backbone_hash
-from opendelta.saving.hashing import bare_parameters, gen_model_hash, gen_parameter_hash, unhashable
+from opendelta.saving.hashing import bare_parameters, gen_parameter_hash
 from opendelta.sizes import random_state_kept_on_error
 
 if TYPE_CHECKING:
@@ -446,41 +445,6 @@ def _refuse_foreign(folder: Path) -> None:
             f"{folder} already holds a {CONFIG_FILE} that is not a delta's, and saving would "
             f"replace it ({error}) Choose another folder, or pass overwrite=True."
         ) from error
-
-
-def check_backbone(
-    config: BaseDeltaConfig, backbone: nn.Module, check_hash: bool | str = True
-) -> None:
-    """Warn if `backbone` is not the one whose hash `config` holds, see `from_finetuned`.
-
-    Raises:
-        ConfigError: if `check_hash` is neither a bool nor ``"full"``.
-    """
-    if isinstance(check_hash, str) and check_hash != "full":
-        raise ConfigError(f"check_hash={check_hash!r}; expected True, False or 'full'.")
-    if not check_hash or not config.backbone_hash:
-        return
-    reason = why_unhashed(backbone)
-    if reason is not None and not (check_hash == "full" and is_sharded(backbone)):
-        logger.info("The backbone's hash is not compared with the one in the config: %s.", reason)
-        return
-    hash_of = gen_model_hash if check_hash == "full" else backbone_hash
-    actual = hash_of(backbone, excludes=config.backbone_hash_excludes or ())
-    if actual != config.backbone_hash:
-        warn(
-            "This delta was trained on another backbone: the hash in its config is "
-            f"{config.backbone_hash} ({config.backbone_class}), that of the given one is {actual} "
-            f"({type(backbone).__name__}). Predictions will differ from the trained ones; "
-            "check_hash=False silences this.",
-            BackboneMismatchWarning,
-        )
-
-
-def why_unhashed(backbone: nn.Module) -> str | None:
-    """Why the hash of a backbone is not taken now, None if it can be."""
-    if is_sharded(backbone):
-        return "it is sharded, and not gathered unasked (check_hash='full' does, on all ranks)"
-    return unhashable(backbone)
 
 
 def load_tensors(
