@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel, register
-from opendelta.backbone_state import deltas
 from opendelta.basemodel import DeltaBase
 from opendelta.center import (
     DeltaCenter,
@@ -41,6 +40,7 @@ from opendelta.inspection import (
     num_total_parameters,
     num_trainable_parameters,
 )
+from opendelta.mechanism.backbone_state import deltas
 from opendelta.routing import route
 from opendelta.saving.hashing import gen_model_hash, gen_parameter_hash
 from opendelta.version import __version__

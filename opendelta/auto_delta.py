@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from opendelta.center.resolve import resolve, source_arguments
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import ConfigError, nearest
-from opendelta.saving.files import read_config
+from opendelta.ground.files import read_config
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from opendelta.addressing.patterns import as_patterns
 from opendelta.arguments import checked
-from opendelta.backbone_state import BackboneState, SubmoduleTrim
 from opendelta.backends import check_backend
-from opendelta.backends.engines import join_engine
 from opendelta.backends.sharding import reshard
 from opendelta.combining import require_equal_hyperparameters, weighted_sums
 from opendelta.delta_configs import BaseDeltaConfig
@@ -26,10 +24,12 @@ from opendelta.exceptions import (
     UnmatchedPatternWarning,
 )
 from opendelta.freezing import EVERY_DELTA, freeze
-from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, switch
+from opendelta.ground.walk import uncompiled
 from opendelta.inspection import Summary, num_total_parameters, print_log, summary
+from opendelta.mechanism.backbone_state import BackboneState, SubmoduleTrim
+from opendelta.mechanism.engines import join_engine
+from opendelta.mechanism.insertion import Insertion, ModuleInsertion, ParameterInsertion, switch
 from opendelta.merging import MergeMixin
-from opendelta.ownership import uncompiled
 from opendelta.saving.backbone_check import check_backbone
 
 INTERACTIVE_PORT = 8888

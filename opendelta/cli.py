@@ -22,10 +22,10 @@ from opendelta.center.center import DeltaCenter
 from opendelta.center.contents import CARD_FILE, FILES, DeltaInfo
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import CenterError, OpenDeltaError
+from opendelta.ground.files import CONFIG_FILE, copy_atomically, read_config, resolve_folder
 from opendelta.inspection import Visualization
 from opendelta.inspection.display import plain_text, show
 from opendelta.saving.conversion import FORMATS, read_weights, require_new, write_converted
-from opendelta.saving.files import CONFIG_FILE, copy_atomically, read_config, resolve_folder
 from opendelta.saving.model_folder import build_backbone
 from opendelta.version import __version__
 from opendelta.web import select_modules

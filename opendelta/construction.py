@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
 
-from opendelta import dispatch as actions
-from opendelta.backbone_state import BackboneState
 from opendelta.backends import bmt
-from opendelta.backends.engines import join_engine, require_open
 from opendelta.backends.sharding import agreeing, class_name, reshard
-from opendelta.dispatch import AfterDispatcher, BeforeDispatcher, Dispatcher
 from opendelta.exceptions import InsertionError
-from opendelta.insertion import (
+from opendelta.ground.names import numbered
+from opendelta.ground.walk import unblocked
+from opendelta.ground.widths import read_widths
+from opendelta.inspection import num_total_parameters
+from opendelta.mechanism import dispatch as actions
+from opendelta.mechanism.backbone_state import BackboneState
+from opendelta.mechanism.dispatch import AfterDispatcher, BeforeDispatcher, Dispatcher
+from opendelta.mechanism.engines import join_engine, require_open
+from opendelta.mechanism.insertion import (
     Insertion,
     ModuleInsertion,
     ParameterInsertion,
     Replacement,
     place_of,
 )
-from opendelta.inspection import num_total_parameters
-from opendelta.ownership import inserted_names, own_modules, unblocked
-from opendelta.sizes import measure_widths, random_state_kept_on_error, read_widths
+from opendelta.mechanism.ownership import inserted_names, own_modules
+from opendelta.sizes import measure_widths, random_state_kept_on_error
 from opendelta.targeting import Targeting
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase
     from opendelta.delta_configs import BaseDeltaConfig
-
-
-def numbered(base: str) -> Iterator[str]:
-    """``base, base_1, base_2, ...``: the names of several deltas of one kind on one module."""
-    return itertools.chain([base], (f"{base}_{count}" for count in itertools.count(1)))
 
 
 def _sides(method: str, delta: nn.Module) -> list[tuple[type[Dispatcher], Callable[..., Any]]]:

@@ -18,7 +18,7 @@ from opendelta.center.center import DeltaCenter
 from opendelta.center.names import check_name
 from opendelta.center.resolve import SOURCE_ARGUMENTS, resolve, source_arguments
 from opendelta.exceptions import CheckpointError, ConfigError, UnknownArgumentError, nearest
-from opendelta.saving.files import CONFIG_FILE, read_config, write_atomically
+from opendelta.ground.files import CONFIG_FILE, read_config, write_atomically
 from opendelta.version import __version__
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from opendelta.addressing.patterns import as_patterns, lineage, matches_any
-from opendelta.backbone_state import BackboneState, own_parameters
+from opendelta.addressing.patterns import as_patterns, matches_any
 from opendelta.exceptions import (
     AddressingError,
     DeltaWarning,
@@ -17,8 +16,10 @@ from opendelta.exceptions import (
     nearest,
     warn,
 )
-from opendelta.insertion import ParameterInsertion
-from opendelta.ownership import dotted, own_modules
+from opendelta.ground.names import dotted, lineage
+from opendelta.mechanism.backbone_state import BackboneState, own_parameters
+from opendelta.mechanism.insertion import ParameterInsertion
+from opendelta.mechanism.ownership import own_modules
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase

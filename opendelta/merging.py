@@ -13,12 +13,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from opendelta.backbone_state import BackboneState
 from opendelta.backends.sharding import is_shard
-from opendelta.dispatch import ADDITIVE, forget_compiled_code
 from opendelta.exceptions import InsertionError
-from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, ParameterSlot
-from opendelta.ownership import dotted, own_modules
+from opendelta.ground.names import dotted
+from opendelta.mechanism.backbone_state import BackboneState
+from opendelta.mechanism.dispatch import ADDITIVE, forget_compiled_code
+from opendelta.mechanism.insertion import (
+    Insertion,
+    ModuleInsertion,
+    ParameterInsertion,
+    ParameterSlot,
+)
+from opendelta.mechanism.ownership import own_modules
 from opendelta.saving.checkpoint import SaveLoadMixin
 
 if TYPE_CHECKING:

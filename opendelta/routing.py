@@ -25,13 +25,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from opendelta.backbone_state import deltas as deltas_of
 from opendelta.basemodel import DeltaBase
 from opendelta.construction import reads_without_calling
-from opendelta.dispatch import Args, Dispatcher, Kwargs, first_hidden
 from opendelta.exceptions import ConfigError, InsertionError
-from opendelta.insertion import ModuleInsertion, ParameterInsertion, Replacement
-from opendelta.ownership import own_modules, uncompiled
+from opendelta.ground.containers import Args, Kwargs, first_hidden
+from opendelta.ground.walk import uncompiled
+from opendelta.mechanism.backbone_state import deltas as deltas_of
+from opendelta.mechanism.dispatch import Dispatcher
+from opendelta.mechanism.insertion import ModuleInsertion, ParameterInsertion, Replacement
+from opendelta.mechanism.ownership import own_modules
 
 Entry = tuple[str, Callable[..., Any]]  # of a dispatcher
 Step = tuple[Callable[..., Any], nn.Module]  # an action and the delta module that it runs

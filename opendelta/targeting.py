@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from opendelta.addressing.common_structure import CommonStructureMap
-from opendelta.addressing.patterns import REGEX_MARK, as_patterns, lineage, matches
+from opendelta.addressing.patterns import REGEX_MARK, as_patterns, matches
 from opendelta.addressing.targets import (
     common_name_hint,
     excluded_modules,
@@ -18,7 +18,9 @@ from opendelta.addressing.targets import (
     own_name_hint,
 )
 from opendelta.exceptions import AddressingError, InsertionError
-from opendelta.ownership import child_of, own_modules, unblocked, uncompiled
+from opendelta.ground.names import lineage
+from opendelta.ground.walk import child_of, unblocked, uncompiled
+from opendelta.mechanism.ownership import own_modules
 
 
 class Targeting(nn.Module):

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from opendelta.backbone_state import deltas
-from opendelta.backends.engines import require_whole
 from opendelta.backends.sharding import is_sharded, reshard
 from opendelta.basemodel import DeltaBase
 from opendelta.exceptions import InsertionError
+from opendelta.mechanism.backbone_state import deltas
+from opendelta.mechanism.engines import require_whole
 
 FOLDER = "delta"
 

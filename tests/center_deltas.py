@@ -28,9 +28,7 @@ def saved(folder: Path, seed: int = 0, method: str = "LoraModel") -> DeltaBase:
     return delta
 
 
-def written(
-    folder: Path, seed: int, size: int = 2_000_000, weights: bytes | None = None
-) -> Path:
+def written(folder: Path, seed: int, size: int = 2_000_000, weights: bytes | None = None) -> Path:
     """Files that look like a delta with large weights, made without torch."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = random.Random(seed).randbytes(size) if weights is None else weights

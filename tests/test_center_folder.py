@@ -60,9 +60,7 @@ def test_versions_branches_and_names(center: DeltaCenter, tmp_path: Path) -> Non
     assert info.sizes["model.safetensors"] == 1000
 
 
-def test_files_may_be_read_by_the_others(
-    center: DeltaCenter, share: Path, tmp_path: Path
-) -> None:
+def test_files_may_be_read_by_the_others(center: DeltaCenter, share: Path, tmp_path: Path) -> None:
     center.push(written(tmp_path / "1", 1, 1000), NAME)
     mask = os.umask(0)
     os.umask(mask)
@@ -309,9 +307,7 @@ def test_a_full_disk(center: DeltaCenter, share: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "cache").rglob("incoming/*")) == []
 
 
-def test_what_a_killed_process_left_goes_after_a_day(
-    center: DeltaCenter, tmp_path: Path
-) -> None:
+def test_what_a_killed_process_left_goes_after_a_day(center: DeltaCenter, tmp_path: Path) -> None:
     center.push(written(tmp_path / "1", 1, 1000), NAME)
     incoming = center.pull(NAME).parent / "incoming"
     for name, age in (("old", 25), ("new", 23)):

@@ -299,9 +299,7 @@ def test_pulling_without_the_right(case: str, hub: HubServer, tmp_path: Path) ->
     ("token", "status"),
     [(False, "401"), ("hf_wrong", "401"), ("hf_reader", "403"), ("hf_bob", "403")],
 )
-def test_pushing_without_the_right(
-    token: Any, status: str, hub: HubServer, tmp_path: Path
-) -> None:
+def test_pushing_without_the_right(token: Any, status: str, hub: HubServer, tmp_path: Path) -> None:
     with pytest.raises(CenterError, match=status):
         HubCenter(hub.url, token).push(written(tmp_path / "1", 1, 1000), NAME)
     assert NAME not in hub.repos
@@ -495,9 +493,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_repository_that_holds_no_whole_delta(
-    case: str, hub: HubServer, tmp_path: Path
-) -> None:
+def test_a_repository_that_holds_no_whole_delta(case: str, hub: HubServer, tmp_path: Path) -> None:
     saved(tmp_path / "delta")
     files, words = wrong(tmp_path / "delta")[case]
     hub.hold(NAME, files)

@@ -186,4 +186,3 @@ def test_the_default_name(given_: dict[str, Any], name: str) -> None:
 @given(st.dictionaries(st.sampled_from("abc"), st.text(max_size=12)))
 def test_every_default_name_is_a_name(values: dict[str, str]) -> None:
     assert check_name(create_default_name(**values))
-

@@ -243,9 +243,7 @@ def test_another_center_and_revision(run: Run, fail: Fail, tmp_path: Path) -> No
     assert "no such" not in run(f"info {NAME} --center {other}")
 
 
-def test_the_hub(
-    run: Run, fail: Fail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hub(run: Run, fail: Fail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_apart(monkeypatch, tmp_path, xet=True)
     hurry(monkeypatch)
     delta = place("LoraModel", "mlp", lora_r=3)

@@ -21,7 +21,7 @@ from opendelta import (
     ParallelAdapterModel,
 )
 from opendelta.exceptions import AddressingError, InsertionError
-from opendelta.insertion import ModuleInsertion
+from opendelta.mechanism.insertion import ModuleInsertion
 
 TEXT: dict[str, Any] = {
     "vocab_size": 40,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import opendelta
 from opendelta import CommonStructureMap, LoraModel
 from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
-from opendelta.ownership import every_module
+from opendelta.ground.walk import every_module
 
 IDS = torch.arange(8).view(2, 4) + 3
 

@@ -26,9 +26,7 @@ from rich.text import Text
 from torch import nn
 
 import opendelta
-from opendelta.dispatch import AfterDispatcher, after
 from opendelta.exceptions import DeltaWarning
-from opendelta.insertion import ModuleInsertion
 from opendelta.inspection import (
     Visualization,
     inspect_module_statistics,
@@ -41,6 +39,8 @@ from opendelta.inspection import (
     summary,
 )
 from opendelta.inspection.folding import fold_names, number_ranges
+from opendelta.mechanism.dispatch import AfterDispatcher, after
+from opendelta.mechanism.insertion import ModuleInsertion
 
 Line = tuple[int, str]  # depth, text
 MANIFEST = json.loads((Path(backbones.__file__).parent / "manifest.json").read_text())

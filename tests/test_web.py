@@ -29,7 +29,7 @@ from web_selection import Backbone, Selection, selecting
 import opendelta
 from opendelta import AutoDeltaModel, BitFitModel, DeltaBase, LoraModel
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError
-from opendelta.ownership import own_modules
+from opendelta.mechanism.ownership import own_modules
 from opendelta.web import interactive, select_modules, selector
 from opendelta.web.app import selection_app
 from opendelta.web.tree import Node, folded_tree

@@ -8,15 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from opendelta.addressing.graph import (
-    Graph,
-    below,
-    inside,
-    join,
-    leaf_of,
-    parent_of,
-    words,
-)
+from opendelta.addressing.graph import Graph
 from opendelta.addressing.roles import (
     DOWN,
     FEED_FORWARD,
@@ -30,6 +22,7 @@ from opendelta.addressing.roles import (
     letters_of,
     own_words,
 )
+from opendelta.ground.names import below, dotted, inside, leaf_of, parent_of, words
 
 
 @dataclass
@@ -80,7 +73,7 @@ def _says_attention(name: str) -> bool:
 
 def _nameless_fusion(graph: Graph, holder: str) -> str | None:
     """The layer of an attention without named projections that computes q, k and v at once."""
-    direct = (join(holder, child) for child in graph.children[holder])
+    direct = (dotted(holder, child) for child in graph.children[holder])
     widths = {linear: graph.linears[linear] for linear in direct if linear in graph.linears}
     for linear, (width_in, width_out) in widths.items():
         if width_out == 3 * width_in:
@@ -168,7 +161,7 @@ def _output_beside(graph: Graph, attention: Attention, free: Mapping[str, None])
     return [
         linear
         for child in graph.children[place]
-        if (linear := join(place, child)) in free
+        if (linear := dotted(place, child)) in free
         and not {"o", "out", "output", "proj"}.isdisjoint(words(child))
         and FEED_FORWARD.isdisjoint(words(child))
         and DOWN.isdisjoint(set(words(child)) - {"out", "output"})
@@ -178,7 +171,7 @@ def _output_beside(graph: Graph, attention: Attention, free: Mapping[str, None])
 
 def name_mixer(graph: Graph, block: Block, free: dict[str, None]) -> None:
     """Input and output projection of a block that mixes positions without attention."""
-    for place in (join(member, c) for member in block.members for c in graph.children[member]):
+    for place in (dotted(member, c) for member in block.members for c in graph.children[member]):
         linears = [linear for linear in graph.linears_below(place) if linear in free]
         first = [c for c in linears if not {"in", "input"}.isdisjoint(words(leaf_of(c)))]
         last = [c for c in linears if not {"out", "output"}.isdisjoint(words(leaf_of(c)))]

@@ -19,22 +19,23 @@ from itertools import takewhile
 from torch import nn
 
 from opendelta.addressing.family_trees import family_at
-from opendelta.addressing.graph import (
-    Graph,
-    ancestors,
-    below,
-    inside,
-    join,
-    leaf_of,
-    parent_of,
-    words,
-)
+from opendelta.addressing.graph import Graph
 from opendelta.addressing.inference import find_blocks, is_norm
-from opendelta.addressing.patterns import lineage, matches_any
+from opendelta.addressing.patterns import matches_any
 from opendelta.addressing.roles import FUSED, Block
 from opendelta.addressing.towers import find_towers, input_embeddings, output_embeddings
 from opendelta.exceptions import AddressingError, DeltaWarning, nearest
-from opendelta.ownership import own_modules
+from opendelta.ground.names import (
+    ancestors,
+    below,
+    dotted,
+    inside,
+    leaf_of,
+    lineage,
+    parent_of,
+    words,
+)
+from opendelta.mechanism.ownership import own_modules
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class CommonStructureMap:
                 return None
         for place in (org_key, *ancestors(org_key)):
             if place in self._named:
-                return join(self._named[place].common, below(org_key, place))
+                return dotted(self._named[place].common, below(org_key, place))
         return org_key
 
     def names(self, org_key: str) -> tuple[str, ...]:
@@ -333,11 +334,11 @@ class CommonStructureMap:
             lists[home] = self._name_list(home, block, lists, causal.get(home))
         common = lists[home]
         if home != block.place:
-            common = join(common, leaf_of(block.place))
+            common = dotted(common, leaf_of(block.place))
             if not block.parts:
                 self._named[block.place] = _Named(common, common, "", block.why)
         for name, site in block.sites.items():
-            self._named[name] = _Named(join(common, site.role), common, site.role, site.why)
+            self._named[name] = _Named(dotted(common, site.role), common, site.role, site.why)
 
     def _name_list(
         self, home: str, block: Block, lists: dict[str, str], causal: bool | None
@@ -349,18 +350,18 @@ class CommonStructureMap:
             return stack
         said = {word for part in home.split(".") for word in words(part)}
         if causal is not None and said.isdisjoint({"encoder", "decoder"}):
-            stack = join(stack, "decoder" if causal else "encoder")
-        common = join(stack, "block")
+            stack = dotted(stack, "decoder" if causal else "encoder")
+        common = dotted(stack, "block")
         if common in lists.values():
-            common = join(stack, leaf_of(home), "block")
+            common = dotted(stack, leaf_of(home), "block")
         self._named[home] = _Named(common, "", "", "the list of blocks")
         for child in self._graph.children[outer]:
-            name = join(outer, child)
+            name = dotted(outer, child)
             of_embeddings = any(word.startswith("emb") for word in words(child))
             norm = name not in self._named and is_norm(name, self._graph.modules[name])
             if norm and not of_embeddings:
                 why = "a norm beside the list of blocks"
-                self._named[name] = _Named(join(stack, "layer_norm"), "", "layer_norm", why)
+                self._named[name] = _Named(dotted(stack, "layer_norm"), "", "layer_norm", why)
         return common
 
     def _add_outer(self, name: str, role: str, why: str) -> None:
@@ -368,7 +369,7 @@ class CommonStructureMap:
         outer = parent_of(name)
         if any(word.startswith(("emb", "head", "pred")) for word in words(leaf_of(outer))):
             outer = parent_of(outer)
-        common = join(self.transform(outer, strict=False) or "", role)
+        common = dotted(self.transform(outer, strict=False) or "", role)
         self._named[name] = _Named(common, "", role, why)
 
     # --- telling ----------------------------------------------------------------------------------
@@ -437,7 +438,7 @@ def _outer_role(common: str) -> str:
 def _played(role: str) -> tuple[str, ...]:
     """The roles that a module plays: ``attn.qkv`` is ``attn.q``, ``attn.k`` and ``attn.v``."""
     home, _, end = role.rpartition(".")
-    return tuple(join(home, part) for part in FUSED.get(end, (end,)))
+    return tuple(dotted(home, part) for part in FUSED.get(end, (end,)))
 
 
 def _is_block(common: str) -> bool:

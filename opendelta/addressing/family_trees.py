@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opendelta.addressing.graph import Graph, join, parent_of
+from opendelta.addressing.graph import Graph
+from opendelta.ground.names import dotted, parent_of
 
 Tree = Mapping[str, Any]
 
@@ -249,15 +250,15 @@ def apply_tree(tree: Tree, graph: Graph, path: str, common: str) -> dict[str, st
         if key == "__name__":
             continue
         if key == "$":
-            found = [(join(path, child), child) for child in graph.children[path]]
+            found = [(dotted(path, child), child) for child in graph.children[path]]
         else:
-            found = [(join(path, key), "")]
+            found = [(dotted(path, key), "")]
         for name, number in found:
             if name not in graph.modules:
                 continue
             own = node["__name__"].replace("$", number)
             if own:
-                names[name] = join(common, own)
+                names[name] = dotted(common, own)
             names.update(apply_tree(node, graph, name, names.get(name, common)))
     return names
 
@@ -267,7 +268,7 @@ def family_at(graph: Graph, path: str) -> tuple[Family, dict[str, str]] | None:
     for family in FAMILIES:
         if family.signature[0].split(".")[0] not in graph.children[path]:
             continue  # spares most modules the paths below
-        if all(join(path, entry) in graph.modules for entry in family.signature):
+        if all(dotted(path, entry) in graph.modules for entry in family.signature):
             names = apply_tree(family.body, graph, path, path)
             if _covers(graph, names):
                 outside = parent_of(path)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from opendelta.addressing.graph import Graph, is_depthwise, join, leaf_of, parent_of, words
+from opendelta.addressing.graph import Graph, is_depthwise
 from opendelta.addressing.roles import (
     DOWN,
     FEED_FORWARD,
@@ -17,6 +17,7 @@ from opendelta.addressing.roles import (
     Site,
     own_words,
 )
+from opendelta.ground.names import dotted, leaf_of, parent_of, words
 
 
 def find_chains(
@@ -28,7 +29,7 @@ def find_chains(
 ) -> None:
     """Take the layers of feed-forwards inside `place` from `free`, the innermost first."""
     said = words(leaf_of(place))
-    children = [join(place, child) for child in graph.children[place]]
+    children = [dotted(place, child) for child in graph.children[place]]
     aside = any("norm" in word for word in said) or not NOT_FEED_FORWARD.isdisjoint(said)
     for child in children:
         if not aside and child not in graph.linears and graph.linears_below(child):

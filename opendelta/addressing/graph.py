@@ -2,54 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Iterator
-from functools import lru_cache
 
 from torch import nn
 
-from opendelta.ownership import own_modules
-from opendelta.sizes import read_widths
-
-
-def join(*parts: str) -> str:
-    """The dotted name of `parts`, empty ones left out."""
-    return ".".join(part for part in parts if part)
-
-
-def parent_of(name: str) -> str:
-    """The name of the module that holds the one called `name`."""
-    return name.rpartition(".")[0]
-
-
-def leaf_of(name: str) -> str:
-    """The last part of `name`."""
-    return name.rpartition(".")[2]
-
-
-def ancestors(name: str) -> Iterator[str]:
-    """The modules around `name`, nearest first, the root (``""``) last."""
-    while name:
-        name = parent_of(name)
-        yield name
-
-
-def inside(name: str, place: str) -> bool:
-    """Whether `name` is `place` or lies below it."""
-    return not place or name == place or name.startswith(place + ".")
-
-
-def below(name: str, place: str) -> str:
-    """The path from `place` to `name`, which lies below it."""
-    return name[len(place) + 1 :] if place else name
-
-
-@lru_cache(maxsize=65536)
-def words(part: str) -> tuple[str, ...]:
-    """The lower-case words of one part of a name: ``EncDecAttn1`` -> enc, dec, attn, 1."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", part)
-    return tuple(re.findall(r"[a-z]+|\d+", spaced.lower()))
+from opendelta.ground.names import ancestors, leaf_of, parent_of
+from opendelta.ground.widths import read_widths
+from opendelta.mechanism.ownership import own_modules
 
 
 class Graph:

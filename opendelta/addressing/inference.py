@@ -28,8 +28,9 @@ from torch import nn
 
 from opendelta.addressing.attention import Attention, find_attentions, name_attention, name_mixer
 from opendelta.addressing.feed_forward import find_chains, fused_experts, name_feed_forward
-from opendelta.addressing.graph import Graph, ancestors, inside, join, leaf_of, parent_of, words
+from opendelta.addressing.graph import Graph
 from opendelta.addressing.roles import Block, Site, letters_of
+from opendelta.ground.names import ancestors, dotted, inside, leaf_of, parent_of, words
 
 
 def find_blocks(graph: Graph, named: set[str]) -> list[Block]:
@@ -53,7 +54,7 @@ def find_blocks(graph: Graph, named: set[str]) -> list[Block]:
     taken = {member for block in blocks.values() for member in block.members} | named
     outer = {place for name in taken for place in ancestors(name)}
     homes = dict.fromkeys(parent_of(name) for name in taken)
-    beside = [join(home, child) for home in homes for child in graph.children[home]]
+    beside = [dotted(home, child) for home in homes for child in graph.children[home]]
     for place in beside if taken else _elements(graph):
         if place in taken or place in outer or not graph.is_element(place):
             continue
@@ -93,7 +94,7 @@ def _block_around(
         joined = [
             other
             for child in graph.children[shelf]
-            if (other := join(shelf, child, leaf_of(place))) in graph.modules
+            if (other := dotted(shelf, child, leaf_of(place))) in graph.modules
             and graph.is_element(other)
             and len(graph.children[parent_of(other)]) == len(graph.children[home])
             and (other == place or other not in around)
@@ -106,7 +107,7 @@ def _block_around(
     for place in (holder, *ancestors(holder)):
         if around[place] > 1 or not {"pool", "pooler", "head"}.isdisjoint(words(leaf_of(place))):
             break
-        firsts = (join(parent_of(place), b, "0") for b in graph.children[parent_of(place)])
+        firsts = (dotted(parent_of(place), b, "0") for b in graph.children[parent_of(place)])
         if any(around[first] and graph.is_element(first) for first in firsts):
             parts = (place,) if place == holder else ()
             return Block(place, parts, "an attention beside the list of blocks")
@@ -199,4 +200,4 @@ def _name_norms(graph: Graph, blocks: Iterable[Block]) -> None:
             owner = next((place for place in ancestors(name) if place in block.sites), "")
             part = block.sites[owner].role if inside(owner, home) and owner else ""
             if not part or not letters_of(leaf_of(name).replace("norm", "")):
-                block.sites[name] = Site(join(part, "layer_norm"), "a norm")
+                block.sites[name] = Site(dotted(part, "layer_norm"), "a norm")

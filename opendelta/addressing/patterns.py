@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from opendelta.exceptions import AddressingError
+from opendelta.ground.names import lineage
 
 REGEX_MARK = "[r]"
 
@@ -61,20 +62,6 @@ def matches(name: str, pattern: str) -> bool:
 def matches_any(names: Iterable[str], pattern: str) -> bool:
     """Whether `pattern` addresses one of `names` (a module's own name and its common names)."""
     return any(matches(name, pattern) for name in names)
-
-
-def lineage(name: str) -> list[str]:
-    """`name` and its ancestors, nearest first: ``a.b.c`` -> ``["a.b.c", "a.b", "a"]``."""
-    names = [name]
-    while "." in name:
-        name = name.rsplit(".", 1)[0]
-        names.append(name)
-    return names
-
-
-def fold_numbers(names: Iterable[str]) -> list[str]:
-    """Names with their numbers as ``$``, each once: ``layer.0.fc, layer.1.fc -> layer.$.fc``."""
-    return list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "$", name) for name in names))
 
 
 # The four functions of 0.3.2 (specification 1.23.4) ------------------------------------------

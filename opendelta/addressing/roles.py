@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from opendelta.addressing.graph import below, inside, leaf_of, parent_of, words
+from opendelta.ground.names import below, inside, leaf_of, parent_of, words
 
 
 def _words(text: str) -> frozenset[str]:

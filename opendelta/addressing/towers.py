@@ -11,16 +11,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from opendelta.addressing.graph import (
-    Graph,
-    ancestors,
-    below,
-    inside,
-    join,
-    leaf_of,
-    parent_of,
-    words,
-)
+from opendelta.addressing.graph import Graph
+from opendelta.ground.names import ancestors, below, dotted, inside, leaf_of, parent_of, words
 
 
 def _words(text: str) -> frozenset[str]:
@@ -92,7 +84,7 @@ def find_towers(
     deepest = _around_all(stacks) if embeddings is None else parent_of(embeddings)
     for place in reversed([deepest, *ancestors(deepest)]):
         parts = dict.fromkeys(
-            join(place, below(stack, place).split(".")[0])
+            dotted(place, below(stack, place).split(".")[0])
             for stack in kept
             if inside(stack, place) and stack != place
         )

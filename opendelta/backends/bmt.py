@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from opendelta.exceptions import ConfigError
 
 if TYPE_CHECKING:
-    from opendelta.insertion import Insertion
+    from opendelta.mechanism.insertion import Insertion
 
 
 def require_bmtrain() -> None:

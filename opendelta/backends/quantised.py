@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.exceptions import DeltaWarning, warn
-from opendelta.ownership import every_parameter
+from opendelta.ground.walk import every_parameter
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from opendelta.backends import bmt
 from opendelta.exceptions import CheckpointError
-from opendelta.ownership import every_module, every_parameter
+from opendelta.ground.walk import every_module, every_parameter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

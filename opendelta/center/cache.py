@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from opendelta.center.names import as_file_name, is_hash
-from opendelta.saving.files import CONFIG_FILE, write_atomically
+from opendelta.ground.files import CONFIG_FILE, write_atomically
 
 _DAY = 24 * 60 * 60.0
 

@@ -13,7 +13,7 @@ from opendelta.center.contents import CARD_FILE
 from opendelta.center.names import check_name
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import CenterError
-from opendelta.saving.files import write_atomically
+from opendelta.ground.files import write_atomically
 
 # A card with this line is written anew by the next push; without it, it is the user's own.
 _MARK = "<!-- Written by OpenDelta. Without this line, the next push leaves the card alone. -->"

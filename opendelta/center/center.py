@@ -31,7 +31,7 @@ from opendelta.center.names import (
     without_password,
 )
 from opendelta.exceptions import CenterError, OpenDeltaError, UnreachableError
-from opendelta.saving.files import CONFIG_FILE, read_config
+from opendelta.ground.files import CONFIG_FILE, read_config
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opendelta.exceptions import CenterError
-from opendelta.saving.files import CONFIG_FILE, WEIGHT_FILES, read_config, sha256_of
+from opendelta.ground.files import CONFIG_FILE, WEIGHT_FILES, read_config, sha256_of
 
 CARD_FILE = "README.md"
 # Names that are ever read from a center, whatever else lies there.

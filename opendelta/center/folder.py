@@ -15,7 +15,7 @@ from opendelta.center.contents import TEXT_LIMIT
 from opendelta.center.progress import copy_stream
 from opendelta.center.versions import VersionedCenter
 from opendelta.exceptions import CenterError, UnreachableError
-from opendelta.saving.files import copy_atomically, write_atomically
+from opendelta.ground.files import copy_atomically, write_atomically
 
 
 class FolderCenter(VersionedCenter):

@@ -13,7 +13,7 @@ from opendelta.center.cache import default_cache_dir, is_offline
 from opendelta.center.center import DeltaCenter
 from opendelta.center.contents import TEXT_LIMIT
 from opendelta.exceptions import CenterError, UnreachableError
-from opendelta.saving.files import CONFIG_FILE, resolve_folder, write_atomically
+from opendelta.ground.files import CONFIG_FILE, resolve_folder, write_atomically
 
 # Arguments of loading that say where a delta comes from, and how.
 SOURCE_ARGUMENTS = frozenset(

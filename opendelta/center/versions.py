@@ -21,7 +21,7 @@ from opendelta.center.center import DeltaCenter
 from opendelta.center.contents import FILES, RemoteFile, Version
 from opendelta.center.names import as_file_name, as_name, check_name, is_hash
 from opendelta.exceptions import CenterError
-from opendelta.saving.files import sha256_of
+from opendelta.ground.files import sha256_of
 
 _MANIFEST = "manifest.json"
 

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opendelta.delta_models.lookup_attention import LookupAttention, watch_attention_lookup
 from opendelta.delta_models.prefixed_call import begin, end
-from opendelta.dispatch import Args
+from opendelta.ground.containers import Args
 from opendelta.sizes import run_pseudo_input
 
 

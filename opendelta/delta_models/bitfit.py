@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.addressing.feed_forward import about_experts
-from opendelta.addressing.graph import words
 from opendelta.auto_delta import register
-from opendelta.backbone_state import BackboneState, unmerged
 from opendelta.backends.quantised import is_offloaded
 from opendelta.backends.sharding import full
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
-from opendelta.dispatch import Args, Kwargs, map_hidden
 from opendelta.exceptions import InsertionError
-from opendelta.insertion import Insertion, ParameterInsertion, ParameterSlot, place_of
-from opendelta.ownership import inserted_names, own_modules
-from opendelta.sizes import is_embedding, read_widths
+from opendelta.ground.containers import Args, Kwargs, map_hidden
+from opendelta.ground.names import words
+from opendelta.ground.widths import is_embedding, read_widths
+from opendelta.mechanism.backbone_state import BackboneState, unmerged
+from opendelta.mechanism.insertion import Insertion, ParameterInsertion, ParameterSlot, place_of
+from opendelta.mechanism.ownership import inserted_names, own_modules
 
 if TYPE_CHECKING:
     from opendelta.routing import Rows

@@ -9,8 +9,9 @@ from torch import nn
 
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.basemodel import DeltaBase
-from opendelta.dispatch import AfterDispatcher, Args, Kwargs, after, map_hidden
 from opendelta.exceptions import ConfigError
+from opendelta.ground.containers import Args, Kwargs, map_hidden
+from opendelta.mechanism.dispatch import AfterDispatcher, after
 
 
 def after_channels(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:

@@ -17,16 +17,18 @@ from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.addressing.feed_forward import about_experts
 from opendelta.addressing.patterns import as_patterns, matches_any
 from opendelta.auto_delta import register
-from opendelta.backends.engines import split_by
 from opendelta.basemodel import DeltaBase
 from opendelta.construction import reads_without_calling
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.low_rank_add import low_rank_add
-from opendelta.dispatch import AfterDispatcher, Args, Kwargs, first_hidden, map_hidden, onto
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
-from opendelta.insertion import Insertion, ModuleInsertion
-from opendelta.ownership import dotted, own_children
-from opendelta.sizes import read_widths
+from opendelta.ground.containers import Args, Kwargs, first_hidden, map_hidden
+from opendelta.ground.names import dotted
+from opendelta.ground.widths import read_widths
+from opendelta.mechanism.dispatch import AfterDispatcher, onto
+from opendelta.mechanism.engines import split_by
+from opendelta.mechanism.insertion import Insertion, ModuleInsertion
+from opendelta.mechanism.ownership import own_children
 
 if TYPE_CHECKING:
     from opendelta.routing import Rows

@@ -20,17 +20,10 @@ from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.adapter import Bottleneck
-from opendelta.dispatch import (
-    ADDITIVE,
-    AfterDispatcher,
-    Args,
-    BeforeDispatcher,
-    Kwargs,
-    first_hidden,
-    map_hidden,
-)
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError
-from opendelta.sizes import is_embedding
+from opendelta.ground.containers import Args, Kwargs, first_hidden, map_hidden
+from opendelta.ground.widths import is_embedding
+from opendelta.mechanism.dispatch import ADDITIVE, AfterDispatcher, BeforeDispatcher
 
 
 class ParallelAdapterLayer(nn.Module):

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from opendelta.addressing.patterns import fold_numbers
 from opendelta.auto_delta import register
 from opendelta.backends.bmt import has_distributed
 from opendelta.backends.sharding import is_dtensor, reshard
@@ -30,12 +29,14 @@ from opendelta.delta_models.lookup_attention import (
     watch_attention_lookup,
 )
 from opendelta.delta_models.prefixed_call import begin, end, running_call
-from opendelta.dispatch import Args, BeforeDispatcher, Kwargs, first_hidden
 from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
-from opendelta.insertion import ModuleInsertion
-from opendelta.ownership import dotted, own_modules
+from opendelta.ground.containers import Args, Kwargs, first_hidden
+from opendelta.ground.names import dotted, fold_numbers
+from opendelta.ground.widths import read_widths
+from opendelta.mechanism.dispatch import BeforeDispatcher
+from opendelta.mechanism.insertion import ModuleInsertion
+from opendelta.mechanism.ownership import own_modules
 from opendelta.signature import names_in_code
-from opendelta.sizes import read_widths
 
 if TYPE_CHECKING:
     from opendelta.routing import Rows

@@ -11,18 +11,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opendelta.addressing.graph import words
-from opendelta.addressing.patterns import lineage
 from opendelta.auto_delta import register
-from opendelta.backends.engines import require_unsplit
 from opendelta.backends.sharding import gathered, is_dtensor
 from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
-from opendelta.dispatch import AfterDispatcher, Args, BeforeDispatcher, Kwargs, first_hidden
 from opendelta.exceptions import ConfigError, InsertionError
-from opendelta.ownership import dotted, own_modules
+from opendelta.ground.containers import Args, Kwargs, first_hidden
+from opendelta.ground.names import dotted, lineage, words
+from opendelta.ground.widths import is_embedding
+from opendelta.mechanism.dispatch import AfterDispatcher, BeforeDispatcher
+from opendelta.mechanism.engines import require_unsplit
+from opendelta.mechanism.ownership import own_modules
 from opendelta.signature import get_arg_names_inside_func, names_in_code
-from opendelta.sizes import is_embedding
 
 ROOT, LAYER = "root", "soft_prompt_layer"
 PROMPT_ID = -1  # stands for a position of the prompt among ids

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opendelta.backends.engines import split_by
 from opendelta.backends.sharding import is_dtensor
 from opendelta.delta_models.lora import LoraLayer
 from opendelta.exceptions import InsertionError
+from opendelta.mechanism.engines import split_by
 
 
 class _Shared(torch.autograd.Function):

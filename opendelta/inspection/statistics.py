@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from opendelta.backbone_state import BackboneState, active_names
 from opendelta.backends.bmt import has_distributed
 from opendelta.backends.sharding import full_shape
-from opendelta.ownership import inserted_names, inserted_parameters, named_tensors, unblocked
+from opendelta.ground.walk import named_tensors, unblocked
+from opendelta.mechanism.backbone_state import BackboneState, active_names
+from opendelta.mechanism.ownership import inserted_names, inserted_parameters
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from opendelta.backends.sharding import full_shape
-from opendelta.dispatch import Seat
+from opendelta.ground.walk import unblocked
 from opendelta.inspection.display import notebook_cell, show
 from opendelta.inspection.tree import (
     DELTA,
@@ -39,7 +39,8 @@ from opendelta.inspection.tree import (
     VIRTUAL,
     ModuleTree,
 )
-from opendelta.ownership import inserted_names, inserted_parameters, own_modules, unblocked
+from opendelta.mechanism.dispatch import Seat
+from opendelta.mechanism.ownership import inserted_names, inserted_parameters, own_modules
 
 
 class Visualization:

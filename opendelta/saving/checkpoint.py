@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from opendelta.backbone_state import BackboneState, deltas, own_parameters, unmerged
-from opendelta.backends.engines import require_whole
 from opendelta.backends.sharding import (
     agreeing,
     assign,
@@ -38,9 +36,7 @@ from opendelta.exceptions import (
     warn,
 )
 from opendelta.freezing import EVERY_DELTA, reached
-from opendelta.ownership import named_tensors, uncompiled
-from opendelta.saving.backbone_check import check_backbone, why_unhashed
-from opendelta.saving.files import (
+from opendelta.ground.files import (
     CONFIG_FILE,
     SAFETENSORS_FILE,
     TORCH_FILE,
@@ -53,6 +49,10 @@ from opendelta.saving.files import (
     write_atomically,
     write_tensors,
 )
+from opendelta.ground.walk import named_tensors, uncompiled
+from opendelta.mechanism.backbone_state import BackboneState, deltas, own_parameters, unmerged
+from opendelta.mechanism.engines import require_whole
+from opendelta.saving.backbone_check import check_backbone, why_unhashed
 from opendelta.saving.hash_cache import backbone_hash
 from opendelta.saving.hashing import bare_parameters, gen_parameter_hash
 from opendelta.sizes import random_state_kept_on_error

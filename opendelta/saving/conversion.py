@@ -13,8 +13,7 @@ from opendelta.center.contents import FILES, check_weights, expected_files
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.lora import LoraModel
 from opendelta.exceptions import CheckpointError, ConfigError
-from opendelta.saving.exchange import CONFIG_FILE as PEFT_CONFIG_FILE
-from opendelta.saving.files import (
+from opendelta.ground.files import (
     SAFETENSORS_FILE,
     TORCH_FILE,
     read_tensors,
@@ -22,6 +21,7 @@ from opendelta.saving.files import (
     weights_in,
     write_tensors,
 )
+from opendelta.saving.exchange import CONFIG_FILE as PEFT_CONFIG_FILE
 from opendelta.saving.model_folder import load_backbone
 
 FORMATS = ("safetensors", "bin", "peft")

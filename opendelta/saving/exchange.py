@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from opendelta.addressing.patterns import REGEX_MARK, lineage, matches
-from opendelta.backbone_state import bare, own_parameters
+from opendelta.addressing.patterns import REGEX_MARK, matches
 from opendelta.delta_models.lora import LoraConfig, LoraEmbeddingLayer, LoraLayer, LoraModel
 from opendelta.exceptions import CheckpointError, ConfigError, nearest
 from opendelta.freezing import EVERY_DELTA
-from opendelta.insertion import ModuleInsertion
-from opendelta.ownership import dotted, own_modules, uncompiled
-from opendelta.saving.files import read_tensors, write_atomically, write_tensors
+from opendelta.ground.files import read_tensors, write_atomically, write_tensors
+from opendelta.ground.names import dotted, lineage
+from opendelta.ground.walk import uncompiled
+from opendelta.mechanism.backbone_state import bare, own_parameters
+from opendelta.mechanism.insertion import ModuleInsertion
+from opendelta.mechanism.ownership import own_modules
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase

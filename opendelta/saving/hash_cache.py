@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from opendelta.backbone_state import ever_trained
-from opendelta.ownership import uncompiled
+from opendelta.ground.walk import uncompiled
+from opendelta.mechanism.backbone_state import ever_trained
 from opendelta.saving.hashing import bare_parameters, gen_parameter_hash, structure_hash
 
 SAMPLES = 512

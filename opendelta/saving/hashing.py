@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opendelta.backbone_state import BackboneState, unmerged
 from opendelta.backends.quantised import has_repacked
 from opendelta.backends.sharding import class_name, full, full_shape
 from opendelta.exceptions import CheckpointError
-from opendelta.insertion import ParameterSlot
-from opendelta.ownership import dotted, every_parameter, own_children, own_modules, uncompiled
+from opendelta.ground.names import dotted
+from opendelta.ground.walk import every_parameter, uncompiled
+from opendelta.mechanism.backbone_state import BackboneState, unmerged
+from opendelta.mechanism.insertion import ParameterSlot
+from opendelta.mechanism.ownership import own_children, own_modules
 
 # Bytes copied at once from a device or a non-contiguous tensor, so that no whole model is copied.
 _PIECE = 1 << 24

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from opendelta.exceptions import CheckpointError, ConfigError, nearest
-from opendelta.saving.files import CONFIG_FILE
+from opendelta.ground.files import CONFIG_FILE
 
 
 def build_backbone(

@@ -18,9 +18,9 @@ from flask import Flask
 from torch import nn
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from opendelta.backbone_state import bare
 from opendelta.exceptions import AddressingError, ConfigError
-from opendelta.ownership import own_modules
+from opendelta.mechanism.backbone_state import bare
+from opendelta.mechanism.ownership import own_modules
 from opendelta.web.app import Count, selection_app
 
 PORTS_TO_TRY = 100

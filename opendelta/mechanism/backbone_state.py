@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opendelta.backends.bmt import is_distributed
-from opendelta.backends.engines import require_reduced
 from opendelta.backends.quantised import is_offloaded, warn_of_repacking
-from opendelta.dispatch import Dispatcher, forget_compiled_code
 from opendelta.exceptions import ConfigError, DeltaWarning, InsertionError, warn
-from opendelta.insertion import Insertion, ModuleInsertion, ParameterSlot, switch
-from opendelta.ownership import dotted, every_module, every_parameter, named_tensors, own_modules
+from opendelta.ground.names import dotted
+from opendelta.ground.walk import every_module, every_parameter, named_tensors
+from opendelta.mechanism.dispatch import Dispatcher, forget_compiled_code
+from opendelta.mechanism.engines import require_reduced
+from opendelta.mechanism.insertion import Insertion, ModuleInsertion, ParameterSlot, switch
+from opendelta.mechanism.ownership import own_modules
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase

@@ -18,17 +18,11 @@ from torch.utils.hooks import RemovableHandle
 
 from opendelta.backends.quantised import compute_dtype, execution_device
 from opendelta.backends.sharding import assign, full, is_shard
-from opendelta.dispatch import Dispatcher, Seat, add_bias, forget_compiled_code
 from opendelta.exceptions import InsertionError
-from opendelta.ownership import (
-    STANDS_FOR,
-    dotted,
-    every_module,
-    every_parameter,
-    named_parameters_of,
-    named_tensors,
-    own_modules,
-)
+from opendelta.ground.names import dotted
+from opendelta.ground.walk import every_module, every_parameter, named_parameters_of, named_tensors
+from opendelta.mechanism.dispatch import Dispatcher, Seat, add_bias, forget_compiled_code
+from opendelta.mechanism.ownership import STANDS_FOR, own_modules
 
 Place = tuple[torch.device, torch.dtype | None]
 

@@ -24,8 +24,13 @@ from opendelta.backends.sharding import (
     is_shard,
 )
 from opendelta.exceptions import DeltaWarning, InsertionError, warn
-from opendelta.insertion import Insertion, ModuleInsertion, ParameterInsertion, Replacement
-from opendelta.ownership import every_module, every_parameter
+from opendelta.ground.walk import every_module, every_parameter
+from opendelta.mechanism.insertion import (
+    Insertion,
+    ModuleInsertion,
+    ParameterInsertion,
+    Replacement,
+)
 
 _ORDER = (
     "Construct (or attach) the delta first, then let the engine wrap the backbone with the delta "

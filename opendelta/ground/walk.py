@@ -1,4 +1,4 @@
-"""Which modules and tensors are the backbone's own, and which a delta's."""
+"""Going over the modules and tensors of any network, in a fraction of `nn.Module`'s time."""
 
 from __future__ import annotations
 
@@ -6,63 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from opendelta.dispatch import AfterDispatcher, BeforeDispatcher
-
-STANDS_FOR = "_stands_for"  # attribute of a delta module that replaced one of the backbone's
-
-
-def inserted_names(module: nn.Module) -> tuple[str, ...]:
-    """Names under which deltas sit on `module`, attached or not, in order of execution."""
-    if not module._forward_hooks and not module._forward_pre_hooks:
-        return ()
-    dispatchers = (BeforeDispatcher.on(module), AfterDispatcher.on(module))
-    entries = [entry for dispatcher in dispatchers if dispatcher for entry in dispatcher.entries]
-    return tuple(dict.fromkeys(name for name, _ in entries))
-
-
-def inserted_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names of this module's direct parameters that belong to a delta (BitFit's ``bias``)."""
-    return tuple(name for name, p in module._parameters.items() if getattr(p, "_is_delta", False))
-
-
-def own_modules(
-    root: nn.Module, remove_duplicate: bool = True, originals: bool = False
-) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules()` of the backbone alone: nothing that sits inside a delta.
-
-    Args:
-        root: the backbone or a part of it.
-        remove_duplicate: whether a module with several names comes once, under the first.
-        originals: whether a replaced module comes in the place of what replaced it, rather than
-            being left out.
-    """
-    seen: set[int] = set()
-    stack = [("", unblocked(root))]
-    while stack:
-        name, module = stack.pop()
-        if remove_duplicate and id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield name, module
-        if module._modules:
-            prefix = f"{name}." if name else ""
-            children = reversed(own_children(module, originals))
-            stack += [(prefix + child_name, child) for child_name, child in children]
-
-
-def own_children(module: nn.Module, originals: bool = False) -> list[tuple[str, nn.Module]]:
-    """(name, child) of a module's children that are the backbone's own, see `own_modules`."""
-    deltas = inserted_names(module)
-    children = []
-    for name, child in module._modules.items():
-        if child is None or name in deltas:
-            continue
-        if STANDS_FOR in child.__dict__:
-            if not originals:
-                continue
-            (child,) = child.__dict__[STANDS_FOR]
-        children.append((name, unblocked(child)))
-    return children
+from opendelta.ground.names import dotted
 
 
 def every_module(root: nn.Module) -> Iterator[nn.Module]:
@@ -135,8 +79,3 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for own_name, tensor in (*part._parameters.items(), *part._buffers.items()):
             if tensor is not None and own_name not in part._non_persistent_buffers_set:
                 yield dotted(name, own_name), tensor
-
-
-def dotted(*parts: str) -> str:
-    """The dotted name of `parts`, empty ones left out."""
-    return ".".join(filter(None, parts))

@@ -1,0 +1,1 @@
+"""What everything stands on: names, walks, widths, containers, files. No word of deltas."""

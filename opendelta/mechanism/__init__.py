@@ -1,0 +1,1 @@
+"""How a delta gets on a backbone, runs and comes off; what is remembered of it."""
