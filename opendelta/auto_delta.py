@@ -1,85 +1,21 @@
-"""The registry of methods, and the classes that load any of them (specification 1.22)."""
+"""The classes that load a delta of any method (specification 1.22)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import Any
 
 from torch import Tensor, nn
 
+from opendelta.basemodel import DeltaBase
 from opendelta.center.resolve import resolve, source_arguments
-from opendelta.delta_configs import BaseDeltaConfig
-from opendelta.exceptions import ConfigError, nearest
+from opendelta.delta.config import ConfigFields
+from opendelta.delta.registry import REGISTRY, model_class_for, register
+from opendelta.delta_models.peft_files import from_peft
+from opendelta.exceptions import ConfigError
 from opendelta.ground.files import read_config
 
-if TYPE_CHECKING:
-    from opendelta.basemodel import DeltaBase
-
-REGISTRY: dict[str, type[DeltaBase]] = {}
-
-Model = TypeVar("Model", bound="type[DeltaBase]")
-
-
-@overload
-def register(first: Model) -> Model: ...
-@overload
-def register(first: str, *aliases: str) -> Callable[[Model], Model]: ...
-def register(first: Any, *aliases: str) -> Any:
-    """Class decorator: make a delta class known under its `delta_type`.
-
-    Args:
-        first: the class, for a bare ``@register``, or an alias.
-        aliases: further names that configs may use: ``@register("lowrankadapter")``.
-
-    Raises:
-        ConfigError: if the class names no `delta_type`, or another class has it.
-    """
-
-    def add(model: Model, names: tuple[str, ...]) -> Model:
-        if not model.delta_type:
-            raise ConfigError(f"{model.__name__} sets no delta_type, the name of its method.")
-        for name in (model.delta_type, *names):
-            known = REGISTRY.get(name)
-            if known is not None and (known.__module__, known.__qualname__) != (
-                model.__module__,
-                model.__qualname__,
-            ):
-                raise ConfigError(
-                    f"delta_type={name!r} is {known.__module__}.{known.__name__}'s already."
-                )
-            REGISTRY[name] = model
-        return model
-
-    if isinstance(first, str):
-        return lambda model: add(model, (first, *aliases))
-    return add(first, ())
-
-
-def model_class_for(config: BaseDeltaConfig | dict[str, Any]) -> type[DeltaBase]:
-    """The delta class that a config or dict is for.
-
-    Raises:
-        ConfigError: if it names no method, or one that nobody registered.
-    """
-    if not isinstance(config, (dict, BaseDeltaConfig)):
-        raise ConfigError(
-            f"expected a config or a dict of its fields, got {config!r:.80} of type "
-            f"{type(config).__name__}; a saved delta is loaded by from_finetuned."
-        )
-    named = config.get("delta_type") if isinstance(config, dict) else config.delta_type
-    choices = ", ".join(sorted({model.delta_type for model in REGISTRY.values()}))
-    if named is not None and not isinstance(named, str):
-        raise ConfigError(f"delta_type={named!r} is a {type(named).__name__}; expected a name.")
-    if not named:
-        raise ConfigError(f"The config names no method: set 'delta_type' to one of {choices}.")
-    if named not in REGISTRY:
-        raise ConfigError(
-            f"delta_type={named!r} is not a known method."
-            + nearest(str(named), REGISTRY)
-            + f" Known are {choices}; a class of your own joins with @opendelta.register."
-        )
-    return REGISTRY[named]
+__all__ = ["REGISTRY", "AutoDeltaConfig", "AutoDeltaModel", "model_class_for", "register"]
 
 
 class _ClassMethodsOnly:
@@ -96,7 +32,7 @@ class AutoDeltaConfig(_ClassMethodsOnly):
     """Makes the config of whichever method a dict or file names."""
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> BaseDeltaConfig:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> ConfigFields:
         """A config of the class that ``config_dict["delta_type"]`` names.
 
         Args:
@@ -117,7 +53,7 @@ class AutoDeltaConfig(_ClassMethodsOnly):
     @classmethod
     def from_finetuned(
         cls, finetuned_delta_path: str | os.PathLike[str], **kwargs: Any
-    ) -> BaseDeltaConfig:
+    ) -> ConfigFields:
         """The config of a saved delta of any method.
 
         Args:
@@ -141,7 +77,7 @@ class AutoDeltaModel(_ClassMethodsOnly):
     @classmethod
     def from_config(
         cls,
-        config: BaseDeltaConfig | dict[str, Any],
+        config: ConfigFields | dict[str, Any],
         backbone_model: nn.Module,
         **kwargs: Any,
     ) -> DeltaBase:
@@ -162,7 +98,7 @@ class AutoDeltaModel(_ClassMethodsOnly):
         cls,
         finetuned_delta_path: str | os.PathLike[str] | None,
         backbone_model: nn.Module,
-        delta_config: BaseDeltaConfig | dict[str, Any] | None = None,
+        delta_config: ConfigFields | dict[str, Any] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         state_dict: dict[str, Tensor] | None = None,
         *model_args: Any,
@@ -172,8 +108,6 @@ class AutoDeltaModel(_ClassMethodsOnly):
 
         Args and errors are those of `DeltaBase.from_finetuned`.
         """
-        from opendelta.basemodel import DeltaBase
-
         return DeltaBase.from_finetuned(
             finetuned_delta_path,
             backbone_model,
@@ -204,6 +138,4 @@ class AutoDeltaModel(_ClassMethodsOnly):
         Example:
             >>> AutoDeltaModel.from_peft("peft_adapter", model).save_finetuned("my_delta")
         """
-        from opendelta.saving.exchange import from_peft
-
         return from_peft(path, backbone_model)

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from opendelta.addressing.patterns import as_patterns
-from opendelta.arguments import checked
-from opendelta.backends import check_backend
-from opendelta.backends.sharding import reshard
-from opendelta.combining import require_equal_hyperparameters, weighted_sums
+from opendelta.center.arguments import DeltaCenterArguments
+from opendelta.center.center import DeltaCenter
+from opendelta.center.publish import Publication
+from opendelta.center.resolve import resolve, source_arguments
+from opendelta.delta import switching
+from opendelta.delta.config import ConfigFields
+from opendelta.delta.delta import Delta
+from opendelta.delta.plan import Plan, held_back
+from opendelta.delta.record import record_of
+from opendelta.delta.switching import Switch
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import (
-    AddressingError,
+    CheckpointError,
     ConfigError,
     InsertionError,
     UnmatchedPatternWarning,
 )
-from opendelta.freezing import EVERY_DELTA, freeze
-from opendelta.ground.walk import uncompiled
 from opendelta.inspection import Summary, num_total_parameters, print_log, summary
-from opendelta.mechanism.backbone_state import BackboneState, SubmoduleTrim
-from opendelta.mechanism.engines import join_engine
-from opendelta.mechanism.insertion import Insertion, ModuleInsertion, ParameterInsertion, switch
-from opendelta.merging import MergeMixin
+from opendelta.saving import checkpoint, loading
 from opendelta.saving.backbone_check import check_backbone
+from opendelta.verbs import arithmetic, freezing, merging
 
-INTERACTIVE_PORT = 8888
+if TYPE_CHECKING:
+    from typing import Self
 
 
-class DeltaBase(MergeMixin):
+class DeltaBase(Delta):
     """Base class of all deltas: small trainable modules on a backbone that is otherwise frozen.
 
     A delta is an `nn.Module` whose parameters are those it added (or took over), under the names
@@ -68,108 +72,18 @@ class DeltaBase(MergeMixin):
         ValueError: if `interactive_modify` is given together with `modified_modules`.
     """
 
-    delta_type: ClassVar[str] = ""
-    config_class: ClassVar[type[BaseDeltaConfig]] = BaseDeltaConfig
-    default_modified_modules: ClassVar[list[str]] = []
-    added_positions = 0
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):
-            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
-        if "config_class" in vars(cls):
-            cls.config_class.derive(cls)
-
-    def __init__(
-        self,
-        backbone_model: nn.Module,
-        modified_modules: list[str] | None = None,
-        exclude_modules: list[str] | None = None,
-        unfrozen_modules: list[str] | None = None,
-        interactive_modify: bool | int | None = False,
-        common_structure: bool | None = False,
-        backend: str | None = "hf",
-    ) -> None:
-        if not isinstance(backbone_model, nn.Module):
-            raise ConfigError(
-                f"backbone_model is a {type(backbone_model).__name__}; expected a torch nn.Module."
-            )
-        check_backend(backend)
-        nn.Module.__init__(self)
-        self.__dict__["backbone_model"] = uncompiled(backbone_model)  # not a submodule of the delta
-        self.backend = backend
-        self.insertions = []
-        self.left_trainable: list[str] | None = None
-        self._removed = False
-        self.from_file = False
-        self._planned, self._planned_on = None, {}
-        self._excluded = set()
-        self._own, self._module_names, self._target_names, self._measured = [], {}, [], {}
-
-        patterns = as_patterns(modified_modules, "modified_modules")
-        if modified_modules is not None and not patterns:
-            raise AddressingError(
-                "modified_modules=[] names no module; leave it out for the method's defaults."
-            )
-        self.exclude_modules = as_patterns(exclude_modules, "exclude_modules")
-        self.unfrozen_modules = as_patterns(unfrozen_modules, "unfrozen_modules")
-        if interactive_modify and patterns:
-            raise ValueError(
-                "interactive_modify and modified_modules both choose the modules; give one."
-            )
-        port = INTERACTIVE_PORT if interactive_modify is True else interactive_modify
-        self.interactive_port = port or None
-        self.uses_defaults = not patterns and not interactive_modify
-        self.modified_modules = patterns or list(self.default_modified_modules)
-        self.common_structure = bool(common_structure) or self.uses_defaults
-        self._structure = None
-        self.config: BaseDeltaConfig = self.config_class()
-
-    def _construct(self, arguments: dict[str, Any]) -> None:
-        """The body of a method's constructor: ``self._construct(locals())``.
-
-        Base arguments go to `DeltaBase.__init__`, the method's own become attributes, and the
-        delta is put on the backbone.
-        """
-        base = "backbone_model modified_modules exclude_modules unfrozen_modules interactive_modify"
-        base_names = {*base.split(), "common_structure", "backend"}
-        given = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
-        DeltaBase.__init__(self, **{k: v for k, v in given.items() if k in base_names})
-        for name, value in given.items():
-            if name not in base_names:
-                setattr(self, name, copy.copy(value))
-        self.add_all_delta_to_backbone(self.backbone_model, self.modified_modules)
-
-    def forward(self, *args: Any, **kwargs: Any) -> RuntimeError:
-        """Raise: a delta has no forward of its own; call the backbone's.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError(
-            "A delta computes nothing by itself: call the backbone it is attached to, "
-            f"{type(self.backbone_model).__name__}, as before."
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_module_names": {}}  # ids mean nothing to a copy
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._label(self.insertions)  # attributes of parameters do not survive a copy
+    config_class: ClassVar[type[ConfigFields]] = BaseDeltaConfig
 
     # --- from configs -----------------------------------------------------------------------
 
     @classmethod
-    def config_from(
-        cls, config: BaseDeltaConfig | dict[str, Any], **kwargs: Any
-    ) -> BaseDeltaConfig:
+    def config_from(cls, config: ConfigFields | dict[str, Any], **kwargs: Any) -> Any:
         """A config of this class from an object or dict, with fields overridden by `kwargs`.
 
         Raises:
             ConfigError: if it is the config of another method.
         """
-        values = config.to_dict() if isinstance(config, BaseDeltaConfig) else config
+        values = config.to_dict() if isinstance(config, ConfigFields) else config
         made = cls.config_class.from_dict(values, **kwargs)
         made.from_file = getattr(config, "from_file", False)
         return made
@@ -177,7 +91,7 @@ class DeltaBase(MergeMixin):
     @classmethod
     def from_config(
         cls,
-        config: BaseDeltaConfig | dict[str, Any],
+        config: ConfigFields | dict[str, Any],
         backbone_model: nn.Module,
         check_hash: bool | str = True,
         **kwargs: Any,
@@ -197,37 +111,70 @@ class DeltaBase(MergeMixin):
         Warns:
             BackboneMismatchWarning: if the hash differs.
         """
-        model_class = cls._class_for(config)
+        model_class = loading.class_for(cls, config)
         made = model_class.config_from(config, **kwargs)
         check_backbone(made, backbone_model, check_hash)
-        names = model_class.constructor_fields()
-        fields = {name: getattr(made, name) for name in names if hasattr(made, name)}
+        taken = inspect.signature(model_class.__init__).parameters
+        names = [name for name in made.field_names() if name in taken and hasattr(made, name)]
+        fields = {name: getattr(made, name) for name in names}
         if made.from_file and "backend" not in kwargs:
             fields.pop("backend", None)  # what it was trained on; this backbone says where it is
         if "interactive_modify" in kwargs:
             fields["interactive_modify"] = kwargs["interactive_modify"]
-        with warnings.catch_warnings():
+        with held_back() as plans, warnings.catch_warnings():
             if made.from_file:  # patterns that were checked when the delta was made
                 warnings.simplefilter("ignore", UnmatchedPatternWarning)
-            delta = model_class(backbone_model, **fields)
-        delta.from_file = made.from_file
-        for name in ("backbone_hash", "backbone_hash_excludes", "backbone_class"):
-            setattr(delta.config, name, getattr(made, name))
-        delta.config.backbone_checkpoint_name = made.backbone_checkpoint_name
+            delta: DeltaBase = model_class(backbone_model, **fields)
+        record_of(delta).from_file = made.from_file
+        facts = ["backbone_hash", "backbone_hash_excludes", "backbone_checkpoint_name"]
+        delta.config.put(**{name: getattr(made, name) for name in [*facts, "backbone_class"]})
+        for plan in plans:
+            plan.carry_out()
         return delta
 
     @classmethod
-    def constructor_fields(cls) -> list[str]:
-        """Fields of the config that are arguments of the constructor."""
-        parameters = inspect.signature(cls.__init__).parameters
-        return [name for name in cls.config_class.field_names() if name in parameters]
+    def preview(cls, backbone_model: nn.Module, *args: Any, **kwargs: Any) -> Plan:
+        """What constructing this delta would do, without touching the backbone.
+
+        The plan says which `modules` would be modified, in order, `num_parameters` that would be
+        added (or taken over), their `share` of the backbone's, and prints as a table of what is
+        added where. Layers are made on the meta device; random state, buffers, modes and hooks
+        are left as found.
+
+        Args:
+            backbone_model: the model.
+            args, kwargs: as for the constructor.
+
+        Raises:
+            OpenDeltaError: what the constructor would raise; and an `InsertionError` for a class
+                of your own that inserts nothing by a plan.
+
+        Example:
+            >>> opendelta.LoraModel.preview(model, lora_r=4).num_parameters
+            512
+        """
+        backbone = backbone_model
+        if not cls.__module__.startswith("opendelta.") and isinstance(backbone, nn.Module):
+            backbone = _on_meta(backbone)  # whatever it does besides planning, it does there
+        with held_back() as plans, torch.random.fork_rng(devices=[]), torch.device("meta"):
+            delta = cls(backbone, *args, **kwargs)
+        if not plans:
+            raise InsertionError(
+                f"{cls.__name__} inserts nothing by add_all_delta_to_backbone or insert_...(), so "
+                "there is no plan of it to look at."
+            )
+        first, *others = plans
+        for plan in others:  # of a class that inserts by itself
+            first.insertions += plan.insertions
+        assert first.delta is delta
+        return first
 
     # --- what trains ------------------------------------------------------------------------
 
     def freeze_module(
         self,
         module: nn.Module | None = None,
-        exclude: Sequence[str | DeltaBase] | str | DeltaBase | None = None,
+        exclude: Sequence[str | Delta] | str | Delta | None = None,
         set_state_dict: bool | None = True,
         prefix: str = "",
     ) -> None:
@@ -249,30 +196,7 @@ class DeltaBase(MergeMixin):
             UnmatchedPatternWarning: for a pattern that names nothing.
             DeltaWarning: if nothing is left to train.
         """
-        self.require_presence()
-        if module is not None and not isinstance(module, nn.Module):
-            raise ConfigError(
-                f"freeze_module: the first argument, module={module!r:.80}, is a part of the "
-                "backbone; what stays trainable is named by exclude=[...]."
-            )
-        backbone = self.backbone_model
-        module = None if module is None else uncompiled(module)
-        part = prefix or ("" if module is None or module is backbone else self.name_of(module))
-        chosen: Any = exclude if exclude is not None else (self.unfrozen_modules or [EVERY_DELTA])
-        declared = freeze(
-            BackboneState.create(backbone),
-            backbone,
-            part,
-            chosen if isinstance(chosen, (list, tuple)) else [chosen],
-            names_of=self.names_of,
-            inside_deltas=exclude is not None,
-            warn_unmatched=exclude is not None or not self.from_file,
-        )
-        under = part + "." if part else ""
-        elsewhere = [n for n in self.left_trainable or () if part and not n.startswith(under)]
-        self.left_trainable = [*elsewhere, *declared]
-        if set_state_dict:
-            self.set_active_state_dict(backbone if module is None else module)
+        freezing.freeze(self, module, exclude, set_state_dict, prefix)
 
     def set_active_state_dict(self, module: nn.Module) -> None:
         """Reduce ``module.state_dict()`` to what trains (and constants of deltas).
@@ -282,21 +206,31 @@ class DeltaBase(MergeMixin):
         Args:
             module: the backbone or a part of it.
         """
-        state = BackboneState.create(self.backbone_model)
-        module = uncompiled(module)
-        if module is self.backbone_model:
-            state.trimmed, state.held = True, None
-            return
-        self.name_of(module)  # raises for a module of another model
-        if not any(type(hook) is SubmoduleTrim for hook in module._state_dict_hooks.values()):
-            SubmoduleTrim(state).register(module)
+        freezing.trim_state_dict(self, module)
 
     # --- on and off -------------------------------------------------------------------------
 
     @property
     def is_attached(self) -> bool:
         """Whether any part of this delta is attached; a merged delta is not, though it acts."""
-        return any(insertion.attached for insertion in self.insertions)
+        return switching.is_attached(self)
+
+    @property
+    def attached(self) -> Switch:
+        """Whether any part of this delta is attached; also a ``with`` block in which all of it is.
+
+        Example:
+            >>> delta_zh.detach()
+            >>> if not delta_zh.attached:
+            ...     with delta_zh.attached():
+            ...         _ = model(**batch_of_four)
+        """
+        return Switch(self, True)
+
+    @property
+    def detached(self) -> Switch:
+        """Whether this delta does not act; also a ``with`` block in which nothing of it does."""
+        return Switch(self, False)
 
     def attach(self, module: nn.Module | None = None, reset_state_dict: bool = True) -> None:
         """Let the delta act again after `detach`, in its old place among other deltas.
@@ -308,9 +242,7 @@ class DeltaBase(MergeMixin):
         Raises:
             InsertionError: if the delta is merged or was removed.
         """
-        state = self._switching(reset_state_dict)
-        self._put_on(self._inside(module))
-        state.held = None if reset_state_dict else state.held
+        switching.attach(self, module, reset_state_dict)
 
     def detach(self, module: nn.Module | None = None, reset_state_dict: bool = True) -> None:
         """Let the backbone compute without the delta, which is kept for `attach`.
@@ -322,76 +254,55 @@ class DeltaBase(MergeMixin):
         Raises:
             InsertionError: if the delta is merged or was removed.
         """
-        state = self._switching(reset_state_dict)
-        switch(reversed(self._inside(module)), False)
-        state.held = None if reset_state_dict else state.held
-
-    def _put_on(self, insertions: Sequence[Insertion]) -> None:
-        """Let insertions act again, on whichever engine the backbone has got meanwhile."""
-        join_engine(self.backbone_model, insertions)
-        switch(insertions, True)
-        BackboneState.create(self.backbone_model).watch_training(self.backbone_model)
-
-    def _switching(self, reset_state_dict: bool) -> BackboneState:
-        self.require_presence()
-        self.require_unmerged()
-        reshard(self.backbone_model)
-        state = BackboneState.create(self.backbone_model)
-        if not reset_state_dict:
-            state.held = state.trims
-        return state
-
-    @contextmanager
-    def detached(self) -> Iterator[None]:
-        """Within a ``with`` block the backbone computes without this delta."""
-        before = [i for i in self.insertions if i.attached]
-        self.detach()
-        try:
-            yield
-        finally:
-            if not self._removed:
-                reshard(self.backbone_model)
-                self._put_on(before)
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Within a ``with`` block this delta acts, wholly."""
-        before = [i for i in self.insertions if not i.attached]
-        self.attach()
-        try:
-            yield
-        finally:
-            reshard(self.backbone_model)
-            switch(reversed(before), False)
-
-    def _inside(self, module: nn.Module | None) -> list[Insertion]:
-        if module is None or uncompiled(module) is self.backbone_model:
-            return self.insertions
-        name = self.name_of(module)
-        inside = [i for i in self.insertions if (i.host_name + ".").startswith(name + ".")]
-        parts = {id(i.module) for i in inside if isinstance(i, ModuleInsertion)}
-        inside = [  # a module under two hosts acts on both or on none
-            i
-            for i in self.insertions
-            if i in inside or (isinstance(i, ModuleInsertion) and id(i.module) in parts)
-        ]
-        if not inside:
-            raise InsertionError(f"No part of this {type(self).__name__} sits inside {name!r}.")
-        return inside
+        switching.detach(self, module, reset_state_dict)
 
     def remove(self) -> None:
         """Take the delta off for good; with the last one the backbone is as before construction.
 
         A merged delta is unmerged first; `merge_and_remove` leaves its effect in the weights.
         """
-        if self.is_merged:
-            self.unmerge()
-        state = self._switching(True)
-        switch(reversed(self.insertions), False)
-        for insertion in reversed(self.insertions):
-            insertion.remove()
-        state.forget(self, self.backbone_model)
-        self._removed = True
+        merging.remove(self)
+
+    # --- merging ----------------------------------------------------------------------------
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether this delta is folded into the backbone's weights, see `merge`."""
+        return switching.is_merged(self)
+
+    def merge(self, safe: bool = False, untie: bool = False) -> None:
+        """Fold this delta into the backbone's weights, so that it costs nothing at inference.
+
+        Its hooks and its entries in the backbone's ``state_dict()`` are gone until `unmerge`. The
+        delta keeps its parameters, can be saved as before, and the exact original weights are
+        kept beside the merged ones. Meanwhile `attach` and `detach` raise, and other deltas act
+        and are merged as if this one were attached. Dropout of the delta no longer acts. What is
+        trained or loaded meanwhile into the merged weights themselves is lost at `unmerge`.
+
+        Args:
+            safe: refuse if a merged weight were not finite.
+            untie: merge into a tied weight too, giving each module that shares it a copy of its
+                own and setting ``tie_word_embeddings=False`` in the backbone's config.
+
+        Raises:
+            InsertionError: if the method cannot be merged, or the delta is merged already, not
+                (wholly) attached or removed; if a weight is tied, quantised, sharded or on the
+                meta device; if an earlier delta on the same module acts between the module and
+                this one; if `safe` and a result is not finite. Nothing is changed then.
+        """
+        merging.merge(self, safe, untie)
+
+    def unmerge(self) -> None:
+        """Take this delta out of the backbone's weights and let it act as before `merge`.
+
+        The weights get back their exact original bytes, or, where other deltas are still merged,
+        what those alone make of the original. What `merge` untied is tied again once no delta is
+        merged into any of it. Deltas may be unmerged in any order.
+
+        Raises:
+            InsertionError: if this delta is not merged.
+        """
+        merging.unmerge(self)
 
     def merge_and_remove(self, safe: bool = False, untie: bool = False) -> nn.Module:
         """Leave this delta's effect in the backbone's weights for good, and take the delta off.
@@ -408,22 +319,196 @@ class DeltaBase(MergeMixin):
         Raises:
             InsertionError: see `merge`. Nothing is changed then.
         """
-        if not self.is_merged:
-            self.merge(safe, untie)
-        self.merge_for_good()
-        self.remove()
-        return self.backbone_model
+        backbone: nn.Module = merging.merge_and_remove(self, safe, untie)
+        return backbone
+
+    # --- files ------------------------------------------------------------------------------
+
+    def save_finetuned(
+        self,
+        finetuned_delta_path: str | os.PathLike[str] | None = "./delta_checkpoints/",
+        save_config: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        save_function: Callable[..., Any] | None = None,
+        push_to_dc: bool = False,
+        # These defaults are the documented ones, and never changed.
+        center_args: DeltaCenterArguments | dict[str, Any] | None = {},  # noqa: B006
+        center_args_pool: dict[str, Any] | None = {},  # noqa: B006
+        list_tags: list[Any] | None = [],  # noqa: B006
+        dict_tags: dict[str, Any] | None = {},  # noqa: B006
+        delay_push: bool = False,
+        test_result: Any = None,
+        usage: str | None = "",
+        *,
+        state_dict_only: bool = False,
+        overwrite: bool = False,
+        center: str | DeltaCenter | None = None,
+    ) -> None:
+        """Write this delta into a folder: ``model.safetensors`` and ``config.json``.
+
+        The file holds this delta's parameters, trainable or not, under the names that they have
+        when the delta is alone on its backbone, and the backbone's parameters that its last
+        `freeze_module` (else its `unfrozen_modules`) left trainable, one name per tied parameter.
+
+        Args:
+            finetuned_delta_path: the folder; it is made if it does not exist.
+            save_config: whether to write ``config.json`` too.
+            state_dict: tensors to save instead of the current ones.
+            save_function: called with (tensors, path) to write ``pytorch_model.bin``, as 0.3.2
+                did with `torch.save`; None writes ``model.safetensors``.
+            push_to_dc: publish it on a center, with a model card (``README.md``).
+            center_args: fields of `DeltaCenterArguments`, above all ``name``.
+            center_args_pool: more of them, for what `center_args` leaves open.
+            list_tags, dict_tags: tags for the config and the card.
+            delay_push: prepare all of it in the folder, but do not push.
+            test_result: for the card; a dict becomes a table.
+            usage: Markdown for the card, below the snippet that loads the delta.
+            state_dict_only: write no ``config.json`` (as ``save_config=False``).
+            overwrite: replace a ``config.json`` that is not a delta's.
+            center: where to push, see `DeltaCenter.from_url`.
+
+        Raises:
+            CheckpointError: if the folder holds another kind of config, or cannot be written.
+            CenterError: if the delta cannot be pushed.
+        """
+        writes_config = save_config and not state_dict_only
+        if push_to_dc and not writes_config:
+            raise ConfigError("push_to_dc=True publishes config.json too; leave save_config=True.")
+        publication = None
+        if push_to_dc:  # what can be refused, before anything is written
+            publication = Publication.planned(
+                self, center, center_args, center_args_pool, not delay_push
+            )
+        checkpoint.save_finetuned(
+            self,
+            Path(finetuned_delta_path or "./delta_checkpoints/"),
+            save_config=writes_config,
+            overwrite=overwrite,
+            state_dict=state_dict,
+            save_function=save_function,
+            tags={"list_tags": list_tags, "dict_tags": dict_tags},
+            publication=publication,
+            test_result=test_result,
+            usage=usage or "",
+        )
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """What `save_finetuned` writes: name -> tensor, this delta's first.
+
+        Of shards it is the whole tensors, on every rank.
+        """
+        return checkpoint.checkpoint_tensors(self)
+
+    def save_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        save_func: Callable[..., Any] | None = None,
+        backbone_model: nn.Module | None = None,
+    ) -> None:
+        """Write only the weights.
+
+        Args:
+            path: a file, whose suffix decides the format (``.safetensors``, else torch's), or a
+                folder, which gets ``model.safetensors``.
+            save_func: called with (tensors, path) instead.
+            backbone_model: the backbone; None for this delta's own.
+        """
+        checkpoint.save_checkpoint(self, path, save_func, backbone_model)
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        load_func: Callable[..., Any] | None = None,
+        backbone_model: nn.Module | None = None,
+    ) -> None:
+        """Load only the weights, into this delta and its backbone.
+
+        Args:
+            path: a weights file or a folder that holds one.
+            load_func: called with the path instead of the built-in safe readers.
+            backbone_model: the backbone; None for this delta's own.
+
+        Raises:
+            CheckpointError: if the file is damaged or does not fit; nothing is loaded then.
+        """
+        loading.load_checkpoint(self, path, load_func, backbone_model)
+
+    @classmethod
+    def from_finetuned(
+        cls,
+        finetuned_delta_path: str | os.PathLike[str] | None,
+        backbone_model: nn.Module,
+        delta_config: ConfigFields | dict[str, Any] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        *model_args: Any,
+        force_download: bool = False,
+        check_hash: bool | str = True,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Put a saved delta on a backbone, which is set to eval mode.
+
+        Nothing is frozen: to train on, call `freeze_module`.
+
+        Args:
+            finetuned_delta_path: the folder that `save_finetuned` wrote, or ``user/name`` on a
+                center; None if both `delta_config` and `state_dict` are given.
+            backbone_model: the backbone, modified in place.
+            delta_config: a config (or dict) to use instead of the folder's.
+            cache_dir, force_download, local_files_only: for deltas that are downloaded, see
+                `DeltaCenter.pull`.
+            state_dict: tensors to load instead of the folder's.
+            check_hash: whether to compare the backbone's hash with the config's; ``"full"`` reads
+                the whole backbone for it, whatever was read before.
+            kwargs: fields of the config to override, and ``center``, ``revision`` and ``token``
+                of deltas that are downloaded, see `opendelta.center.resolve.resolve`.
+
+        Raises:
+            CheckpointError: if a file is missing or damaged, or keys do not fit (a `CenterError`
+                where it cannot be downloaded). The backbone is left as it was.
+
+        Warns:
+            BackboneMismatchWarning: if the backbone is not the one the delta was trained on.
+        """
+        if not isinstance(backbone_model, nn.Module):
+            raise ConfigError(
+                f"from_finetuned: backbone_model is a {type(backbone_model).__name__}; expected "
+                "first the folder, then the backbone, a torch nn.Module."
+            )
+        if isinstance(finetuned_delta_path, nn.Module):
+            raise ConfigError("from_finetuned takes first the folder, then the backbone.")
+        if finetuned_delta_path is None and (delta_config is None or state_dict is None):
+            raise CheckpointError(
+                "from_finetuned(None, ...) needs both delta_config and state_dict; else name the "
+                "folder that save_finetuned wrote."
+            )
+
+        def source() -> Path:
+            assert finetuned_delta_path is not None
+            return resolve(
+                finetuned_delta_path,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                **source_arguments(kwargs),
+            )
+
+        return loading.from_finetuned(  # type: ignore[return-value]
+            cls, backbone_model, source, delta_config, state_dict, check_hash, kwargs
+        )
 
     # --- arithmetic -------------------------------------------------------------------------
 
-    def combined_config(self, deltas: Sequence[DeltaBase]) -> BaseDeltaConfig:
+    def combined_config(self, deltas: Sequence[DeltaBase]) -> ConfigFields:
         """The config of a sum of deltas of this method, of which this is the first, see `combine`.
 
         Raises:
             ConfigError: if they do not fit together.
         """
-        require_equal_hyperparameters(deltas)
-        return self.config
+        arithmetic.require_equal_hyperparameters(deltas)
+        config: ConfigFields = self.config
+        return config
 
     def combined_tensors(
         self, deltas: Sequence[DeltaBase], weights: Sequence[float]
@@ -433,16 +518,14 @@ class DeltaBase(MergeMixin):
         Raises:
             ConfigError: if they do not fit together.
         """
-        return weighted_sums(deltas, weights)
+        return arithmetic.weighted_sums(deltas, weights)
 
     # --- looking ----------------------------------------------------------------------------
 
     def summary(self) -> Summary:
         """A table of what this delta added, which prints itself in terminals and notebooks."""
         entries = [
-            (i.host_name, i.name, i.module if isinstance(i, ModuleInsertion) else i.parameter)
-            for i in self.insertions
-            if isinstance(i, (ModuleInsertion, ParameterInsertion))
+            (i.host_name, i.name, i.content) for i in self.insertions if i.content is not None
         ]
         return summary(entries, num_total_parameters(self.backbone_model))
 
@@ -470,3 +553,19 @@ class DeltaBase(MergeMixin):
             visualization=visualization,
             cuda_memory=cuda_memory,
         )
+
+
+def _on_meta(backbone: nn.Module) -> nn.Module:
+    """A copy of a backbone without values."""
+    memo: dict[int, Any] = {}
+    for p in backbone.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+    for buffer in backbone.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    try:
+        return copy.deepcopy(backbone, memo)
+    except Exception as error:  # of any kind: whatever the model holds that cannot be copied
+        raise InsertionError(
+            f"This {type(backbone).__name__} cannot be copied to the meta device, on which a class "
+            f"of your own is tried: {error}"
+        ) from error

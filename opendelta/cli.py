@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from opendelta.auto_delta import AutoDeltaConfig
 from opendelta.center.center import DeltaCenter
 from opendelta.center.contents import CARD_FILE, FILES, DeltaInfo
-from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.delta.config import ConfigFields
 from opendelta.exceptions import CenterError, OpenDeltaError
 from opendelta.ground.files import CONFIG_FILE, copy_atomically, read_config, resolve_folder
 from opendelta.inspection import Visualization
@@ -107,7 +107,7 @@ class Weights:
     of_the_backbone: int | None
 
     @classmethod
-    def within(cls, folder: Path, config: BaseDeltaConfig) -> Weights:
+    def within(cls, folder: Path, config: ConfigFields) -> Weights:
         """Read and check them."""
         file, tensors = read_weights(folder, config)
         sizes = {name: tensor.numel() for name, tensor in tensors.items()}
@@ -151,7 +151,7 @@ def _center_info(asked: argparse.Namespace) -> DeltaInfo:
         raise type(error)(f"There is no folder {asked.delta!r} here. {error}") from error
 
 
-def _facts(info: DeltaInfo, config: BaseDeltaConfig, weights: Weights | None) -> dict[str, str]:
+def _facts(info: DeltaInfo, config: ConfigFields, weights: Weights | None) -> dict[str, str]:
     """The rows of the table; those without a value are left out."""
     settings = {name: getattr(config, name) for name in config.method_fields}
     tags = [*(config.list_tags or ()), *(f"{k}: {v}" for k, v in (config.dict_tags or {}).items())]

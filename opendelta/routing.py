@@ -19,21 +19,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from opendelta.basemodel import DeltaBase
-from opendelta.construction import reads_without_calling
+from opendelta.delta.plan import reads_without_calling
 from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.containers import Args, Kwargs, first_hidden
+from opendelta.ground.seams import is_running, runs_backward
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import deltas as deltas_of
+from opendelta.mechanism.changes import Changes, undone
 from opendelta.mechanism.dispatch import Dispatcher
-from opendelta.mechanism.insertion import ModuleInsertion, ParameterInsertion, Replacement
+from opendelta.mechanism.insertion import acts_on_whole_batches, switch
 from opendelta.mechanism.ownership import own_modules
+from opendelta.mechanism.rows import Rows
 
 Entry = tuple[str, Callable[..., Any]]  # of a dispatcher
 Step = tuple[Callable[..., Any], nn.Module]  # an action and the delta module that it runs
@@ -100,7 +102,11 @@ def _checked(deltas: Sequence[DeltaBase | None], here: list[DeltaBase]) -> list[
         if delta is None:
             continue
         if any(delta is other for other in here):
-            delta.require_unmerged()
+            if delta.is_merged:
+                raise InsertionError(
+                    f"This {type(delta).__name__} is merged into its backbone's weights: "
+                    "unmerge() it first."
+                )
             continue
         what = f"deltas[{row}] is a {type(delta).__name__}"
         if not isinstance(delta, DeltaBase):
@@ -116,78 +122,6 @@ def _checked(deltas: Sequence[DeltaBase | None], here: list[DeltaBase]) -> list[
             "one batch are equally long: route soft prompts of one length together, on every row."
         )
     return list(deltas)
-
-
-# --- which row is whose ---------------------------------------------------------------------------
-
-
-class Rows:
-    """Which of several deltas acts on which row.
-
-    Args:
-        of_row: for each row of the list the position of its delta among `count`; `count` where none
-            of them acts.
-        count: the number of deltas.
-        name_of: the name of a module of the backbone.
-    """
-
-    def __init__(self, of_row: list[int], count: int, name_of: Callable[[nn.Module], str]) -> None:
-        self.of_row, self.count, self._name_of = of_row, count, name_of
-        self._indices: dict[tuple[torch.device, int], Tensor] = {}
-        self._members: dict[tuple[torch.device, int], tuple[list[Tensor], Tensor]] = {}
-
-    def __len__(self) -> int:
-        return len(self.of_row)
-
-    @property
-    def all_one(self) -> bool:
-        """Whether one delta acts on every row."""
-        return self.of_row == [0] * len(self)
-
-    def repeats(self, hidden: Tensor, host: nn.Module) -> int:
-        """How many entries of `hidden`, (entries, ...), belong to each row.
-
-        Raises:
-            InsertionError: if it does not consist of the rows.
-        """
-        entries = hidden.shape[0] if hidden.dim() else 0
-        if not entries or entries % len(self):
-            raise InsertionError(
-                f"{self._name_of(host)!r} is called with a tensor of shape {tuple(hidden.shape)}, "
-                f"whose first dimension is no multiple of the {len(self)} rows: whose entries "
-                "these are cannot be told (experts are called so, and positions that all rows "
-                "share). Leave this module out with exclude_modules, or run the rows apart."
-            )
-        return entries // len(self)
-
-    def pick(self, tensors: Sequence[Tensor], repeats: int = 1) -> Tensor:
-        """For each entry the tensor of its delta, zeros for none.
-
-        Args:
-            tensors: one for each delta, of one shape.
-
-        Returns:
-            A tensor of shape (rows * repeats, *shape).
-        """
-        index = self._index(tensors[0].device, repeats)
-        return torch.stack([*tensors, torch.zeros_like(tensors[0])]).index_select(0, index)
-
-    def _index(self, device: torch.device, repeats: int) -> Tensor:
-        key = device, repeats
-        if key not in self._indices:
-            index = torch.tensor(self.of_row, device=device)
-            self._indices[key] = index.repeat_interleave(repeats)
-        return self._indices[key]
-
-    def members(self, device: torch.device, repeats: int) -> tuple[list[Tensor], Tensor]:
-        """The entries of each delta and then those of none; where each entry is in that order."""
-        key = device, repeats
-        if key not in self._members:
-            index = self._index(torch.device("cpu"), repeats)
-            parts = [(index == number).nonzero().flatten() for number in range(self.count + 1)]
-            inverse = torch.cat(parts).argsort()
-            self._members[key] = [part.to(device) for part in parts], inverse.to(device)
-        return self._members[key]
 
 
 class Route:
@@ -209,25 +143,20 @@ class Route:
         self._rows: dict[tuple[DeltaBase, ...], Rows] = {}
         for delta in dict.fromkeys(delta for delta in deltas if delta is not None):
             for insertion in delta.insertions:
-                if isinstance(insertion, ModuleInsertion):
+                if insertion.fuses:
+                    raise acts_on_whole_batches(insertion)
+                sites = insertion.sites(self._is_called)
+                if sites is None and insertion.module is not None:
                     insertion.follow_host()
                     on_host = self.modules.setdefault(id(insertion.host), {})
                     on_host[insertion.name] = delta, insertion.module
-                elif isinstance(insertion, (ParameterInsertion, Replacement)):
-                    for site in self._sites(insertion):
-                        kinds = self.parameters.setdefault(site, {})
-                        kinds.setdefault(_routed(insertion), {})[delta] = insertion
+                for site in sites or ():
+                    kinds = self.parameters.setdefault(site, {})
+                    kinds.setdefault(_routed(insertion), {})[delta] = insertion
 
-    def _sites(self, insertion: Any) -> list[nn.Module]:
-        """The modules to whose output a parameter of a delta is added."""
-        sites: list[nn.Module] = insertion.row_sites() if hasattr(insertion, "row_sites") else []
-        if not sites or any(reads_without_calling(self.backbone, self.name_of(s)) for s in sites):
-            raise InsertionError(
-                f"What this delta puts in the place of {insertion.name!r} in "
-                f"{insertion.host_name!r} acts on a whole batch, not row by row: such a delta "
-                "cannot be routed. Construct it with exclude_modules for that module."
-            )
-        return sites
+    def _is_called(self, module: nn.Module) -> bool:
+        """Whether a module's forward runs, rather than its parent reading its weight."""
+        return not reads_without_calling(self.backbone, self.name_of(module))
 
     def name_of(self, module: nn.Module) -> str:
         """The name of a module of the backbone."""
@@ -318,7 +247,7 @@ class Route:
         if self is not _innermost(lambda other: other.backbone is module) or not sizes:
             return
         count, given = len(self.deltas), sizes[0]
-        if given != count and (given % count or not _runs_inside("generate")):
+        if given != count and (given % count or not is_running("generate")):
             raise ConfigError(
                 f"The batch has {given} rows and route() was given {count} deltas: name one for "
                 "each row, None for the bare backbone."
@@ -427,7 +356,7 @@ _HELD: dict[Any, tuple[ExitStack, list[Route]]] = {}  # what several routes need
 def _innermost(holds: Callable[[Route], bool]) -> Route | None:
     """The route entered last, of those in force in this thread, for which `holds` is true."""
     routes: Sequence[Route] = _ROUTES.get()
-    if not routes and torch._C._current_graph_task_id() >= 0:
+    if not routes and runs_backward():
         routes = _IN_FORCE  # a backward that runs a forward again, in a thread of the engine's
     return next((made for made in reversed(routes) if holds(made)), None)
 
@@ -475,19 +404,22 @@ def _dispatchers_ask() -> Iterator[None]:
 def _only_modules(deltas: list[DeltaBase]) -> Iterator[None]:
     """A backbone with nothing of its deltas in the place of its own parameters and modules."""
     insertions = [i for delta in deltas for i in delta.insertions]
-    with ExitStack() as stack:
-        for slot in {i.slot: None for i in insertions if isinstance(i, ParameterInsertion)}:
-            stack.enter_context(slot.hold_bare())
-        for insertion in reversed(insertions):
-            if isinstance(insertion, Replacement) and insertion.attached:
-                insertion.detach()
-                stack.callback(insertion.attach)
+    slots = {id(i.slot): i.slot for i in insertions if i.slot is not None}.values()
+    swapped = [i for i in insertions if i.slot is None and i.dispatcher is None and i.attached]
+    held: list[bool] = []
+
+    def hold(more: int) -> None:
+        changes = Changes()
+        for slot in slots:
+            slot.hold_bare(changes, more)
+        switch(changes, reversed(swapped) if more > 0 else swapped, more < 0)
+        changes.do(held.append if more > 0 else held.remove, True)
+        changes.carry_out()
+
+    def let_go() -> None:
+        if held:
+            hold(-1)
+
+    with undone(let_go):
+        hold(1)
         yield
-
-
-def _runs_inside(function: str) -> bool:
-    """Whether a function of this name is running, further out."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_name != function:
-        frame = frame.f_back
-    return frame is not None

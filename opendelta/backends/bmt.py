@@ -11,15 +11,11 @@ BMTrain is imported only once a backbone or the user asks for it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from opendelta.exceptions import ConfigError
-
-if TYPE_CHECKING:
-    from opendelta.mechanism.insertion import Insertion
 
 
 def require_bmtrain() -> None:
@@ -53,32 +49,25 @@ def has_distributed(module: nn.Module) -> bool:
     return "bmtrain" in sys.modules and any(map(is_distributed, module.parameters()))
 
 
-def distribute(planned: Iterable[Insertion]) -> None:
-    """Make distributed what is about to be inserted, parameters that are shared once.
+def distributed(p: nn.Parameter, made: dict[nn.Parameter, nn.Parameter]) -> nn.Parameter:
+    """A parameter as a distributed one; `made` holds those that there are already."""
+    if is_distributed(p):
+        return p
+    if p not in made:
+        import bmtrain
 
-    Each process keeps its piece of its own initial values, so a random one may be put together
-    from several processes, whose seeds need not agree.
-    """
+        made[p] = bmtrain.DistributedParameter(p.detach(), requires_grad=p.requires_grad)
+    return made[p]
+
+
+def distribute(module: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Make the parameters of a module distributed, see `distributed`; its modules gather them."""
     import bmtrain
 
-    made: dict[nn.Parameter, nn.Parameter] = {}
-
-    def distributed(p: nn.Parameter) -> nn.Parameter:
-        if is_distributed(p):
-            return p
-        if p not in made:
-            made[p] = bmtrain.DistributedParameter(p.detach(), requires_grad=p.requires_grad)
-        return made[p]
-
-    insertion: Any
-    for insertion in planned:
-        if hasattr(insertion, "parameter"):
-            insertion.parameter = distributed(insertion.parameter)
-        elif hasattr(insertion, "module"):
-            for part in insertion.module.modules():
-                for name, p in part._parameters.items():
-                    part._parameters[name] = None if p is None else distributed(p)
-            bmtrain.BMTrainModelWrapper(insertion.module)  # whose modules gather them
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            part._parameters[name] = None if p is None else distributed(p, made)
+    bmtrain.BMTrainModelWrapper(module)
 
 
 def whole(p: Any) -> Tensor:

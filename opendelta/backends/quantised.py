@@ -5,8 +5,6 @@ Linears are told by their attributes, so that no package is named or imported he
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -46,8 +44,8 @@ def has_repacked(module: nn.Module) -> bool:
     return any(is_repacked(p) for p in every_parameter(module) if type(p) is not nn.Parameter)
 
 
-def warn_of_repacking(backbone: nn.Module, args: Any) -> None:
-    """Hook before the forward of a backbone with 4-bit weights."""
+def warn_of_repacking(backbone: nn.Module) -> None:
+    """Before the forward of a backbone with 4-bit weights."""
     if backbone.training and torch.is_grad_enabled() and has_repacked(backbone):
         warn(
             "bitsandbytes repacked 4-bit weights in an evaluation on this CPU, and no gradient "

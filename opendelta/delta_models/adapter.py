@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from opendelta.auto_delta import register
+from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.activations import activation
 from opendelta.delta_models.bottleneck import BottleneckModel
@@ -62,9 +62,6 @@ class AdapterModel(BottleneckModel):
     config_class = AdapterConfig
     layer_name: ClassVar[str] = "adapter"
 
-    bottleneck_dim: int
-    non_linearity: str
-
     def __init__(
         self,
         backbone_model: nn.Module,
@@ -77,7 +74,7 @@ class AdapterModel(BottleneckModel):
         interactive_modify: bool | int | None = False,
         backend: str | None = "hf",
     ) -> None:
-        self._construct(locals())
+        self._construct()
 
     def new_layer(self, width: int) -> nn.Module:
         return AdapterLayer(width, self.bottleneck_dim, self.non_linearity)

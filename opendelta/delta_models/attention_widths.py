@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opendelta.delta.pseudo_input import run_pseudo_input
 from opendelta.delta_models.lookup_attention import LookupAttention, watch_attention_lookup
 from opendelta.delta_models.prefixed_call import begin, end
 from opendelta.ground.containers import Args
-from opendelta.sizes import run_pseudo_input
 
 
 class _WidthRecorder(LookupAttention):

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from opendelta.addressing.feed_forward import about_experts
-from opendelta.auto_delta import register
 from opendelta.backends.quantised import is_offloaded
-from opendelta.backends.sharding import full
 from opendelta.basemodel import DeltaBase
+from opendelta.delta.plan import Plan, copied
+from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import InsertionError
 from opendelta.ground.containers import Args, Kwargs, map_hidden
-from opendelta.ground.names import words
+from opendelta.ground.names import dotted, words
 from opendelta.ground.widths import is_embedding, read_widths
-from opendelta.mechanism.backbone_state import BackboneState, unmerged
-from opendelta.mechanism.insertion import Insertion, ParameterInsertion, ParameterSlot, place_of
-from opendelta.mechanism.ownership import inserted_names, own_modules
+from opendelta.mechanism.backbone_state import unmerged
+from opendelta.mechanism.insertion import Insertion
+from opendelta.mechanism.ownership import inserted_names
+from opendelta.mechanism.places import place_of
+from opendelta.mechanism.slot import ParameterInsertion
 
 if TYPE_CHECKING:
-    from opendelta.routing import Rows
+    from opendelta.mechanism.rows import Rows
 
 
 class BiasInsertion(ParameterInsertion):
     """A bias in its place, or added row by row while a route is in force."""
 
-    def row_sites(self) -> list[nn.Module]:
+    def sites(self, is_called: Callable[[nn.Module], bool]) -> list[nn.Module] | None:
         """The modules whose output is a sum with the bias: linears, convolutions and norms."""
-        return [place for place in self.slot.places if bias_size(place) is not None]
+        sites = [place for place in self.slot.places if bias_size(place) is not None]
+        return sites if sites and all(map(is_called, sites)) else super().sites(is_called)
 
     @staticmethod
     def routed(
@@ -93,10 +96,6 @@ class BitFitModel(DeltaBase):
     config_class = BitFitConfig
     default_modified_modules: ClassVar[list[str]] = ["attn", "ff", "layer_norm", "lm_head.proj"]
 
-    merges_into: ClassVar[str | None] = "bias"
-
-    _places: dict[int, list[tuple[str, nn.Module]]] | None = None
-
     def __init__(
         self,
         backbone_model: nn.Module,
@@ -107,12 +106,11 @@ class BitFitModel(DeltaBase):
         interactive_modify: bool | int | None = False,
         backend: str | None = "hf",
     ) -> None:
-        self._construct(locals())
+        self._construct()
 
-    def merged(self, insertion: Insertion, weight: Tensor) -> Tensor:
+    def folds(self, insertion: Insertion) -> dict[str, Tensor]:
         """The trained bias, which takes the place of the backbone's own."""
-        assert isinstance(insertion, ParameterInsertion)
-        return insertion.parameter.detach().to(weight, copy=True)
+        return {insertion.name: insertion.content.detach().clone()}
 
     def combined_tensors(
         self, deltas: Sequence[DeltaBase], weights: Sequence[float]
@@ -120,33 +118,25 @@ class BitFitModel(DeltaBase):
         """Differences to the backbone's own biases are summed, so those count for what is left."""
         sums, originals = super().combined_tensors(deltas, weights), unmerged(self.backbone_model)
         for insertion in self.insertions:
-            assert isinstance(insertion, ParameterInsertion)
-            insertion.slot.look()
-            original, name = insertion.slot.original, insertion.full_name
+            insertion.look()
+            original, name = insertion.slot.original, dotted(insertion.host_name, insertion.name)
             if original is not None:
                 own = originals.get(id(original), original)
                 sums[name] += (1 - sum(weights)) * own.to(sums[name])
         return sums
 
-    def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
-        self._places = self._bias_places()
-        super().plan(backbone, patterns)
-        self._places = None
-
-    def _bias_places(self) -> dict[int, list[tuple[str, nn.Module]]]:
-        """The modules that hold each bias, several if it is tied."""
-        places: dict[int, list[tuple[str, nn.Module]]] = {}
-        for name, module in own_modules(self.backbone_model):
-            bias = module._parameters.get("bias")
-            if bias is not None:
-                places.setdefault(id(bias), []).append((name, module))
-        return places
+    def plan_targets(self, plan: Plan, patterns: list[str]) -> None:
+        """As elsewhere, with the modules that share each bias looked up once."""
+        self._places = plan.holders("bias")
+        super().plan_targets(plan, patterns)
+        del self._places
 
     def update_module(self, module: nn.Module, key: str) -> None:
         """Train the biases of the module called `key` and of all inside it."""
-        parts = list(self.named_inside(key))
+        targeting = self.plan.targeting
+        parts = list(targeting.named_inside(key))
         for name, part in parts:
-            if not (self.is_excluded(name) or (self.uses_defaults and _only_picks(name))):
+            if not (targeting.is_excluded(name) or (self.uses_defaults and _only_picks(name))):
                 self.add_bias_to_modules_have_bias_or_known_type(part, name)
         if not self.uses_defaults and not any(self._takes_part(part) for _, part in parts):
             target = module.get_submodule(key)
@@ -169,36 +159,30 @@ class BitFitModel(DeltaBase):
             c: a module of the backbone.
             name: its name, if known.
         """
-        name = self.name_of(c) if name is None else name
-        if self.parameters_on(c):
-            return
-        bias = c._parameters.get("bias")
-        if bias is not None:
-            places = (self._places or self._bias_places())[id(bias)]
-            self._train(places, nn.Parameter(full(bias).clone()), ignored=False)
-            return
-        size = bias_size(c)
-        if size is None:
-            return
-        device, dtype = place_of(c) or (None, None)
-        parameter = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
-        self._train([(name, c)], parameter, ignored="bias" not in c._parameters)
-
-    def _train(
-        self, places: list[tuple[str, nn.Module]], parameter: nn.Parameter, ignored: bool
-    ) -> None:
-        name = places[0][0]
-        if any(is_offloaded(module) for _, module in places):
-            raise InsertionError(
-                f"{name!r} is offloaded: Accelerate puts the backbone's own parameters back at "
-                "each forward, and knows no other bias. BitFit needs them in memory; LoRA and the "
-                "adapters do not."
-            )
-        state = BackboneState.of(self.backbone_model)
-        slot = state.slots.get(f"{name}.bias") if state is not None else None
-        if slot is None:
-            slot = ParameterSlot([module for _, module in places], "bias")
-        self._insert(BiasInsertion(slot, name, parameter, ignored))
+        with self.planning() as plan:
+            name = plan.targeting.name_of(c) if name is None else name
+            if any(insertion.name == "bias" for insertion in plan.on(c)):
+                return
+            bias = c._parameters.get("bias")
+            if bias is not None:
+                holders = self.__dict__.get("_places") or plan.holders("bias")
+                places, start, ignored = holders[id(bias)], copied(bias), False
+            elif (size := bias_size(c)) is not None:
+                device, dtype = place_of(c) or (None, None)
+                places, start = (
+                    [(name, c)],
+                    nn.Parameter(torch.zeros(size, dtype=dtype, device=device)),
+                )
+                ignored = "bias" not in c._parameters
+            else:
+                return
+            if any(is_offloaded(module) for _, module in places):
+                raise InsertionError(
+                    f"{places[0][0]!r} is offloaded: Accelerate puts the backbone's own parameters "
+                    "back at each forward, and knows no other bias. BitFit needs them in memory; a "
+                    "method that brings modules of its own does not."
+                )
+            plan.put_parameter(places, "bias", start, ignored=ignored, kind=BiasInsertion)
 
 
 def _only_picks(name: str) -> bool:

@@ -37,7 +37,7 @@ class BottleneckModel(DeltaBase):
         raise NotImplementedError
 
     def default_targets(self, structure: CommonStructureMap) -> list[list[str]]:
-        return self._some_of([structure.outputs(role) for role in self.default_modified_modules])
+        return [structure.outputs(role) for role in self.default_modified_modules]
 
     def update_module(self, module: nn.Module, key: str) -> None:
         """Put a bottleneck behind the module called `key`."""

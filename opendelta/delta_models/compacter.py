@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opendelta.auto_delta import register
+from opendelta.delta.plan import Plan
+from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.activations import activation
 from opendelta.delta_models.bottleneck import BottleneckModel, bottleneck_width
@@ -151,22 +152,6 @@ class CompacterModel(BottleneckModel):
     config_class = CompacterConfig
     layer_name: ClassVar[str] = "compactor"  # as in the files of 0.3.2
 
-    reduction_factor: int
-    non_linearity: str
-    phm_c_init: str
-    hypercomplex_division: int
-    learn_phm: bool
-    hypercomplex_nonlinearity: str
-    shared_phm_rule: bool
-    factorized_phm: bool
-    shared_W_phm: bool
-    factorized_phm_rule: bool
-    phm_rank: int
-    phm_init_range: float
-    kronecker_prod: bool | None
-    use_bias_up_sampler: bool
-    use_bias_down_sampler: bool
-
     def __init__(
         self,
         backbone_model: nn.Module,
@@ -192,14 +177,15 @@ class CompacterModel(BottleneckModel):
         use_bias_up_sampler: bool = True,
         use_bias_down_sampler: bool = True,
     ) -> None:
-        self._construct(locals())
+        self._construct()
 
-    def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
+    def plan_targets(self, plan: Plan, patterns: list[str]) -> None:
         if self.hypercomplex_division < 1 or self.phm_rank < 1:
             raise ConfigError("hypercomplex_division and phm_rank must be 1 or more.")
         if self.phm_init_range < 0:
             raise ConfigError(f"phm_init_range={self.phm_init_range}; expected 0 or more.")
-        super().plan(backbone, patterns)
+        self._shared: dict[Any, dict[str, nn.Parameter]] = {}
+        super().plan_targets(plan, patterns)
 
     def new_layer(self, width: int) -> nn.Module:
         n = self.hypercomplex_division
@@ -217,7 +203,7 @@ class CompacterModel(BottleneckModel):
         return CompacterLayer(down, up, self.non_linearity)
 
     def _new_linear(self, in_width: int, out_width: int, use_bias: bool) -> PHMLinear:
-        known: dict[Any, dict[str, nn.Parameter]] = self.__dict__.setdefault("_shared", {})
+        known = self._shared
         shared: dict[str, nn.Parameter] = {}
         widths = (in_width, out_width)
         if self.shared_phm_rule:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections import Counter
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.addressing.feed_forward import about_experts
 from opendelta.addressing.patterns import as_patterns, matches_any
-from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
-from opendelta.construction import reads_without_calling
+from opendelta.delta.plan import Plan, reads_without_calling
+from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.low_rank_add import low_rank_add
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
@@ -27,11 +26,11 @@ from opendelta.ground.names import dotted
 from opendelta.ground.widths import read_widths
 from opendelta.mechanism.dispatch import AfterDispatcher, onto
 from opendelta.mechanism.engines import split_by
-from opendelta.mechanism.insertion import Insertion, ModuleInsertion
+from opendelta.mechanism.insertion import Insertion
 from opendelta.mechanism.ownership import own_children
 
 if TYPE_CHECKING:
-    from opendelta.routing import Rows
+    from opendelta.mechanism.rows import Rows
 
 
 class LoraLayer(nn.Module):
@@ -215,13 +214,6 @@ class LoraModel(DeltaBase):
     delta_type: ClassVar[str] = "lora"
     config_class = LoraConfig
     default_modified_modules: ClassVar[list[str]] = ["attn.q", "attn.v"]
-    merges_into: ClassVar[str | None] = "weight"
-
-    lora_r: int
-    lora_alpha: float
-    lora_dropout: float
-    rank_pattern: dict[str, int] | None
-    alpha_pattern: dict[str, float] | None
 
     def __init__(
         self,
@@ -239,23 +231,27 @@ class LoraModel(DeltaBase):
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
     ) -> None:
-        self._construct(locals())
+        self._construct()
 
     def default_targets(self, structure: CommonStructureMap) -> list[list[str]]:
         """The projections of q and v; in a backbone without any, those of the feed-forward."""
         roles = self.default_modified_modules
         if set(roles).isdisjoint(structure.roles()):
             roles = ["ff.w1", "ff.w2"]
-        transposed = {name for name, m in self._own if getattr(m, "transposed", False)}
+        transposed = {
+            name for name, m in self.plan.targeting.own if getattr(m, "transposed", False)
+        }
         found = [[n for n in structure.addressed(role) if n not in transposed] for role in roles]
-        return self._some_of(found)
+        return found
 
-    def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
-        super().plan(backbone, patterns)
-        modified = {i.host_name for i in self._planned or () if isinstance(i, ModuleInsertion)}
+    def plan_targets(self, plan: Plan, patterns: list[str]) -> None:
+        super().plan_targets(plan, patterns)
+        modified = {i.host_name for i in plan.insertions}
         for argument in ("rank_pattern", "alpha_pattern"):
             for pattern in as_patterns(list(getattr(self, argument) or ()), argument):
-                if not any(matches_any(self.names_of(name), pattern) for name in modified):
+                if not any(
+                    matches_any(plan.targeting.names_of(name), pattern) for name in modified
+                ):
                     raise AddressingError(
                         f"{argument}: {pattern!r} addresses none of the modified modules."
                         + nearest(pattern, modified)
@@ -268,7 +264,7 @@ class LoraModel(DeltaBase):
         if own_children(target) and not hasattr(target, "weight"):
             parts = {
                 name: part
-                for name, part in self.named_inside(key)
+                for name, part in self.plan.targeting.named_inside(key)
                 if _is_linear(part)
                 and name != key
                 and not reads_without_calling(self.backbone_model, name)
@@ -279,7 +275,7 @@ class LoraModel(DeltaBase):
                 + about_experts(target)
             )
         for name, part in parts.items():
-            if not self._mine_on(part) and not self.is_excluded(name):
+            if not self.plan.on(part) and not self.plan.targeting.is_excluded(name):
                 layer = self.new_layer(name, part)
                 self.insert_action(part, layer, "lora", AfterDispatcher, onto)
 
@@ -311,29 +307,18 @@ class LoraModel(DeltaBase):
             )
         return LoraLayer(*widths, r, alpha, self.lora_dropout)
 
-    def merged(self, insertion: Insertion, weight: Tensor) -> Tensor:
-        """A host's weight with the low-rank term in it.
-
-        Raises:
-            InsertionError: if the host does not compute with the sum what the term adds to it.
-        """
-        assert isinstance(insertion, ModuleInsertion) and isinstance(insertion.module, LoraLayer)
-        host, layer = insertion.host, insertion.module
-        update = layer.update(host, weight.dtype).to(weight.device)
-        if not _computes_the_term(host, layer, update):
-            raise InsertionError(
-                f"{insertion.host_name!r} ({type(host).__name__}) does more to its input than its "
-                "kind of layer does, so that a changed weight would not do what the low-rank term "
-                "does. It can be detached and saved, but not merged. Nothing was merged."
-            )
-        return weight + update
+    def folds(self, insertion: Insertion) -> dict[str, Tensor]:
+        """The host's weight with the low-rank term in it."""
+        layer: Any = insertion.module
+        weight: Any = insertion.host.weight
+        update = layer.update(insertion.host, weight.dtype).to(weight.device)
+        return {"weight": weight + update}
 
     def combined_config(self, deltas: Sequence[DeltaBase]) -> BaseDeltaConfig:
         """Ranks add up, module by module; with alpha equal to the rank nothing is scaled."""
         ranks: Counter[str] = Counter()
         for delta in deltas:
             for insertion in delta.insertions:
-                assert isinstance(insertion, ModuleInsertion)
                 layer: Any = insertion.module
                 ranks[insertion.host_name] += layer.r
         usual = max(ranks.values(), key=list(ranks.values()).count)
@@ -357,9 +342,8 @@ class LoraModel(DeltaBase):
         factors: dict[str, list[Tensor]] = {}
         for delta, weight in zip(deltas, weights, strict=True):
             for insertion in delta.insertions:
-                assert isinstance(insertion, ModuleInsertion)
                 layer: Any = insertion.module
-                name = dotted(insertion.host_name, insertion.lone_name)
+                name = dotted(insertion.host_name, insertion.file_name)
                 factors.setdefault(f"{name}.lora_A", []).append(layer.lora_A)
                 factors.setdefault(f"{name}.lora_B", []).append(
                     layer.lora_B * (weight * layer.scaling)
@@ -384,39 +368,13 @@ class LoraModel(DeltaBase):
                 an embedding with `max_norm`, where PEFT's LoRA computes something else.
             CheckpointError: if `path` is a file.
         """
-        from opendelta.saving.exchange import export_peft  # which needs this module first
+        from opendelta.delta_models.peft_files import export_peft  # which needs this module first
 
         export_peft(self, path)
 
     def _by_pattern(self, table: dict[str, Any] | None, name: str, default: Any) -> Any:
-        names = tuple(self.names_of(name)) if table else ()
+        names = tuple(self.plan.targeting.names_of(name)) if table else ()
         return next((v for p, v in (table or {}).items() if matches_any(names, p)), default)
-
-
-def _computes_the_term(host: nn.Module, layer: LoraLayer, update: Tensor) -> bool:
-    """Whether `host`, with `update` as its weight and no bias, computes what `layer` adds.
-
-    A class of its own may scale its output or normalise its weight (Gemma's and Bart's embeddings).
-    """
-    if getattr(host, "max_norm", None) is not None:
-        return False
-    if not update.isfinite().all():  # which shows nothing, and is the business of `safe`
-        return True
-    twin, alone = copy.copy(host), copy.copy(layer).eval()
-    twin._parameters = {
-        name: None if p is None else nn.Parameter(torch.zeros_like(p, dtype=update.dtype))
-        for name, p in host._parameters.items()
-    }
-    twin._parameters["weight"] = nn.Parameter(update)
-    alone._parameters = {n: nn.Parameter(p.to(update.dtype)) for n, p in layer.named_parameters()}
-    x = layer.example()
-    x = x.to(update.dtype) if x.is_floating_point() else x
-    try:
-        made = type(host).forward(twin, x)
-        expected = alone(torch.zeros_like(made), x)
-    except Exception:  # a host that takes other inputs, whatever it says of this one
-        return False
-    return torch.allclose(made, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from opendelta.auto_delta import register
+from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.activations import activation
 from opendelta.delta_models.bottleneck import BottleneckModel, bottleneck_width
@@ -81,11 +81,6 @@ class LowRankAdapterModel(BottleneckModel):
     config_class = LowRankAdapterConfig
     layer_name: ClassVar[str] = "low_rank_adapter"
 
-    reduction_factor: int
-    non_linearity: str
-    low_rank_w_init: str
-    low_rank_rank: int
-
     def __init__(
         self,
         backbone_model: nn.Module,
@@ -100,7 +95,7 @@ class LowRankAdapterModel(BottleneckModel):
         interactive_modify: bool | int | None = False,
         backend: str | None = "hf",
     ) -> None:
-        self._construct(locals())
+        self._construct()
 
     def new_layer(self, width: int) -> nn.Module:
         return LowRankAdapter(

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from opendelta.addressing.common_structure import CommonStructureMap
-from opendelta.auto_delta import register
 from opendelta.basemodel import DeltaBase
+from opendelta.delta.plan import Plan
+from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.adapter import Bottleneck
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError
@@ -119,41 +119,15 @@ def _keeps_places(convolution: Any) -> bool:
 
 
 class DropHeld:
-    """Insertion and hook of the root: after each forward, failed ones too, nothing stays held."""
+    """Hook of the root: after each forward, failed ones too, nothing stays held."""
 
-    def __init__(self, root: nn.Module, layers: list[ParallelAdapterLayer]) -> None:
-        self.host, self.host_name = root, ""
+    def __init__(self, layers: list[ParallelAdapterLayer]) -> None:
         self.layers = layers
-        self.handle: RemovableHandle | None = None
 
     def __call__(self, module: nn.Module, args: Args, output: Any) -> None:
         if not torch.compiler.is_compiling():
             for layer in self.layers:
                 layer.held.pop(threading.get_ident(), None)
-
-    @property
-    def attached(self) -> bool:
-        return False  # it acts on no value
-
-    def insert(self) -> None:
-        self.handle = self.host.register_forward_hook(self, always_call=True)
-
-    def attach(self) -> None:
-        """Nothing to switch."""
-
-    detach = attach
-
-    def remove(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        return ()
-
-    named_tensors = named_parameters
-
-    def constants(self) -> Iterable[Tensor]:
-        return ()
 
 
 class ParallelAdapterConfig(BaseDeltaConfig):
@@ -184,10 +158,6 @@ class ParallelAdapterModel(DeltaBase):
     config_class = ParallelAdapterConfig
     default_modified_modules: ClassVar[list[str]] = ["attn", "attn", "ff.w1", "ff.w2"]
 
-    bottleneck_dim: int
-    non_linearity: str
-    scaled: float
-
     def __init__(
         self,
         backbone_model: nn.Module,
@@ -201,7 +171,7 @@ class ParallelAdapterModel(DeltaBase):
         interactive_modify: bool | int | None = False,
         backend: str | None = "hf",
     ) -> None:
-        self._construct(locals())
+        self._construct()
 
     def patterns_for(self, names: Sequence[str]) -> list[str]:
         """Each clicked module twice: an adapter beside it."""
@@ -226,9 +196,9 @@ class ParallelAdapterModel(DeltaBase):
                     if self._misfit(*pair) is None:
                         found[at].append(pair[0])
                         found[at + 1].append(pair[1])
-        return self._some_of(found)
+        return found
 
-    def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
+    def plan_targets(self, plan: Plan, patterns: list[str]) -> None:
         """Pair the targets of each two patterns in module order and put an adapter on each pair."""
         if len(patterns) % 2:
             raise AddressingError(
@@ -247,15 +217,16 @@ class ParallelAdapterModel(DeltaBase):
                     "ParallelAdapter needs as many first as second ones."
                 )
             pairs += zip(first, second, strict=True)
-        order = {name: i for i, name in enumerate(self._module_names.values())}
+        order = {name: i for i, name in enumerate(plan.targeting.first_names.values())}
         pairs.sort(key=lambda pair: order[pair[0]])
-        self._target_names = [name for pair in pairs for name in pair]
+        plan.targets = [name for pair in pairs for name in pair]
         layers = [self.update_pair(first_name, second_name) for first_name, second_name in pairs]
-        self._insert(DropHeld(backbone, layers))
+        plan.at_end(plan.backbone, DropHeld(layers))
 
     def update_module(self, module: nn.Module, key: str) -> None:
         """Put an adapter beside the module called `key`."""
-        self._insert(DropHeld(self.backbone_model, [self.update_pair(key, key)]))
+        with self.planning() as plan:
+            plan.at_end(self.backbone_model, DropHeld([self.update_pair(key, key)]))
 
     def update_pair(self, first_name: str, second_name: str) -> ParallelAdapterLayer:
         """Put one adapter from the input of one module to the output of another."""

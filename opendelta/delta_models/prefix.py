@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from opendelta.auto_delta import register
 from opendelta.backends.bmt import has_distributed
 from opendelta.backends.sharding import is_dtensor, reshard
 from opendelta.basemodel import DeltaBase
+from opendelta.delta.plan import Plan, label
+from opendelta.delta.record import record_of
+from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.attention_widths import measured_widths
 from opendelta.delta_models.inline_attention import InlineAttention
@@ -33,13 +34,13 @@ from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
 from opendelta.ground.containers import Args, Kwargs, first_hidden
 from opendelta.ground.names import dotted, fold_numbers
 from opendelta.ground.widths import read_widths
+from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.dispatch import BeforeDispatcher
-from opendelta.mechanism.insertion import ModuleInsertion
 from opendelta.mechanism.ownership import own_modules
 from opendelta.signature import names_in_code
 
 if TYPE_CHECKING:
-    from opendelta.routing import Rows
+    from opendelta.mechanism.rows import Rows
 
 
 class ReparameterizationNetwork(nn.Module):
@@ -140,12 +141,6 @@ class PrefixLayer(nn.Module):
         _begin(layers[0], host, kwargs, picked(keys), picked(values), seen)
         return args, kwargs
 
-    def become_plain(self) -> None:
-        """Hold the generated prefix as parameters of its own."""
-        key, value = (part.detach().clone() for part in self())
-        self.network = [None]
-        self.past_key, self.past_value = nn.Parameter(key), nn.Parameter(value)
-
 
 def enter(layer: PrefixLayer, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """Before an attention module: let its prefix act."""
@@ -193,21 +188,6 @@ def idle(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args,
     return args, kwargs
 
 
-class PrefixInsertion(ModuleInsertion):
-    """A prefix on an attention module: entered before it runs, left after."""
-
-    leave_handle: RemovableHandle | None = None
-
-    def insert(self) -> None:
-        self.leave_handle = self.host.register_forward_hook(leave, always_call=True)
-        super().insert()
-
-    def remove(self) -> None:
-        super().remove()
-        if self.leave_handle is not None:
-            self.leave_handle.remove()
-
-
 class PrefixConfig(BaseDeltaConfig):
     """Config of `PrefixModel`; its fields are that constructor's arguments."""
 
@@ -239,10 +219,6 @@ class PrefixModel(DeltaBase):
     config_class = PrefixConfig
     default_modified_modules: ClassVar[list[str]] = ["attn"]
 
-    prefix_token_num: int
-    reparameterize: bool
-    embed_dim: int
-    mid_dim: int
     _saves_network = False
 
     def __init__(
@@ -258,12 +234,13 @@ class PrefixModel(DeltaBase):
         common_structure: bool | None = None,
         interactive_modify: bool | int | None = False,
     ) -> None:
-        self._construct(locals())
+        self._construct()
 
     # --- construction -----------------------------------------------------------------------
 
-    def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
+    def plan_targets(self, plan: Plan, patterns: list[str]) -> None:
         """Put a prefix on every target; the network sits on the first."""
+        backbone = plan.backbone
         if has_distributed(backbone):
             raise ConfigError(
                 "Prefix tuning does not run on BMTrain; LoRA, the adapters, BitFit and soft "
@@ -274,11 +251,13 @@ class PrefixModel(DeltaBase):
                 raise ConfigError(f"{name}={getattr(self, name)}; expected 1 or more.")
         addressed = {name for hits in self.find_targets(patterns) for name in hits}
         hosts: dict[str, nn.Module] = {}
+        first: nn.Module | None = None  # where the network sits: what a pattern addresses
         for name, module in own_modules(backbone):
             if name in addressed:
                 inner, host = _attention_in(name, module)
                 if _names_in_code(host) & _SIGNS_OF_ATTENTION:
                     hosts.setdefault(inner, host)
+                    first = module if first is None else first
                 elif not self.uses_defaults:  # these hold state-space and other mixers too
                     raise _no_attention(name, module)
         if not hosts:
@@ -294,7 +273,7 @@ class PrefixModel(DeltaBase):
                 self.prefix_token_num, self.embed_dim, self.mid_dim, total
             )
         start = 0
-        for position, (name, host) in enumerate(hosts.items()):
+        for name, host in hosts.items():
             layer = PrefixLayer(
                 self.prefix_token_num,
                 widths[name],
@@ -304,9 +283,11 @@ class PrefixModel(DeltaBase):
                 relative=_relative_bias_for(backbone, name),
             )
             start += sum(widths[name])
-            self.insert_action(host, layer, "prefix", BeforeDispatcher, enter, PrefixInsertion)
-            if position == 0 and network is not None:
-                self.insert_action(host, network, "reparams", BeforeDispatcher, idle)
+            plan.insert(host, layer, "prefix", BeforeDispatcher, enter)
+            plan.at_end(host, leave)
+            if network is not None and first is not None:
+                plan.insert(first, network, "reparams", BeforeDispatcher, idle)
+                first = None
 
     def attention_widths(self, hosts: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
         """(key width, value width) of each attention, all heads together.
@@ -340,8 +321,8 @@ class PrefixModel(DeltaBase):
         """
         parts: dict[str, str] = {}  # role -> projection
         units: set[str] = set()
-        for part_name, _ in self.named_inside(name):
-            for common in self.common_names_of(part_name):
+        for part_name, _ in self.plan.targeting.named_inside(name):
+            for common in self.plan.targeting.common_names_of(part_name):
                 unit, _, role = common.rpartition(".")
                 parts.setdefault(role, part_name)
                 units |= {unit} if role == "k" else set()
@@ -374,9 +355,9 @@ class PrefixModel(DeltaBase):
     def prefixes(self) -> dict[str, PrefixLayer]:
         """The prefix of each attention by its name in files."""
         return {
-            dotted(i.host_name, i.lone_name): i.module
+            dotted(i.host_name, i.file_name): i.module
             for i in self.insertions
-            if isinstance(i, ModuleInsertion) and isinstance(i.module, PrefixLayer)
+            if isinstance(i.module, PrefixLayer)
         }
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
@@ -424,21 +405,36 @@ class PrefixModel(DeltaBase):
         finally:
             self._saves_network = False
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Load the weights alone, see `DeltaBase.load_checkpoint`.
+    def loading_targets(
+        self, tensors: dict[str, Tensor], changes: Changes
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Prefixes, or the network that generates them, whichever the file and this delta hold.
 
         A file of prefixes takes the place of a network that generates them.
         """
-        network = self._network_insertion
-        try:
-            super().load_checkpoint(*args, **kwargs)
-        except BaseException:
-            if network is not None and not self.reparameterize:
-                self._take_back(network)
-            raise
+        names = [f"{name}.{part}" for name in self.prefixes for part in ("past_key", "past_value")]
+        if not self.reparameterize or not all(name in tensors for name in names):
+            return super().loading_targets(tensors, changes)
+        insertion = self._network_insertion
+        insertion.leave(changes)
+        own: dict[str, Tensor] = {}
+        for name, layer in self.prefixes.items():
+            changes.set(layer, network=[None])
+            for part, width in zip(("past_key", "past_value"), layer.widths, strict=True):
+                like = next(insertion.module.parameters())
+                p = nn.Parameter(like.new_empty(layer.tokens, width))
+                own[f"{name}.{part}"] = changes.of(layer._parameters)[part] = p
+        node = self.get_submodule(insertion.host_name)
+        changes.of(node._modules).pop(insertion.file_name)
+        record = record_of(self)
+        left = [other for other in changes.get(record, "insertions") if other is not insertion]
+        changes.set(record, insertions=left)
+        changes.set(self.config, reparameterize=False)
+        changes.do(label, left)
+        return own, self.translate_keys(tensors)
 
     def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Accept prefixes and the network that generates them, whichever this delta holds.
+        """Accept a network where this delta holds prefixes, and where another release had it.
 
         Raises:
             CheckpointError: if the file's network is not whole.
@@ -447,8 +443,11 @@ class PrefixModel(DeltaBase):
         names = [name for name in tensors if ".reparams." in f".{name}"]
         if names and not self.reparameterize:
             return self._generated(tensors, names)
-        if self.reparameterize and all(f"{name}.past_key" in tensors for name in self.prefixes):
-            self.drop_network()
+        if names:
+            insertion = self._network_insertion
+            home = dotted(insertion.host_name, insertion.file_name)
+            there = {n: f"{home}.{n.rpartition('reparams.')[2]}" for n in names}
+            tensors = {there.get(name, name): tensor for name, tensor in tensors.items()}
         return tensors
 
     def _generated(self, tensors: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
@@ -473,32 +472,9 @@ class PrefixModel(DeltaBase):
         return result
 
     @property
-    def _network_insertion(self) -> ModuleInsertion | None:
-        modules = (i for i in self.insertions if isinstance(i, ModuleInsertion))
-        return next((i for i in modules if isinstance(i.module, ReparameterizationNetwork)), None)
-
-    def drop_network(self) -> None:
-        """Hold the generated prefixes as parameters, without the network, from now on."""
-        insertion = self._network_insertion
-        if insertion is None:
-            return
-        for layer in self.prefixes.values():
-            layer.become_plain()
-        insertion.remove()
-        self.insertions.remove(insertion)
-        del self._node(insertion.host_name)._modules[insertion.lone_name]
-        self.reparameterize = self.config.reparameterize = False  # type: ignore[attr-defined]
-        self._label(self.insertions)
-
-    def _take_back(self, insertion: ModuleInsertion) -> None:
-        """Undo `drop_network`."""
-        for layer in self.prefixes.values():
-            del layer.past_key, layer.past_value
-            layer.network = [insertion.module]  # type: ignore[list-item]
-        insertion.insert()
-        self.insertions.append(insertion)
-        self._node(insertion.host_name)._modules[insertion.lone_name] = insertion.module
-        self.reparameterize = self.config.reparameterize = True  # type: ignore[attr-defined]
+    def _network_insertion(self) -> Any:
+        brings = (i for i in self.insertions if isinstance(i.module, ReparameterizationNetwork))
+        return next(brings, None)
 
 
 def _attention_in(name: str, module: nn.Module) -> tuple[str, nn.Module]:

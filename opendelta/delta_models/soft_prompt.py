@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opendelta.auto_delta import register
 from opendelta.backends.sharding import gathered, is_dtensor
 from opendelta.basemodel import DeltaBase
+from opendelta.delta.plan import Plan
+from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.containers import Args, Kwargs, first_hidden
@@ -297,12 +298,6 @@ class SoftPromptModel(DeltaBase):
     config_class = SoftPromptConfig
     default_modified_modules: ClassVar[list[str]] = [ROOT]
 
-    soft_token_num: int
-    init_range: float
-    token_init: bool
-    other_expand_ids: dict[str, int]
-    trim_output: bool
-
     def __init__(
         self,
         backbone_model: nn.Module,
@@ -318,15 +313,16 @@ class SoftPromptModel(DeltaBase):
         *,
         trim_output: bool = False,
     ) -> None:
-        self._construct(locals())
+        self._construct()
 
     @property
     def added_positions(self) -> int:  # type: ignore[override]
         """How many positions each text gets longer by."""
         return self.soft_token_num
 
-    def plan(self, backbone: nn.Module, patterns: list[str]) -> None:
+    def plan_targets(self, plan: Plan, patterns: list[str]) -> None:
         """Put the prompt on the model that takes token ids."""
+        backbone = plan.backbone
         if self.soft_token_num < 1:
             raise ConfigError(f"soft_token_num={self.soft_token_num}; expected 1 or more.")
         if list(patterns) == [ROOT]:
@@ -345,7 +341,7 @@ class SoftPromptModel(DeltaBase):
             name = dotted(name, inner)
             host = sites[name]
         embedding_name, embedding = _embedding_of(name, host)
-        require_unsplit(embedding, dotted(name, embedding_name), type(self).__name__)
+        require_unsplit(embedding, dotted(name, embedding_name))
         names = get_arg_names_inside_func(type(host).forward)
         expand, count = self.other_expand_ids, self.soft_token_num
         layer = SoftPromptLayer(self._initial(embedding), embedding_name, names, expand)

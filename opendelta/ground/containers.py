@@ -67,3 +67,15 @@ def map_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         f"The modified module returned a {type(output).__name__}; expected a tensor, or a tuple, "
         "list, dict or ModelOutput whose first tensor is the hidden state."
     )
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in a module's output, see `map_hidden`."""
+    seen: list[Tensor] = []
+
+    def note(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return hidden
+
+    map_hidden(output, note)
+    return seen[0]

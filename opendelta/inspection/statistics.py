@@ -21,8 +21,9 @@ from torch.nn.parameter import is_lazy
 from opendelta.backends.bmt import has_distributed
 from opendelta.backends.sharding import full_shape
 from opendelta.ground.walk import named_tensors, unblocked
-from opendelta.mechanism.backbone_state import BackboneState, active_names
+from opendelta.mechanism.backbone_state import BackboneState
 from opendelta.mechanism.ownership import inserted_names, inserted_parameters
+from opendelta.mechanism.state_dict import active_names
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,8 @@ def state_dict_bytes(module: nn.Module) -> int:
     """Bytes in the tensors that ``module.state_dict()`` would save, each tensor once."""
     if has_distributed(module):  # BMTrain would gather them, which takes all processes
         state = BackboneState.of(module)
-        trims = state is not None and state.trims
-        active = active_names(module, state.delta_tensors()) if state is not None else set()
+        trims = state is not None and state.is_trimmed()
+        active = active_names(module, state.constants()) if state is not None else set()
         tensors = [t for name, t in named_tensors(module) if not trims or name in active]
     else:
         tensors = list(module.state_dict(keep_vars=True).values())  # aliases are the same object

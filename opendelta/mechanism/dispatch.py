@@ -9,19 +9,31 @@ backbone find their own deltas.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Collection
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from opendelta.ground.containers import Args, Kwargs, first_hidden, locate_hidden, map_hidden
+from opendelta.ground.containers import (
+    Args,
+    Kwargs,
+    first_hidden,
+    hidden_of,
+    locate_hidden,
+    map_hidden,
+)
+from opendelta.ground.seams import forget_compiled_code
+from opendelta.mechanism.changes import Changes
+from opendelta.mechanism.hooks import add_forward_hook, take_off
 from opendelta.signature import names_in_code
 
-# --- reading and writing the hidden state ------------------------------------------------------
+if TYPE_CHECKING:
+    from typing import Self
 
+Entry = tuple[str, Callable[..., Any]]  # the name of a delta, and what is done with it
 
 # --- what a dispatcher does with one delta module -------------------------------------------------
 # An action before the forward maps (delta, host, args, kwargs) to new arguments; one after it maps
@@ -58,8 +70,34 @@ def onto(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -
     return map_hidden(output, lambda hidden: delta(hidden, source))
 
 
+def fuse(
+    delta: Any,
+    host: nn.Module,
+    args: Args,
+    kwargs: Kwargs,
+    output: Any,
+    others: Mapping[str, Callable[[Any], Any]],
+) -> Any:
+    """Let the delta make one output of what the deltas before it make of the module's.
+
+    ``delta(hidden, others)`` gets the module's hidden output and, by the names of the deltas
+    before it on this module, what each makes of a hidden output. They do not act by themselves.
+    """
+
+    def of_hidden(run: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
+        def made(hidden: Tensor) -> Tensor:
+            return hidden_of(run(map_hidden(output, lambda _: hidden)))
+
+        return made
+
+    callables = {name: of_hidden(run) for name, run in others.items()}
+    return map_hidden(output, lambda hidden: delta(hidden, callables))
+
+
 # Actions that only add to the output, so that their order does not matter.
 ADDITIVE: set[Callable[..., Any]] = {parallel, onto}
+# Actions that are handed the deltas before them on their module, which then do not act themselves.
+FUSING: set[Callable[..., Any]] = {fuse}
 
 _OF_CHILDREN = {"children", "named_children", "_modules"}  # how a forward goes through them
 
@@ -119,59 +157,68 @@ class Dispatcher:
 
     Attributes:
         entries: ``(name, action)`` in order of execution.
-        handle: kept for `remove`, and in pickles, where it keeps torch's hook counter from
-            handing out the same id again in another process.
+        handle: kept for taking the hook off, and in pickles, where it keeps torch's hook counter
+            from handing out the same id again in another process.
+        fuses: whether one of the entries is handed those before it.
         fired: whether its module was called since it was registered (outside compiled code).
         router: finds the route that is in force for a module, see `opendelta.routing`; None while
             there is none in any thread.
     """
 
     router: ClassVar[Callable[[nn.Module], Any] | None] = None
+    before: ClassVar[bool]
 
     def __init__(self) -> None:
-        self.entries: list[tuple[str, Callable[..., Any]]] = []
+        self.entries: list[Entry] = []
         self.handle: RemovableHandle | None = None
-        self.fired = False
+        self.fuses = self.fired = False
 
     @classmethod
-    def on(cls, module: nn.Module) -> Dispatcher | None:
-        """The dispatcher of this class on `module`, if it has one."""
-        for hook in cls.hooks(module).values():
+    def on(cls, module: nn.Module, changes: Changes | None = None) -> Self | None:
+        """The dispatcher of this class that `module` has, or is about to have."""
+        hooks: Any = module._forward_pre_hooks if cls.before else module._forward_hooks
+        for hook in (hooks if changes is None else changes.of(hooks)).values():
             if type(hook) is cls:
                 return hook
         return None
 
-    @staticmethod
-    def hooks(module: nn.Module) -> dict[int, Any]:
-        raise NotImplementedError
+    @classmethod
+    def enter(
+        cls, changes: Changes, module: nn.Module, entry: Entry, later: Collection[str] = ()
+    ) -> None:
+        """Let `module` call a delta; `later` are the names of those that were inserted after it."""
+        dispatcher = cls.on(module, changes)
+        if dispatcher is None:
+            dispatcher = cls()
+            dispatcher.handle = add_forward_hook(
+                changes, module, dispatcher, before=cls.before, first=True, with_kwargs=True
+            )
+            changes.do_first(forget_compiled_code)
+        entries = [*changes.get(dispatcher, "entries")]
+        # Before the forward the last one inserted runs first.
+        places = [(name in later) != cls.before for name, _ in entries]
+        entries.insert(places.index(True) if True in places else len(places), entry)
+        dispatcher._let(changes, entries)
 
-    def register(self, module: nn.Module) -> None:
-        raise NotImplementedError
+    @classmethod
+    def leave(cls, changes: Changes, module: nn.Module, name: str) -> None:
+        """Let `module` call the delta called `name` no more; the last one takes the hook along."""
+        dispatcher = cls.on(module, changes)
+        if dispatcher is not None:
+            left = [entry for entry in changes.get(dispatcher, "entries") if entry[0] != name]
+            dispatcher._let(changes, left)
+            if not left:
+                take_off(changes, dispatcher.handle)
 
-    def add(self, name: str, action: Callable[..., Any], later: Collection[str] = ()) -> None:
-        """Enter a delta; `later` are the names of those that were inserted after it."""
-        at = [name in later for name, _ in self.entries]
-        self.entries.insert(at.index(True) if True in at else len(at), (name, action))
-
-    def discard(self, name: str) -> None:
-        self.entries = [entry for entry in self.entries if entry[0] != name]
-        if not self.entries and self.handle is not None:
-            self.handle.remove()
+    def _let(self, changes: Changes, entries: list[Entry]) -> None:
+        fuses = any(action in FUSING for _, action in entries)
+        changes.set(self, entries=entries, fuses=fuses)
 
 
 class BeforeDispatcher(Dispatcher):
     """Runs the attached deltas before the forward, the last one inserted first."""
 
-    @staticmethod
-    def hooks(module: nn.Module) -> dict[int, Any]:
-        return module._forward_pre_hooks
-
-    def register(self, module: nn.Module) -> None:
-        self.handle = module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
-
-    def add(self, name: str, action: Callable[..., Any], later: Collection[str] = ()) -> None:
-        at = [name in later for name, _ in self.entries]
-        self.entries.insert(at.index(False) if False in at else len(at), (name, action))
+    before = True
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if not torch.compiler.is_compiling():
@@ -193,35 +240,28 @@ class AfterDispatcher(Dispatcher):
     see the module's output with the deltas.
     """
 
-    @staticmethod
-    def hooks(module: nn.Module) -> dict[int, Any]:
-        return module._forward_hooks
-
-    def register(self, module: nn.Module) -> None:
-        self.handle = module.register_forward_hook(self, prepend=True, with_kwargs=True)
+    before = False
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         if not torch.compiler.is_compiling():
             self.fired = True
         if Dispatcher.router is not None and (route := Dispatcher.router(module)) is not None:
             return route.run(self.entries, module, (args, kwargs, output))[2]
+        if self.fuses:
+            return self._fused(module, args, kwargs, output)
         for name, action in self.entries:
             delta = _delta_on(module, name)
             if delta is not None:
                 output = action(delta, module, args, kwargs, output)
         return output
 
-
-def add_bias(module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-    """Hook of a module whose forward ignores ``bias``: add the parameter of that name, if any."""
-    bias = getattr(module, "bias", None)  # an attribute, not a parameter, on a replica
-    if bias is None and module._parameters.get("bias") is not None:
-        bias = module.__getattr__("bias")  # there is an attribute too, which says None
-    return output if bias is None else map_hidden(output, lambda hidden: hidden + bias)
-
-
-def forget_compiled_code() -> None:
-    """Make compiled models trace again: graphs are not guarded on the arrival of a new hook."""
-    dynamo = sys.modules.get("torch._dynamo")  # a process that never compiled has no graphs
-    if dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"]:
-        dynamo.reset()
+    def _fused(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        """As the call, where a delta is handed those before it."""
+        bare, before = output, dict[str, Callable[..., Any]]()
+        for name, action in self.entries:
+            delta = _delta_on(module, name)
+            if delta is not None:
+                run = partial(action, delta, module, args, kwargs)
+                output = run(bare, before) if action in FUSING else run(output)
+                before[name] = run
+        return output

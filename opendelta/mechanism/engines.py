@@ -21,16 +21,11 @@ from opendelta.backends.sharding import (
     in_a_group,
     is_dtensor,
     is_flattened,
-    is_shard,
 )
 from opendelta.exceptions import DeltaWarning, InsertionError, warn
+from opendelta.ground.seams import active_ddp
 from opendelta.ground.walk import every_module, every_parameter
-from opendelta.mechanism.insertion import (
-    Insertion,
-    ModuleInsertion,
-    ParameterInsertion,
-    Replacement,
-)
+from opendelta.mechanism.insertion import Insertion
 
 _ORDER = (
     "Construct (or attach) the delta first, then let the engine wrap the backbone with the delta "
@@ -81,7 +76,7 @@ def require_reduced(backbone: nn.Module, parameters: Iterable[nn.Parameter]) -> 
     Raises:
         InsertionError: if DDP runs now and was made before one of `parameters`.
     """
-    ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
+    ddp = active_ddp()
     if ddp is None:
         return not in_a_group()
     known = {id(p) for p in ddp._module_parameters}
@@ -105,11 +100,18 @@ def _by_fsdp2(host: nn.Module) -> bool:
     return getattr(host, "_is_fsdp_managed_module", False)
 
 
-def join_engine(backbone: nn.Module, insertions: Sequence[Insertion]) -> None:
+def join_engine(
+    backbone: nn.Module, insertions: Sequence[Insertion], backend: str | None = None
+) -> None:
     """Make what is about to act on a backbone part of the engine that the backbone is on.
 
-    Called on every rank; the values of the first rank become those of all. What was there when the
-    engine came is left alone.
+    Called on every rank, before it acts; the values of the first rank become those of all. What was
+    there when the engine came is left alone.
+
+    Args:
+        backbone: the model.
+        insertions: what is to act.
+        backend: ``"bmt"`` to have it distributed by BMTrain in any case.
 
     Raises:
         InsertionError: if the engine, or the method, cannot do that.
@@ -117,10 +119,11 @@ def join_engine(backbone: nn.Module, insertions: Sequence[Insertion]) -> None:
     Warns:
         DeltaWarning: if the backbone is, or was, under ZeRO-1 or ZeRO-2.
     """
+    if backend == "bmt" or bmt.has_distributed(backbone):
+        distribute(insertions)
     if bmt.has_distributed(backbone):
-        bmt.distribute(insertions)
         return
-    new = [i for i in insertions if not _is_known(i)] if in_a_group() else []
+    new = [i for i in insertions if not i.known_to_engine()] if in_a_group() else []
     if not new:
         return
     require_open(backbone)
@@ -144,12 +147,18 @@ def join_engine(backbone: nn.Module, insertions: Sequence[Insertion]) -> None:
                 _fully_shard_like(host, module, backbone)
 
 
-def _is_known(insertion: Insertion) -> bool:
-    """Whether the engine, if there is one, has the parameters of an insertion already."""
-    if isinstance(insertion, ParameterInsertion) and insertion.slot.sharded:
-        return True  # it acts by its values
-    parameters = [p for _, p in insertion.named_parameters()]
-    return not parameters or any(is_shard(p) or hasattr(p, "_hp_mapping") for p in parameters)
+def distribute(planned: Iterable[Insertion]) -> None:
+    """Make BMTrain's what is about to be inserted, parameters that are shared once.
+
+    Each process keeps its piece of its own initial values, so a random one may be put together
+    from several processes, whose seeds need not agree.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for insertion in planned:
+        if insertion.module is not None:
+            bmt.distribute(insertion.module, made)
+        elif isinstance(insertion.content, nn.Parameter):
+            insertion.parameter = bmt.distributed(insertion.content, made)  # type: ignore[attr-defined]
 
 
 def _joining(new: Sequence[Insertion]) -> list[tuple[Any, nn.Module]]:
@@ -160,18 +169,16 @@ def _joining(new: Sequence[Insertion]) -> list[tuple[Any, nn.Module]]:
     """
     joining: dict[int, tuple[nn.Module, nn.Module]] = {}
     for insertion in new:
-        host = insertion.host
-        if isinstance(insertion, ParameterInsertion):
-            require_unsplit(host, insertion.host_name, "BitFit")
-            if _by_fsdp2(host) and host._parameters.get(insertion.name) is None:
-                raise InsertionError(
-                    f"{insertion.host_name!r} has no {insertion.name} yet, and FSDP2 sharded it "
-                    f"already: it would not know one that is added. {_ORDER}"
-                )
-        elif isinstance(insertion, (ModuleInsertion, Replacement)):
-            if not hasattr(insertion.module, "split_like"):
-                require_unsplit(host, insertion.host_name, type(insertion.module).__name__)
-            joining.setdefault(id(insertion.module), (insertion.module, host))
+        host, module = insertion.host, insertion.module
+        if not hasattr(module, "split_like"):
+            require_unsplit(host, insertion.host_name)
+        if module is not None:
+            joining.setdefault(id(module), (module, host))
+        elif _by_fsdp2(host) and host._parameters.get(insertion.name) is None:
+            raise InsertionError(
+                f"{insertion.host_name!r} has no {insertion.name} yet, and FSDP2 sharded it "
+                f"already: it would not know one that is added. {_ORDER}"
+            )
     holders = Counter(id(p) for module, _ in joining.values() for p in module.parameters())
     if any(count > 1 for count in holders.values()) and any(
         _by_fsdp2(host) for _, host in joining.values()
@@ -183,7 +190,7 @@ def _joining(new: Sequence[Insertion]) -> list[tuple[Any, nn.Module]]:
     return list(joining.values())
 
 
-def require_unsplit(host: nn.Module, host_name: str, what: str) -> None:
+def require_unsplit(host: nn.Module, host_name: str) -> None:
     """Refuse a host that is split by tensor parallelism.
 
     Raises:
@@ -193,9 +200,9 @@ def require_unsplit(host: nn.Module, host_name: str, what: str) -> None:
     if weight is not None:
         raise InsertionError(
             f"{host_name!r} is split by tensor parallelism (placements "
-            f"{tuple(weight.placements)} over {weight.device_mesh.size()} ranks). LoRA on its "
-            f"linears follows the plan, {what} does not: load the backbone without tp_plan, or "
-            "use LoraModel."
+            f"{tuple(weight.placements)} over {weight.device_mesh.size()} ranks), which this "
+            "delta does not follow there: load the backbone without tp_plan, or use a method that "
+            "goes beside split linears (the page Engines has a table)."
         )
 
 

@@ -1,100 +1,392 @@
 """How a delta gets on a module and off again.
 
-An *insertion* is one change of the backbone that can be attached, detached and removed:
-`ModuleInsertion` (a delta submodule called by a dispatcher, see `opendelta.dispatch`),
-`Replacement` (a swapped child) and `ParameterInsertion` (a parameter put in the place of another:
-BitFit's bias).
+An *insertion* is one change of the backbone that can be attached, detached and taken off. It only
+*prepares* that, see `opendelta.mechanism.changes`. What others need to know of it they ask; a new
+kind answers, and nobody asks what kind it is. Here: `ModuleInsertion` (a delta submodule called by
+a dispatcher), `Replacement` (a swapped child) and `EndInsertion` (a hook that always runs last);
+in `opendelta.mechanism.slot` a parameter put in the place of another.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from opendelta.backends.quantised import compute_dtype, execution_device
-from opendelta.backends.sharding import assign, full, is_shard
+from opendelta.backends.quantised import is_offloaded
+from opendelta.backends.sharding import is_shard
 from opendelta.exceptions import InsertionError
 from opendelta.ground.names import dotted
+from opendelta.ground.seams import forget_compiled_code
 from opendelta.ground.walk import every_module, every_parameter, named_parameters_of, named_tensors
-from opendelta.mechanism.dispatch import Dispatcher, Seat, add_bias, forget_compiled_code
-from opendelta.mechanism.ownership import STANDS_FOR, own_modules
+from opendelta.mechanism.changes import Changes
+from opendelta.mechanism.dispatch import ADDITIVE, Dispatcher, Entry, Seat
+from opendelta.mechanism.hooks import add_forward_hook, take_off
+from opendelta.mechanism.ownership import STANDS_FOR
+from opendelta.mechanism.places import Place, follow, place_of
 
-Place = tuple[torch.device, torch.dtype | None]
 
+class Insertion:
+    """One change of the backbone; this base changes nothing and answers for what holds nothing.
 
-def place_of(module: nn.Module) -> Place | None:
-    """Where a host runs: the device of its first tensor, and the dtype that it computes in.
-
-    The dtype is what a quantised layer says, else that of the first floating-point tensor of 16
-    bits or more (a quantised weight is stored in another), None if there is no such tensor. The
-    device of offloaded tensors is where they are brought to.
+    Attributes:
+        host: the module that it sits on; `host_name`: its name in the backbone.
+        name: under which it stands there.
+        module: the delta module that it brings, None for none.
+        slot: the place of a parameter in which it stands, None if in none.
+        table: which of the host's tables it stands in.
+        is_additive: whether it only adds to what the host gives.
+        fuses: whether it is handed the deltas before it on its host.
+        is_named_as_own: whether patterns for the backbone name it itself (BitFit's ``bias``).
     """
-    device = None
-    for _, part in own_modules(module):
-        computes_in = compute_dtype(part)
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is None:
-                continue
-            if device is None:
-                device = (execution_device(part) if tensor.is_meta else None) or tensor.device
-            if computes_in is not None:
-                return device, computes_in
-            if tensor.is_floating_point() and tensor.element_size() > 1:
-                return device, tensor.dtype
-    return None if device is None else (device, None)
-
-
-def follow(tensors: Iterable[Tensor], old: Place | None, new: Place | None) -> Place | None:
-    """Where tensors that were left at `old` belong now that their host is at `new`.
-
-    Returns:
-        The device, and the dtype if they shared the old one; None if nothing changed.
-    """
-    if old is None or new is None or old == new or new[0].type == "meta":
-        return None
-    shared = all(t.dtype == old[1] for t in tensors if t.is_floating_point())
-    return new[0], new[1] if shared else None
-
-
-class Insertion(Protocol):
-    """One change of the backbone. `insert` is called once, then `detach` and `attach` at will."""
 
     host: nn.Module
     host_name: str
+    name: str = ""
+    module: nn.Module | None = None
+    slot: Any = None
+    table: ClassVar[str] = "_modules"
+    is_additive: bool = False
+    fuses: bool = False
+    is_named_as_own: ClassVar[bool] = False
+
+    # --- on and off -------------------------------------------------------------------------
 
     @property
-    def attached(self) -> bool: ...
-    def insert(self) -> None: ...
-    def attach(self) -> None: ...
-    def detach(self) -> None: ...
-    def remove(self) -> None: ...
+    def attached(self) -> bool:
+        """Whether it acts now."""
+        return False
+
+    def enter(self, changes: Changes, later: Iterable[Insertion] = ()) -> None:
+        """Be there, and attached; `later` are insertions that came after it on the backbone."""
+        self.attach(changes)
+
+    def attach(self, changes: Changes) -> None:
+        """Act again."""
+
+    def detach(self, changes: Changes) -> None:
+        """Act no longer, ready to be attached."""
+
+    def leave(self, changes: Changes) -> None:
+        """Go for good."""
+        self.detach(changes)
+
+    def follow_host(self) -> None:
+        """While detached: be where the host is now."""
+
+    # --- what it is -------------------------------------------------------------------------
+
+    @property
+    def content(self) -> Any:
+        """The module or parameter that it brings."""
+        return self.module
+
+    @property
+    def places(self) -> list[nn.Module]:
+        """The modules that it changes."""
+        return [self.host]
+
+    @property
+    def file_name(self) -> str:
+        """Its name on its host where the delta is alone, as in files."""
+        return self.name
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """(name on the backbone while attached, parameter) of what was inserted."""
+        return ()
 
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
         """(name in a saved file, tensor) of what was inserted."""
+        return ()
 
     def constants(self) -> Iterable[Tensor]:
         """Buffers, and parameters that never train."""
+        return ()
+
+    # --- what others ask --------------------------------------------------------------------
+
+    @property
+    def dispatcher(self) -> Dispatcher | None:
+        """What calls it."""
+        return None
+
+    @property
+    def is_away(self) -> bool:
+        """Whether Accelerate offloaded it, not the backbone below it alone."""
+        return False
+
+    def step_aside(self, changes: Changes) -> None:
+        """Leave the host's own forward as it is without this delta, for `step_back`."""
+        self.detach(changes)
+
+    def step_back(self, changes: Changes, later: Iterable[Insertion]) -> None:
+        """Undo `step_aside`."""
+        self.attach(changes)
+
+    def require_innermost(self, others: Iterable[Insertion]) -> None:
+        """Refuse to be folded into the host where an earlier one of `others` acts before it."""
+
+    def output_on(self, host: nn.Module, x: Tensor, dtype: torch.dtype) -> Any:
+        """What `host`, in the place of its own, gives for `x` with this in evaluation."""
+        raise NotImplementedError
+
+    def known_to_engine(self) -> bool:
+        """Whether the engine of the backbone, if there is one, has its parameters already."""
+        parameters = [p for _, p in self.named_parameters()]
+        return not parameters or any(is_shard(p) or hasattr(p, "_hp_mapping") for p in parameters)
+
+    def look(self) -> bool:
+        """Take up what was put in its place by others; whether that may have happened."""
+        return False
+
+    def sites(self, is_called: Callable[[nn.Module], bool]) -> list[nn.Module] | None:
+        """In a mixed batch: the modules to whose output it is added row by row.
+
+        None if it is a module that its dispatcher runs on the rows of its delta.
+
+        Args:
+            is_called: whether a module's forward runs, rather than its weight being read.
+
+        Raises:
+            InsertionError: if it acts on a whole batch alone.
+        """
+        return None
 
 
-def switch(insertions: Iterable[Insertion], attached: bool) -> None:
-    """Attach or detach all of `insertions` in this order, or, where one cannot, none."""
-    done: list[Insertion] = []
-    try:
-        for insertion in insertions:
-            if insertion.attached != attached:
-                insertion.attach() if attached else insertion.detach()
-                done.append(insertion)
-    except BaseException:
-        switch(reversed(done), not attached)
-        raise
+class ModuleInsertion(Insertion):
+    """A delta submodule on a host, called by the host's dispatcher.
+
+    Args:
+        host: the modified module; `host_name`: its name in the backbone.
+        module: the delta module.
+        name: the name under which it is registered on the host.
+        side: which dispatcher calls it; `action`: what that one does with it.
+        lone_name: its name in files, where the delta is alone.
+    """
+
+    module: nn.Module
+
+    def __init__(
+        self,
+        host: nn.Module,
+        host_name: str,
+        module: nn.Module,
+        name: str,
+        side: type[Dispatcher],
+        action: Callable[..., Any],
+        lone_name: str,
+    ) -> None:
+        self.host, self.host_name = host, host_name
+        self.module, self.name, self.lone_name = module, name, lone_name
+        self.seat = Seat.on(host, module)
+        self.side, self.action = side, action
+        self.is_additive = action in ADDITIVE and getattr(module, "is_additive", True)
+        self.fuses = action.__name__ == "fuse"
+        self.constant_names = _untrained(module)
+        self.left_at: Place | None = None
+        self.followers: list[str] = []
+
+    @property
+    def attached(self) -> bool:
+        return self.name in self.host._modules
+
+    @property
+    def file_name(self) -> str:
+        return self.lone_name
+
+    @property
+    def dispatcher(self) -> Dispatcher | None:
+        return self.side.on(self.host)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """What the host calls on this side: (name, action) in order of execution."""
+        return [] if self.dispatcher is None else self.dispatcher.entries
+
+    def enter(self, changes: Changes, later: Iterable[Insertion] = ()) -> None:
+        names = [i.name for i in later if i.host is self.host]
+        self.side.enter(changes, self.host, (self.name, self.action), names)
+        known = changes.get(self, "followers")
+        changes.set(self, followers=[*known, *(name for name in names if name not in known)])
+        self.attach(changes)
+
+    def attach(self, changes: Changes) -> None:
+        children = changes.of(self.host._modules)
+        if self.name in children:
+            return
+        self.follow_host()
+        children[self.name] = self.seat
+        for name in changes.get(self, "followers"):  # optimizers number parameters by their order
+            if name in children:
+                children[name] = children.pop(name)
+
+    def detach(self, changes: Changes) -> None:
+        children = changes.of(self.host._modules)
+        if self.name in children:
+            names = [*children]
+            after = names[names.index(self.name) + 1 :]
+            changes.set(self, followers=after, left_at=place_of(self.host))
+            del children[self.name]
+
+    def leave(self, changes: Changes) -> None:
+        self.detach(changes)
+        self.side.leave(changes, self.host, self.name)
+
+    step_aside = leave
+
+    def step_back(self, changes: Changes, later: Iterable[Insertion]) -> None:
+        self.enter(changes, later)
+
+    def follow_host(self) -> None:
+        """Bring a detached module to its host's device, dtype and train mode."""
+        if self.attached:
+            return
+        now = place_of(self.host)
+        new = follow(self.module.parameters(), self.left_at, now)
+        if new is not None:
+            self.module.to(device=new[0], dtype=new[1])
+        self.left_at = now
+        if self.module.training != self.host.training:
+            self.module.train(self.host.training)
+
+    def require_innermost(self, others: Iterable[Insertion]) -> None:
+        """Refuse where one that is no mere addition acts on the output first.
+
+        Attached or not does not matter, for it may be attached later.
+
+        Raises:
+            InsertionError: naming it.
+        """
+        before = [name for name, _ in self.entries]
+        before = before[: before.index(self.name)] if self.name in before else before
+        for other in others:
+            if other.host is self.host and other.name in before and not other.is_additive:
+                raise InsertionError(
+                    f"{dotted(self.host_name, other.name)} was put on earlier and acts on the "
+                    f"module's output before {self.name!r} does; merged, that would act "
+                    "first. remove() the earlier delta, or put it on after this one. Nothing was "
+                    "merged."
+                )
+
+    def output_on(self, host: nn.Module, x: Tensor, dtype: torch.dtype) -> Any:
+        module = copy.deepcopy(self.module).to(dtype).eval()
+        if self.side.before:
+            args, kwargs = self.action(module, host, (x,), {})
+            return type(host).forward(host, *args, **kwargs)
+        return self.action(module, host, (x,), {}, type(host).forward(host, x))
+
+    @property
+    def is_away(self) -> bool:
+        return any(map(is_offloaded, self.module.modules()))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return named_parameters_of(self.module, dotted(self.host_name, self.name))
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return _saved(self.module, dotted(self.host_name, self.lone_name))
+
+    def constants(self) -> Iterator[Tensor]:
+        return _constants(self.module, self.constant_names)
+
+
+class Replacement(Insertion):
+    """A child of `host` swapped for a delta module; detaching puts the original back."""
+
+    module: nn.Module
+
+    def __init__(self, host: nn.Module, host_name: str, child_name: str, module: nn.Module) -> None:
+        self.host, self.host_name, self.name = host, host_name, child_name
+        original = host._modules[child_name]
+        assert original is not None
+        self.original: nn.Module = original
+        self.module = module
+        self.constant_names = _untrained(module)
+        self.left_at: Place | None = None
+        module.__dict__[STANDS_FOR] = [original]  # how it is told from the backbone's own
+
+    @property
+    def attached(self) -> bool:
+        return self.host._modules.get(self.name) is self.module
+
+    def _swap(self, changes: Changes, incoming: nn.Module) -> None:
+        children = changes.of(self.host._modules)
+        outgoing = children[self.name]
+        if outgoing is incoming or outgoing is None:
+            return
+        now = place_of(outgoing)
+        new = follow(incoming.parameters(), changes.get(self, "left_at"), now)
+        if new is not None:
+            incoming.to(device=new[0], dtype=new[1])
+        changes.set(self, left_at=now)
+        children[self.name] = incoming
+        changes.do_first(forget_compiled_code)
+
+    def attach(self, changes: Changes) -> None:
+        self._swap(changes, self.module)
+
+    def detach(self, changes: Changes) -> None:
+        self._swap(changes, self.original)
+
+    def sites(self, is_called: Callable[[nn.Module], bool]) -> list[nn.Module] | None:
+        raise acts_on_whole_batches(self)
+
+    @property
+    def is_away(self) -> bool:
+        return any(map(is_offloaded, self.module.modules()))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return named_parameters_of(self.module, dotted(self.host_name, self.name))
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return _saved(self.module, dotted(self.host_name, self.name))
+
+    def constants(self) -> Iterator[Tensor]:
+        return _constants(self.module, self.constant_names)
+
+
+class EndInsertion(Insertion):
+    """A hook that runs when a call of the host ends, also by an error; it acts on no value.
+
+    Args:
+        host: the module; `host_name`: its name in the backbone.
+        hook: called with (module, arguments, output or None).
+    """
+
+    def __init__(self, host: nn.Module, host_name: str, hook: Callable[..., None]) -> None:
+        self.host, self.host_name, self.hook = host, host_name, hook
+        self.handle: RemovableHandle | None = None
+
+    def enter(self, changes: Changes, later: Iterable[Insertion] = ()) -> None:
+        handle = add_forward_hook(changes, self.host, self.hook, always_call=True)
+        changes.set(self, handle=handle)
+
+    def leave(self, changes: Changes) -> None:
+        take_off(changes, self.handle)
+
+    def step_aside(self, changes: Changes) -> None:
+        """It may stay: it acts on no value."""
+
+
+def switch(changes: Changes, insertions: Iterable[Insertion], attached: bool) -> None:
+    """Attach or detach all of `insertions`, in this order."""
+    for insertion in insertions:
+        if attached:
+            insertion.attach(changes)
+        else:
+            insertion.detach(changes)
+
+
+def acts_on_whole_batches(insertion: Insertion) -> InsertionError:
+    """The refusal to route what cannot act row by row."""
+    return InsertionError(
+        f"What this delta puts in the place of {insertion.name!r} in "
+        f"{insertion.host_name!r} acts on a whole batch, not row by row: such a delta "
+        "cannot be routed. Construct it with exclude_modules for that module."
+    )
 
 
 def _untrained(module: nn.Module) -> set[str]:
@@ -112,334 +404,3 @@ def _constants(module: nn.Module, names: set[str]) -> Iterator[Tensor]:
 
 def _saved(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     return ((dotted(prefix, name), tensor) for name, tensor in named_tensors(module))
-
-
-class ModuleInsertion:
-    """A delta submodule on a host, called by the host's dispatcher.
-
-    Args:
-        host: the modified module; `host_name`: its name in the backbone.
-        module: the delta module.
-        name: the name under which it is registered on the host.
-        side: which dispatcher calls it; `action`: what that one does with it.
-    """
-
-    def __init__(
-        self,
-        host: nn.Module,
-        host_name: str,
-        module: nn.Module,
-        name: str,
-        side: type[Dispatcher],
-        action: Callable[..., Any],
-    ) -> None:
-        self.host, self.host_name = host, host_name
-        self.module, self.name = module, name
-        self.seat = Seat.on(host, module)
-        self.lone_name = name  # its name in files, where the delta is alone
-        self.side, self.action = side, action
-        self.constant_names = _untrained(module)
-        self._left_at: Place | None = None
-        self._followers: list[str] = []
-
-    @property
-    def attached(self) -> bool:
-        return self.name in self.host._modules
-
-    def insert(self) -> None:
-        self.enter_dispatcher()
-        self.host._modules[self.name] = self.seat
-
-    def enter_dispatcher(self, later: Iterable[Insertion] = ()) -> None:
-        """Let the host call the delta while attached, before those of `later` on the same host."""
-        dispatcher = self.side.on(self.host)
-        if dispatcher is None:
-            dispatcher = self.side()
-            dispatcher.register(self.host)
-            forget_compiled_code()
-        mine = (i for i in later if isinstance(i, ModuleInsertion) and i.host is self.host)
-        names = [insertion.name for insertion in mine]
-        self._followers += [name for name in names if name not in self._followers]
-        dispatcher.add(self.name, self.action, names)
-
-    def leave_dispatcher(self) -> None:
-        dispatcher = self.side.on(self.host)
-        if dispatcher is not None:
-            dispatcher.discard(self.name)
-
-    @property
-    def entries(self) -> list[tuple[str, Callable[..., Any]]]:
-        """What the host calls on this side: (name, action) in order of execution."""
-        dispatcher = self.side.on(self.host)
-        return [] if dispatcher is None else dispatcher.entries
-
-    def detach(self) -> None:
-        if self.attached:
-            names = list(self.host._modules)
-            self._followers = names[names.index(self.name) + 1 :]
-            del self.host._modules[self.name]
-            self._left_at = place_of(self.host)
-
-    def attach(self) -> None:
-        if self.attached:
-            return
-        self.follow_host()
-        children = self.host._modules
-        children[self.name] = self.seat
-        for name in self._followers:  # the order of parameters, by which optimizers number them
-            if name in children:
-                children[name] = children.pop(name)
-
-    def follow_host(self) -> None:
-        """Bring a detached module to its host's device, dtype and train mode."""
-        if self.attached:
-            return
-        now = place_of(self.host)
-        new = follow(self.module.parameters(), self._left_at, now)
-        if new is not None:
-            self.module.to(device=new[0], dtype=new[1])
-        self._left_at = now
-        if self.module.training != self.host.training:
-            self.module.train(self.host.training)
-
-    @property
-    def reached(self) -> bool:
-        """Whether a forward called the host."""
-        dispatcher = self.side.on(self.host)
-        return dispatcher is not None and dispatcher.fired
-
-    def remove(self) -> None:
-        self.host._modules.pop(self.name, None)
-        self.leave_dispatcher()
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return named_parameters_of(self.module, dotted(self.host_name, self.name))
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return _saved(self.module, dotted(self.host_name, self.lone_name))
-
-    def constants(self) -> Iterator[Tensor]:
-        return _constants(self.module, self.constant_names)
-
-
-class Replacement:
-    """A child of `host` swapped for a delta module; detaching puts the original back."""
-
-    def __init__(self, host: nn.Module, host_name: str, child_name: str, module: nn.Module) -> None:
-        self.host, self.host_name, self.name = host, host_name, child_name
-        original = host._modules[child_name]
-        assert original is not None
-        self.original: nn.Module = original
-        self.module = module
-        self.constant_names = _untrained(module)
-        self._left_at: Place | None = None
-        module.__dict__[STANDS_FOR] = [original]  # how it is told from the backbone's own
-
-    @property
-    def attached(self) -> bool:
-        return self.host._modules.get(self.name) is self.module
-
-    def _swap(self, outgoing: nn.Module, incoming: nn.Module) -> None:
-        now = place_of(outgoing)
-        new = follow(incoming.parameters(), self._left_at, now)
-        if new is not None:
-            incoming.to(device=new[0], dtype=new[1])
-        self._left_at = now
-        self.host._modules[self.name] = incoming
-        forget_compiled_code()
-
-    def insert(self) -> None:
-        if not self.attached:
-            self._swap(self.original, self.module)
-
-    attach = insert
-
-    def detach(self) -> None:
-        if self.attached:
-            self._swap(self.module, self.original)
-
-    remove = detach
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return named_parameters_of(self.module, dotted(self.host_name, self.name))
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return _saved(self.module, dotted(self.host_name, self.name))
-
-    def constants(self) -> Iterator[Tensor]:
-        return _constants(self.module, self.constant_names)
-
-
-class ParameterSlot:
-    """A place for a parameter on a module, with its original content and those laid over it.
-
-    The content is that of the attached insertion that was inserted last, else the original one.
-    Tied parameters have several places.
-
-    Args:
-        places: the modules that hold the parameter.
-        name: its name there, e.g. ``"bias"``.
-    """
-
-    def __init__(self, places: list[nn.Module], name: str) -> None:
-        self.places, self.name = places, name
-        self.existed = [name in place._parameters for place in places]
-        self.original = places[0]._parameters.get(name)
-        self.layers: list[ParameterInsertion] = []
-        self.held_bare = 0  # by how many routes, see `hold_bare`
-        self.handle: RemovableHandle | None = None
-        self.left_at: Place | None = None  # where the original was set aside
-        self.sharded = False  # whether the parameter in place was seen as a shard
-
-    @property
-    def top(self) -> ParameterInsertion | None:
-        """The insertion that acts now."""
-        attached = [layer for layer in self.layers if layer.attached]
-        return attached[-1] if attached and not self.held_bare else None
-
-    def look(self) -> None:
-        """Take up the parameter that is in place now: loading with ``assign`` puts a new one."""
-        current, top = self.places[0]._parameters.get(self.name), self.top
-        self.sharded = self.sharded or is_shard(current)
-        if top is None:
-            self.original = current
-        elif current is not None:
-            top.parameter = current
-
-    @contextmanager
-    def hold_bare(self) -> Iterator[None]:
-        """Within a ``with`` block the original acts; attach and detach say what does afterwards."""
-        if not self.held_bare:
-            attached = [layer for layer in self.layers if layer.attached]
-            for layer in reversed(attached):
-                layer.detach()
-            for layer in attached:
-                layer._attached = True
-        self.held_bare += 1
-        try:
-            yield
-        finally:
-            self.held_bare -= 1
-            if not self.held_bare:
-                attached = [layer for layer in self.layers if layer.attached]
-                for layer in attached:
-                    layer._attached = False
-                for layer in attached:
-                    layer.attach()
-
-    def settle(self) -> None:
-        """Put what acts now into every place, moved to where that is now."""
-        top = self.top
-        content = self.original if top is None else top.parameter
-        if content is not None:
-            new = follow([content], (top or self).left_at, self.place)
-            if new is not None:
-                content.data = content.data.to(device=new[0], dtype=new[1])
-        for place, existed in zip(self.places, self.existed, strict=True):
-            if content is None and not existed:
-                place._parameters.pop(self.name, None)
-            else:
-                place._parameters[self.name] = content
-
-    @property
-    def place(self) -> Place | None:
-        """Where the places' other tensors are."""
-        for place in self.places:
-            for name, p in place._parameters.items():
-                if name != self.name and p is not None and p.is_floating_point():
-                    return p.device, p.dtype
-        return None
-
-
-class ParameterInsertion:
-    """A parameter of a delta in the place of a parameter (or of none) of the backbone.
-
-    Args:
-        slot: where it goes.
-        host_name: the first place's name in the backbone.
-        parameter: what acts while attached.
-        ignored: whether the host's forward ignores a parameter of that name, so that a hook
-            has to add it to the output.
-    """
-
-    def __init__(
-        self, slot: ParameterSlot, host_name: str, parameter: nn.Parameter, ignored: bool
-    ) -> None:
-        self.slot, self.host_name = slot, host_name
-        self.parameter, self.ignored = parameter, ignored
-        self.host, self.name = slot.places[0], slot.name
-        self.full_name = dotted(host_name, slot.name)
-        self._attached = False
-        self.left_at: Place | None = None
-
-    @property
-    def attached(self) -> bool:
-        return self._attached
-
-    def insert(self) -> None:
-        if self.ignored and self.slot.handle is None:
-            self.slot.handle = self.host.register_forward_hook(
-                add_bias, prepend=True, with_kwargs=True
-            )
-            forget_compiled_code()
-        self.slot.layers.append(self)
-        self.attach()
-
-    def attach(self) -> None:
-        self._switch(True)
-
-    def detach(self) -> None:
-        self._switch(False)
-
-    def _switch(self, attached: bool) -> None:
-        if self.slot.held_bare:
-            self._attached = attached
-        elif self._attached != attached:
-            self.slot.look()
-            if self.slot.sharded:
-                self._switch_values(attached)
-                return
-            (self.slot.top or self.slot).left_at = self.slot.place
-            self._attached = attached
-            self.slot.settle()
-
-    def _switch_values(self, attached: bool) -> None:
-        """Let another content act by its values: the engine holds on to the parameter."""
-        slot, before = self.slot, self.slot.top
-        self._attached = attached
-        held, after = self.host._parameters.get(self.name), slot.top
-        content = slot.original if after is None else after.parameter
-        if held is None or content is None:
-            self._attached = not attached
-            raise InsertionError(
-                f"The bias of {self.host_name!r} is one that the delta adds, and the backbone is "
-                "sharded: it can be neither added nor taken away now."
-            )
-        if before is after:
-            return
-        aside = nn.Parameter(full(held).clone(), held.requires_grad)
-        with torch.no_grad():
-            assign(held, content.detach())
-        held.requires_grad_(content.requires_grad)
-        held._is_delta = after is not None  # type: ignore[attr-defined]  # see `_label`
-        for layer, now in ((before, aside), (after, held)):
-            if layer is None:
-                slot.original = now
-            else:
-                layer.parameter = now
-
-    def remove(self) -> None:
-        self.detach()
-        if self in self.slot.layers:
-            self.slot.layers.remove(self)
-        if not self.slot.layers and self.slot.handle is not None:
-            self.slot.handle.remove()
-            self.slot.handle = None
-
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        return ((self.full_name, self.parameter),)
-
-    named_tensors = named_parameters
-
-    def constants(self) -> Iterable[Tensor]:
-        return ()

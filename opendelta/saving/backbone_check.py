@@ -7,7 +7,7 @@ import logging
 from torch import nn
 
 from opendelta.backends.sharding import is_sharded
-from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.delta.config import ConfigFields
 from opendelta.exceptions import BackboneMismatchWarning, ConfigError, warn
 from opendelta.saving.hash_cache import backbone_hash
 from opendelta.saving.hashing import gen_model_hash, unhashable
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_backbone(
-    config: BaseDeltaConfig, backbone: nn.Module, check_hash: bool | str = True
+    config: ConfigFields, backbone: nn.Module, check_hash: bool | str = True
 ) -> None:
     """Warn if `backbone` is not the one whose hash `config` holds, see `from_finetuned`.
 

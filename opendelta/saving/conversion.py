@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel
 from opendelta.center.contents import FILES, check_weights, expected_files
-from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.delta.config import ConfigFields
 from opendelta.delta_models.lora import LoraModel
+from opendelta.delta_models.peft_files import CONFIG_FILE as PEFT_CONFIG_FILE
 from opendelta.exceptions import CheckpointError, ConfigError
 from opendelta.ground.files import (
     SAFETENSORS_FILE,
@@ -21,7 +22,6 @@ from opendelta.ground.files import (
     weights_in,
     write_tensors,
 )
-from opendelta.saving.exchange import CONFIG_FILE as PEFT_CONFIG_FILE
 from opendelta.saving.model_folder import load_backbone
 
 FORMATS = ("safetensors", "bin", "peft")
@@ -79,7 +79,7 @@ def require_new(target: Path) -> None:
         raise CheckpointError(f"{target} exists already; name one that does not.")
 
 
-def read_weights(folder: Path, config: BaseDeltaConfig) -> tuple[str, dict[str, Tensor]]:
+def read_weights(folder: Path, config: ConfigFields) -> tuple[str, dict[str, Tensor]]:
     """The weights file's name and the tensors of a saved delta.
 
     Raises:

@@ -17,8 +17,8 @@ from opendelta.exceptions import CheckpointError
 from opendelta.ground.names import dotted
 from opendelta.ground.walk import every_parameter, uncompiled
 from opendelta.mechanism.backbone_state import BackboneState, unmerged
-from opendelta.mechanism.insertion import ParameterSlot
 from opendelta.mechanism.ownership import own_children, own_modules
+from opendelta.mechanism.slot import ParameterSlot
 
 # Bytes copied at once from a device or a non-contiguous tensor, so that no whole model is copied.
 _PIECE = 1 << 24

@@ -9,6 +9,9 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
+from opendelta.delta.record import KEY, Record
 from opendelta.exceptions import ConfigError, UnknownArgumentError, nearest
 
 # Names that other libraries give to arguments, and what those are called here.
@@ -24,10 +27,15 @@ ELSEWHERE = {
 
 # Arguments that are not configuration: what is modified, and how the modules are chosen.
 NOT_CONFIGURATION = frozenset({"self", "backbone_model", "interactive_modify"})
+# Arguments that every method may take.
+BASE_ARGUMENTS = frozenset(
+    "self backbone_model modified_modules exclude_modules unfrozen_modules interactive_modify "
+    "common_structure backend".split()
+)
 
 
 def checked(constructor: Callable[..., None]) -> Callable[..., None]:
-    """Wrap the ``__init__`` of a delta class: check its arguments, and note them on the object.
+    """Wrap the ``__init__`` of a delta class: check its arguments, and note them in its record.
 
     Raises (from the wrapped constructor):
         UnknownArgumentError: for a name that the signature does not have, with the nearest.
@@ -57,15 +65,33 @@ def checked(constructor: Callable[..., None]) -> Callable[..., None]:
         for name, value in bound.arguments.items():
             if name in hints and name != "self":
                 _check_type(type(self).__name__, name, value, hints[name])
-        if "arguments" not in self.__dict__:  # the outermost class says what was passed
-            self.__dict__["arguments"] = {
-                name: value
-                for name, value in bound.arguments.items()
-                if name not in NOT_CONFIGURATION
-            }
+        if KEY in self.__dict__:  # the outermost class says what was passed
+            constructor(self, *args, **kwargs)
+            return
+        record = self.__dict__[KEY] = Record(dict(bound.arguments))
         constructor(self, *args, **kwargs)
+        record.is_made = True
 
     return wrapper
+
+
+def require_free_names(constructor: Callable[..., None], owner: str, reserved: type) -> None:
+    """Refuse hyper-parameters that are called like what every delta has.
+
+    Args:
+        constructor: of the delta class; `owner`: its name.
+        reserved: the class whose names are taken.
+
+    Raises:
+        ConfigError: naming the first such one.
+    """
+    taken = {*dir(reserved), *vars(nn.Module()), KEY} - BASE_ARGUMENTS
+    for name in inspect.signature(constructor).parameters:
+        if name in taken and name != "self":
+            raise ConfigError(
+                f"{owner} has a hyper-parameter called {name!r}, which every delta and every torch "
+                f"module has already: give it another name, such as {name + '_factor'!r}."
+            )
 
 
 @functools.cache

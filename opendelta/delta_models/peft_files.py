@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from opendelta.addressing.patterns import REGEX_MARK, matches
 from opendelta.delta_models.lora import LoraConfig, LoraEmbeddingLayer, LoraLayer, LoraModel
 from opendelta.exceptions import CheckpointError, ConfigError, nearest
-from opendelta.freezing import EVERY_DELTA
 from opendelta.ground.files import read_tensors, write_atomically, write_tensors
 from opendelta.ground.names import dotted, lineage
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import bare, own_parameters
-from opendelta.mechanism.insertion import ModuleInsertion
 from opendelta.mechanism.ownership import own_modules
+from opendelta.verbs.freezing import EVERY_DELTA
 
 if TYPE_CHECKING:
     from opendelta.basemodel import DeltaBase
@@ -88,7 +87,7 @@ def to_peft(delta: LoraModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    hosts = [i for i in delta.insertions if isinstance(i, ModuleInsertion)]
+    hosts = delta.insertions
     for insertion in hosts:
         name, layer = insertion.host_name, insertion.module
         assert isinstance(layer, LoraLayer)

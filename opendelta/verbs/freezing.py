@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import nn
 
 from opendelta.addressing.patterns import as_patterns, matches_any
+from opendelta.addressing.targeting import Targeting
+from opendelta.delta.delta import Delta
+from opendelta.delta.record import record_of
+from opendelta.delta.switching import acting
 from opendelta.exceptions import (
     AddressingError,
+    ConfigError,
     DeltaWarning,
     UnmatchedPatternWarning,
     nearest,
     warn,
 )
 from opendelta.ground.names import dotted, lineage
-from opendelta.mechanism.backbone_state import BackboneState, own_parameters
-from opendelta.mechanism.insertion import ParameterInsertion
+from opendelta.ground.walk import uncompiled
+from opendelta.mechanism.backbone_state import (
+    BackboneState,
+    SubmoduleTrim,
+    each_listed,
+    own_parameters,
+    states_within,
+)
+from opendelta.mechanism.changes import Changes
+from opendelta.mechanism.hooks import add_state_dict_hooks
 from opendelta.mechanism.ownership import own_modules
-
-if TYPE_CHECKING:
-    from opendelta.basemodel import DeltaBase
 
 logger = logging.getLogger(__name__)
 
@@ -56,18 +66,81 @@ class Selection:
 
 
 def freeze(
+    delta: Delta,
+    module: nn.Module | None = None,
+    exclude: Sequence[str | Delta] | str | Delta | None = None,
+    set_state_dict: bool | None = True,
+    prefix: str = "",
+) -> None:
+    """Freeze a backbone around its deltas, see `Delta.freeze_module`."""
+    if module is not None and not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"freeze_module: the first argument, module={module!r:.80}, is a part of the "
+            "backbone; what stays trainable is named by exclude=[...]."
+        )
+    record = record_of(delta)
+    with acting(delta, None) as (state, changes):
+        backbone, targeting = delta.backbone_model, record.targeting
+        module = backbone if module is None else uncompiled(module)
+        part = prefix or ("" if module is backbone else targeting.name_of(module))
+        asked: Any = exclude if exclude is not None else (delta.unfrozen_modules or [EVERY_DELTA])
+        declared = _frozen(
+            changes,
+            state,
+            backbone,
+            part,
+            asked if isinstance(asked, (list, tuple)) else [asked],
+            names_of=targeting.names_of,
+            inside_deltas=exclude is not None,
+            warn_unmatched=exclude is not None or not record.from_file,
+        )
+        under = part + "." if part else ""
+        known = record.left_trainable or ()
+        elsewhere = [name for name in known if part and not name.startswith(under)]
+        changes.set(record, left_trainable=[*elsewhere, *declared])
+        if set_state_dict:
+            _trim(changes, state, backbone, module, targeting)
+
+
+def trim_state_dict(delta: Delta, module: nn.Module) -> None:
+    """Reduce ``module.state_dict()``, see `Delta.set_active_state_dict`."""
+    with acting(delta, None) as (state, changes):
+        _trim(changes, state, delta.backbone_model, module, record_of(delta).targeting)
+
+
+def _trim(
+    changes: Changes,
+    state: BackboneState,
+    backbone: nn.Module,
+    module: nn.Module,
+    targeting: Targeting,
+) -> None:
+    module = uncompiled(module)
+    if module is backbone:
+        changes.set(state, trimmed=True, held=None)
+        return
+    targeting.name_of(module)  # raises for a module of another model
+    if not any(type(hook) is SubmoduleTrim for hook in module._state_dict_hooks.values()):
+        trim = SubmoduleTrim(state)
+        made = add_state_dict_hooks(changes, module, trim, trim.accept)
+        changes.set(state, handles=[*changes.get(state, "handles"), *made])
+
+
+def _frozen(
+    changes: Changes,
     state: BackboneState,
     backbone: nn.Module,
     part: str,
-    exclude: Sequence[str | DeltaBase],
+    exclude: Sequence[str | Delta],
     *,
     names_of: Callable[[str], Iterable[str]],
     inside_deltas: bool,
     warn_unmatched: bool,
 ) -> list[str]:
-    """Freeze all parameters under `part` but those that `exclude` names.
+    """Prepare to freeze all parameters under `part` but those that `exclude` names.
 
     Args:
+        changes: what the flags come in with.
         state: the backbone's state; `backbone`: its root.
         part: name of the submodule to freeze, ``""`` for the whole backbone.
         exclude: patterns, ``"deltas"`` for every delta, or delta objects.
@@ -82,12 +155,11 @@ def freeze(
         AddressingError: if `exclude` holds anything else.
     """
     modules = list(own_modules(backbone, remove_duplicate=False))
-    states = [(name, found) for name, m in modules if (found := BackboneState.of(m)) is not None]
-    present = [delta for _, found in states for delta in found.deltas]
-    for delta in present:
+    present = list(each_listed(backbone))
+    for _, delta in present:
         delta.look_at_places()
     kept_deltas = [item for item in exclude if not isinstance(item, str)]
-    strangers = [item for item in kept_deltas if not any(item is delta for delta in present)]
+    strangers = [item for item in kept_deltas if not any(item is delta for _, delta in present)]
     if strangers:
         (item, *_) = strangers
         said = "one" if isinstance(item, nn.Module) else f"{item!r:.80}"  # modules print long
@@ -96,7 +168,7 @@ def freeze(
             "delta objects of this backbone."
         )
     if EVERY_DELTA in exclude:
-        kept_deltas = present
+        kept_deltas = [delta for _, delta in present]
     texts = as_patterns([item for item in exclude if isinstance(item, str)], "exclude")
     patterns = [pattern for pattern in texts if pattern != EVERY_DELTA]
     selection = Selection(patterns, names_of)
@@ -105,31 +177,31 @@ def freeze(
     own_names = {name for name, _ in modules}
     of_deltas: set[int] = set()
     trains = False
-    for root, found in states:
-        for delta in found.deltas:
-            kept = any(delta is item for item in kept_deltas)
-            constant = {id(tensor) for tensor in delta.constants()}
-            for insertion in delta.insertions:
-                for name, p in insertion.named_parameters():
-                    name = dotted(root, name)
-                    of_deltas.add(id(p))
-                    if not name.startswith(under) or not p.is_floating_point():
-                        trains = trains or p.requires_grad
-                        continue
-                    # A pattern for the backbone takes along the deltas inside what it names.
-                    by_name = inside_deltas or isinstance(insertion, ParameterInsertion)
-                    reached = bool(patterns) and (
-                        (name if by_name else _host(name, own_names)) in selection
-                    )
-                    p.requires_grad_((kept or reached) and id(p) not in constant)
+    for root, delta in present:
+        kept = any(delta is item for item in kept_deltas)
+        for insertion in delta.insertions:
+            constant = {id(tensor) for tensor in insertion.constants()}
+            for name, p in insertion.named_parameters():
+                name = dotted(root, name)
+                of_deltas.add(id(p))
+                if not name.startswith(under) or not p.is_floating_point():
                     trains = trains or p.requires_grad
+                    continue
+                # A pattern for the backbone takes along the deltas inside what it names.
+                by_name = inside_deltas or insertion.is_named_as_own
+                reached = bool(patterns) and (
+                    (name if by_name else _host(name, own_names)) in selection
+                )
+                flag = (kept or reached) and id(p) not in constant
+                changes.do(p.requires_grad_, flag)
+                trains = trains or flag
     deltas_train = trains
 
     named: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
-    set_aside = [  # what BitFit set aside is frozen like the rest
+    set_aside = [  # what a delta's parameter set aside is frozen like the rest
         (dotted(root, name), slot.original)
-        for root, found in states
+        for root, found in states_within(backbone)
         for name, slot in found.slots.items()
         if slot.original is not None and slot.top is not None
     ]
@@ -139,25 +211,28 @@ def freeze(
         for own_name, p in module._parameters.items()
         if p is not None and id(p) not in of_deltas
     ]
+    was_trainable = {**state.was_trainable}
     for name, p in (*in_place, *set_aside):
         named.setdefault(id(p), []).append(name)
         parameters[id(p)] = p
-        state.was_trainable.setdefault(name, p.requires_grad)
+        was_trainable.setdefault(name, p.requires_grad)
     aside = {id(p) for _, p in set_aside}
-    declared = []
+    declared: list[str] = []
+    told = set(state.told_ties)
     for key, names in named.items():
-        p = parameters[key]
+        flag = parameters[key].requires_grad
         if any(name.startswith(under) for name in names):
-            hits = [name for name in names if name in selection]
-            reached = bool(hits)
-            if reached and len(names) > 1 and names[0] not in state.told_ties:
-                state.told_ties.add(names[0])
+            reached = bool([name for name in names if name in selection])  # each is asked
+            if reached and len(names) > 1 and names[0] not in told:
+                told.add(names[0])
                 logger.info("%s: one tied parameter, which stays trainable.", " = ".join(names))
-            p.requires_grad_(reached and state.was_trainable[names[0]])
-            if p.requires_grad and key not in aside:
+            flag = reached and was_trainable[names[0]]
+            changes.do(parameters[key].requires_grad_, flag)
+            if flag and key not in aside:
                 declared.append(names[0])
-                state.trained.add(names[0])
-        trains = trains or (p.requires_grad and key not in aside)
+        trains = trains or (flag and key not in aside)
+    changes.set(state, was_trainable=was_trainable, told_ties=told)
+    changes.set(state, trained=state.trained.union(declared))
 
     if selection.unmatched and warn_unmatched:
         places = {ancestor for n in named.values() for ancestor in lineage(n[0])}

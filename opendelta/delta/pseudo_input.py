@@ -1,4 +1,4 @@
-"""How wide the input and output of a module are: read off it, or measured by one forward."""
+"""One forward of a pseudo input: how wide the modules are that do not say it themselves."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from opendelta.exceptions import InsertionError
-from opendelta.ground.containers import first_hidden, map_hidden
+from opendelta.ground.containers import first_hidden, hidden_of
 from opendelta.mechanism.backbone_state import probing
+from opendelta.mechanism.changes import undone
 from opendelta.mechanism.ownership import own_modules
 
 
@@ -29,35 +31,40 @@ def measure_widths(
     Raises:
         InsertionError: if the forward fails, or never reaches one of the modules.
     """
-    widths: dict[str, tuple[int, int]] = {}
+    measured: dict[str, tuple[int, int]] = {}
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen: list[Tensor] = [first_hidden(args, kwargs)]
-
-            def note(hidden: Tensor) -> Tensor:
-                seen.append(hidden)
-                return hidden
-
-            map_hidden(output, note)
-            widths.setdefault(name, (seen[0].shape[-1], seen[1].shape[-1]))
+            widths = first_hidden(args, kwargs).shape[-1], hidden_of(output).shape[-1]
+            measured.setdefault(name, widths)
 
         return hook
 
-    handles = [m.register_forward_hook(record(n), with_kwargs=True) for n, m in modules.items()]
-    try:
+    with hooked({m: record(n) for n, m in modules.items()}, with_kwargs=True):
         run_pseudo_input(backbone, modules)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missed = [name for name in modules if name not in widths]
+    missed = [name for name in modules if name not in measured]
     if missed:
         raise InsertionError(
             f"A forward of the pseudo input never calls {missed[0]!r}, so its width cannot be "
             "measured. Name a module that is called, or set `backbone.dummy_inputs` to an input "
             "that reaches it."
         )
-    return widths
+    return measured
+
+
+@contextmanager
+def hooked(after: Mapping[nn.Module, Any], **options: Any) -> Iterator[None]:
+    """Within a ``with`` block the modules have these forward hooks too."""
+    handles: list[RemovableHandle] = []
+
+    def take_off() -> None:
+        for handle in handles:
+            handle.remove()
+
+    with undone(take_off):
+        for module, hook in after.items():
+            handles.append(module.register_forward_hook(hook, **options))
+        yield
 
 
 def run_pseudo_input(backbone: nn.Module, modules: Iterable[str]) -> None:
@@ -178,13 +185,19 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-            model.eval()
-            yield
-    finally:
+
+    def put_back() -> None:
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+    with (
+        undone(put_back),
+        torch.device("cpu"),  # also where a plan makes its layers on meta
+        torch.random.fork_rng(devices=list(devices)),
+        torch.no_grad(),
+    ):
+        model.eval()
+        yield

@@ -1,0 +1,1 @@
+"""What a delta is: its config, its plan, its record, its class."""

@@ -1,0 +1,298 @@
+"""A plan: what a delta is about to put on a backbone, made, looked at, carried out, dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from opendelta.addressing.targeting import Targeting
+from opendelta.backends.sharding import class_name, full
+from opendelta.delta.pseudo_input import measure_widths
+from opendelta.delta.record import record_of
+from opendelta.exceptions import InsertionError
+from opendelta.ground.names import dotted, numbered
+from opendelta.ground.walk import unblocked
+from opendelta.ground.widths import read_widths
+from opendelta.inspection.statistics import num_total_parameters
+from opendelta.inspection.table import Summary, summary
+from opendelta.mechanism.backbone_state import BackboneState
+from opendelta.mechanism.changes import Changes
+from opendelta.mechanism.dispatch import Dispatcher
+from opendelta.mechanism.engines import join_engine
+from opendelta.mechanism.insertion import EndInsertion, Insertion, ModuleInsertion, Replacement
+from opendelta.mechanism.ownership import inserted_names, own_modules
+from opendelta.mechanism.places import place_of
+from opendelta.mechanism.slot import ParameterInsertion, ParameterSlot
+
+if TYPE_CHECKING:
+    from opendelta.delta.delta import Delta
+
+# Plans that are made and not carried out, while somebody collects them.
+_HELD: ContextVar[list[Plan] | None] = ContextVar("opendelta_held_plans", default=None)
+
+
+@contextmanager
+def held_back() -> Iterator[list[Plan]]:
+    """Within a ``with`` block deltas are constructed without changing their backbones.
+
+    Yields:
+        The plans that they made, to be carried out later, or dropped.
+    """
+    plans: list[Plan] = []
+    token = _HELD.set(plans)
+    try:
+        yield plans
+    finally:
+        _HELD.reset(token)
+
+
+class Plan:
+    """What a delta is about to put on its backbone; nothing of it has been carried out.
+
+    It prints as a table, in terminals and in notebooks.
+
+    Args:
+        delta: whose plan it is.
+
+    Attributes:
+        insertions: what is to be inserted, in order.
+        targets: names of the modules that the patterns address.
+    """
+
+    def __init__(self, delta: Delta) -> None:
+        self.delta = delta
+        self.record = record_of(delta)
+        self.targeting: Targeting = self.record.look_anew()
+        self.targets: list[str] = []
+        self.insertions: list[Insertion] = []
+        self._on: dict[int, list[Insertion]] = {}
+        self._measured: dict[str, tuple[int, int]] = {}
+
+    # --- looking ----------------------------------------------------------------------------
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model for which it is made."""
+        return self.record.backbone
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules that would carry something of the delta, in order."""
+        brings = {i.host_name for i in self.insertions if i.content is not None}
+        return [name for name, _ in own_modules(self.backbone) if name in brings]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many parameters would be added, or taken over."""
+        added = {id(p): p.numel() for i in self.insertions for _, p in i.named_parameters()}
+        return sum(added.values())
+
+    @property
+    def share(self) -> float:
+        """`num_parameters` to the parameters of the backbone."""
+        return self.num_parameters / max(1, num_total_parameters(self.backbone))
+
+    def summary(self) -> Summary:
+        """The table: what is added where."""
+        entries = [
+            (i.host_name, i.name, i.content) for i in self.insertions if i.content is not None
+        ]
+        return summary(entries, num_total_parameters(self.backbone))
+
+    def __repr__(self) -> str:
+        return repr(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    # --- making -----------------------------------------------------------------------------
+
+    def widths(self, module: nn.Module) -> tuple[int, int]:
+        """(input, output) width of a module, see `DeltaBase.widths`."""
+        known = read_widths(module)
+        if known is not None:
+            return known
+        name = self.targeting.name_of(module)
+        if self.targeting.common_structure:
+            known = self.targeting.structure.everywhere.unit_widths(name)
+            if known is not None:
+                return known
+        if name not in self._measured:
+            wanted = {
+                other: target
+                for other in dict.fromkeys([name, *self.targets])
+                if read_widths(target := self.backbone.get_submodule(other)) is None
+            }
+            self._measured.update(measure_widths(self.backbone, wanted))
+        return self._measured[name]
+
+    def insert(
+        self,
+        module: nn.Module,
+        delta_module: nn.Module,
+        delta_name: str,
+        side: type[Dispatcher],
+        action: Callable[..., Any],
+    ) -> None:
+        """A delta module that a dispatcher of `module` calls, see `DeltaBase.insert_action`."""
+        module = unblocked(module)
+        host_name = self.targeting.name_of(module)
+        if reads_without_calling(self.backbone, host_name):
+            raise InsertionError(
+                f"{host_name!r} is read by its parent, never called, so a delta on it would not "
+                f"act. Name its parent {host_name.rpartition('.')[0]!r} instead."
+            )
+        mine = [i for i in self.on(module) if i.module is not None]
+        same = next((i for i in mine if i.module is delta_module), None)
+        name = self._free_name(module, delta_name) if same is None else same.name
+        taken = {i.file_name for i in mine}
+        alone = next(n for n in numbered(delta_name) if n not in taken)
+        lone_name = alone if same is None else same.file_name
+        self.add(ModuleInsertion(module, host_name, delta_module, name, side, action, lone_name))
+
+    def replace(self, parent: nn.Module, child_name: str, new_module: nn.Module) -> None:
+        """A child swapped for a delta module, see `DeltaBase.replace_module`."""
+        self.add(Replacement(parent, self.targeting.name_of(parent), child_name, new_module))
+
+    def at_end(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        """A hook that runs when a call of `module` ends, also by an error."""
+        self.add(EndInsertion(module, self.targeting.name_of(module), hook))
+
+    def put_parameter(
+        self,
+        places: list[tuple[str, nn.Module]],
+        name: str,
+        parameter: nn.Parameter,
+        *,
+        ignored: bool = False,
+        saved: bool = True,
+        kind: type[ParameterInsertion] = ParameterInsertion,
+    ) -> None:
+        """A parameter in the place of one that all `places` share, or of none."""
+        host_name = places[0][0]
+        state = BackboneState.of(self.backbone)
+        slot = None if state is None else state.slots.get(dotted(host_name, name))
+        if slot is None:
+            slot = ParameterSlot([module for _, module in places], name)
+        self.add(kind(slot, host_name, parameter, ignored, saved))
+
+    def on(self, module: nn.Module) -> list[Insertion]:
+        """This delta's insertions on a module, those of this plan included."""
+        there = [i for i in self.record.insertions if any(p is module for p in i.places)]
+        return there + self._on.get(id(module), [])
+
+    def holders(self, name: str) -> dict[int, list[tuple[str, nn.Module]]]:
+        """Id of each parameter called `name` on its module -> the modules that share it."""
+        places: dict[int, list[tuple[str, nn.Module]]] = {}
+        for module_name, module in own_modules(self.backbone):
+            p = module._parameters.get(name)
+            if p is not None:
+                places.setdefault(id(p), []).append((module_name, module))
+        return places
+
+    def add(self, insertion: Insertion) -> None:
+        """Plan one insertion."""
+        self.insertions.append(insertion)
+        for place in insertion.places:
+            self._on.setdefault(id(place), []).append(insertion)
+
+    def _free_name(self, host: nn.Module, base: str) -> str:
+        """`base`, or `base_1`, ... if deltas of that name are on `host` already."""
+        if not base.isidentifier():
+            raise InsertionError(f"delta_name={base!r} is not a valid attribute name.")
+        taken = set(inserted_names(host)) | {i.name for i in self.on(host)}
+        state = BackboneState.of(self.backbone)
+        for merged in () if state is None else state.merged.values():
+            if merged.module is host:  # names that are taken again when they are unmerged
+                taken |= {fold.insertion.name for fold in merged.folds}
+        name = next(n for n in numbered(base) if n not in taken)
+        if hasattr(host, name):
+            raise InsertionError(
+                f"A delta called {name!r} would shadow the attribute {name!r} of "
+                f"{self.targeting.name_of(host)!r} ({type(host).__name__}): pass another "
+                "delta_name."
+            )
+        return name
+
+    # --- carrying out -----------------------------------------------------------------------
+
+    def carry_out(self) -> None:
+        """Put everything on the backbone, or, after an error, nothing."""
+        held = _HELD.get()
+        if held is not None:
+            if self not in held:
+                held.append(self)
+            return
+        self.prepare()
+        changes = Changes()
+        self.note(changes)
+        self.enter(changes)
+        changes.carry_out()
+
+    def prepare(self) -> None:
+        """Bring what is new to its host's device, dtype and train mode, and to its engine."""
+        for insertion in self.insertions:
+            if insertion.module is not None:
+                self._follow_host(insertion)
+        backend = self.record.base["backend"]
+        join_engine(self.backbone, self.insertions, backend)
+
+    def note(self, changes: Changes) -> None:
+        """Let the delta hold what it is about to put on its backbone."""
+        self.delta.hold(changes, self.insertions)
+        record = self.record
+        changes.set(record, insertions=[*record.insertions, *self.insertions], plan=None)
+        if record.config.backbone_class is None:
+            changes.set(record.config, backbone_class=class_name(self.backbone))
+        label(self.insertions)
+
+    def enter(self, changes: Changes) -> None:
+        """Let everything come in on the backbone, and in what is remembered of it."""
+        for insertion in self.insertions:
+            insertion.enter(changes)
+        state = BackboneState.create(self.backbone, changes)
+        state.enlist(changes, self.delta, self.backbone)
+        slots = changes.of(state.slots)
+        for insertion in self.insertions:
+            if insertion.slot is not None:
+                slots[dotted(insertion.host_name, insertion.name)] = insertion.slot
+
+    def _follow_host(self, insertion: Insertion) -> None:
+        module, host = insertion.module, getattr(insertion, "original", insertion.host)
+        assert module is not None
+        device, dtype = place_of(host) or (None, None)
+        if device is None or dtype is None:  # nothing there, or quantised weights alone
+            whole = place_of(self.backbone) or (None, None)
+            device, dtype = device or whole[0], dtype or whole[1]
+        p = next(module.parameters(), None)
+        if p is not None and (p.device, p.dtype) != (device or p.device, dtype or p.dtype):
+            module.to(device=device, dtype=dtype)
+        if module.training != host.training:
+            module.train(host.training)
+
+
+def reads_without_calling(backbone: nn.Module, name: str) -> bool:
+    """Whether the module called `name` is one whose weight its parent reads, never calling it.
+
+    That is the output projection of `nn.MultiheadAttention`.
+    """
+    parent_name, _, child = name.rpartition(".")
+    if child != "out_proj":
+        return False
+    return hasattr(backbone.get_submodule(parent_name), "in_proj_weight")
+
+
+def label(insertions: list[Insertion]) -> None:
+    """Mark the parameters of deltas, by which bigmodelvis colours them."""
+    for insertion in insertions:
+        for _, p in insertion.named_parameters():
+            p._is_delta = True  # type: ignore[attr-defined]
+
+
+def copied(p: nn.Parameter) -> nn.Parameter:
+    """A parameter of a delta that starts as one of the backbone's."""
+    return nn.Parameter(full(p).clone())

@@ -1,0 +1,108 @@
+"""Private names of torch that the library leans on, each with the reason and the versions tried.
+
+Where torch moves one of them, the test of that name in ``tests/test_seams.py`` fails.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _WrappedHook
+
+Hooks = dict[int, Any]
+
+
+def forward_hooks(module: nn.Module, before: bool) -> list[Hooks]:
+    """The tables of a module's forward hooks: the hooks, which take keywords, which always run.
+
+    Hooks before the forward have no table of those that always run.
+
+    torch's ``register_...`` functions register at once; a hook that comes in together with other
+    changes has to be put into these tables. Torch 2.0 to 2.14.
+    """
+    if before:
+        return [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs]
+    return [
+        module._forward_hooks,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    ]
+
+
+def as_state_dict_hook(hook: Any) -> Any:
+    """A hook as ``register_state_dict_post_hook`` puts it into ``_state_dict_hooks``.
+
+    The mark tells torch to ignore what the hook returns. Torch 2.5 to 2.14.
+    """
+    hook._from_public_api = True
+    return hook
+
+
+def as_load_state_dict_hook(hook: Callable[..., Any], module: nn.Module) -> Any:
+    """A hook as ``register_load_state_dict_pre_hook`` puts it into its table. Torch 2.0 to 2.14."""
+    return _WrappedHook(hook, module)
+
+
+def active_ddp() -> Any:
+    """The `DistributedDataParallel` whose forward runs now, else None.
+
+    Torch has no public way to ask from inside a forward whether DDP runs it. Torch 2.0 to 2.14.
+    """
+    return nn.parallel.DistributedDataParallel._active_ddp_module
+
+
+def is_plainly_differentiated() -> bool:
+    """Whether plain reverse-mode autograd runs: no functional transform, no forward mode.
+
+    A Python node of the autograd graph serves reverse mode alone. Torch 2.1 to 2.14.
+    """
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
+def runs_backward() -> bool:
+    """Whether a backward runs in this thread, where forwards are recomputed. Torch 2.1 to 2.14."""
+    return torch._C._current_graph_task_id() >= 0
+
+
+def is_running(function: str) -> bool:
+    """Whether a function of this name is running, further out."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return frame is not None
+
+
+def frame_of_module_call() -> FrameType | None:
+    """The frame inside `nn.Module.__call__` that runs the current hook.
+
+    Torch skips the hooks after a forward for errors that are no `Exception`, so that only the end
+    of this frame tells that a call is over. Torch 2.0 to 2.14.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != nn.Module.__module__:
+        frame = frame.f_back
+    return frame
+
+
+def has_ended(frame: FrameType) -> bool:
+    """Whether a frame of this thread runs no more."""
+    running: FrameType | None = sys._getframe()
+    while running is not None and running is not frame:
+        running = running.f_back
+    return running is None
+
+
+def forget_compiled_code() -> None:
+    """Make compiled models trace again: graphs are not guarded on the arrival of a new hook.
+
+    Torch 2.4 to 2.14.
+    """
+    dynamo = sys.modules.get("torch._dynamo")  # a process that never compiled has no graphs
+    if dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"]:
+        dynamo.reset()

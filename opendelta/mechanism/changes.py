@@ -1,0 +1,91 @@
+"""Changes that are prepared aside and come in together.
+
+Whatever a verb changes of a backbone (children, parameters, hooks, flags, the library's notes) lies
+in dicts and attributes. `Changes` keeps a working copy of each that is to change. Preparing may
+fail or be interrupted at any point: nothing has changed then. `carry_out` makes all of them what
+their copies say, in one call of C code, which Python does not interrupt (a signal waits for the
+next instruction) and in which nothing is allocated on a device. So a backbone is wholly before or
+wholly after, without a guard at every line.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+Table = TypeVar("Table", bound="dict[Any, Any]")
+
+_call: Callable[[Any], Any] = partial.__call__
+_put_data: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+class Changes:
+    """What is about to change; nothing of it has yet."""
+
+    def __init__(self) -> None:
+        self._tables: dict[int, tuple[dict[Any, Any], dict[Any, Any]]] = {}
+        self._attributes: dict[tuple[int, str], tuple[Any, Any]] = {}
+        self._first: list[partial[Any]] = []
+        self._others: list[partial[Any]] = []
+
+    def of(self, table: Table) -> Table:
+        """The working copy of a dict, to be read and changed in its place."""
+        known = self._tables.get(id(table))
+        if known is None:
+            known = self._tables[id(table)] = table, table.copy()
+        return known[1]  # type: ignore[return-value]
+
+    def get(self, owner: Any, name: str) -> Any:
+        """An attribute as it is going to be."""
+        known = self._attributes.get((id(owner), name))
+        return getattr(owner, name) if known is None else known[1]
+
+    def set(self, owner: Any, **values: Any) -> None:
+        """Change attributes of an object, past its class's own ``__setattr__``."""
+        for name, value in values.items():
+            self._attributes[id(owner), name] = owner, value
+
+    def set_data(self, tensor: Tensor, values: Tensor) -> None:
+        """Let a tensor have other values, in a storage of theirs."""
+        self._others.append(partial(_put_data, tensor, values))
+
+    def do(self, act: Callable[..., Any], *args: Any) -> None:
+        """Call something that cannot fail, together with the rest."""
+        self._others.append(partial(act, *args))
+
+    def do_first(self, act: Callable[..., Any], *args: Any) -> None:
+        """Call something that may fail, before anything else: nothing has changed then."""
+        self._first.append(partial(act, *args))
+
+    def carry_out(self) -> None:
+        """Let everything be as prepared."""
+        steps = list(self._first)
+        for table, new in self._tables.values():
+            if [*new][: len(table)] != [*table]:  # else the old keys keep their places
+                steps.append(partial(table.clear))
+            steps.append(partial(table.update, new))
+        for (_, name), (owner, value) in self._attributes.items():
+            steps.append(partial(object.__setattr__, owner, name, value))
+        steps += self._others
+        deque(map(_call, steps), maxlen=0)
+
+
+@contextmanager
+def undone(undo: Callable[[], None]) -> Iterator[None]:
+    """A ``with`` block after which `undo` has run to its end; it is called twice.
+
+    Ctrl-C may break the first call off before anything has changed. At the end of the ``with``
+    statement itself it lets go of this generator, whose closing runs what is left.
+    """
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    finally:
+        undo()

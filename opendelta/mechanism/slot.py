@@ -1,0 +1,268 @@
+"""A parameter of a delta in the place of one of the backbone's, or of none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from opendelta.backends.quantised import is_offloaded
+from opendelta.backends.sharding import assign, full, is_shard
+from opendelta.exceptions import InsertionError
+from opendelta.ground.containers import Args, Kwargs, map_hidden
+from opendelta.ground.names import dotted
+from opendelta.ground.seams import forget_compiled_code
+from opendelta.mechanism.changes import Changes
+from opendelta.mechanism.hooks import add_forward_hook, take_off
+from opendelta.mechanism.insertion import Insertion, acts_on_whole_batches
+from opendelta.mechanism.places import Place, follow
+
+
+class ParameterSlot:
+    """A place for a parameter on a module, with its original content and those laid over it.
+
+    The content is that of the attached insertion that was inserted last, else the original one.
+    Tied parameters have several places.
+
+    Args:
+        places: the modules that hold the parameter.
+        name: its name there, e.g. ``"bias"``.
+
+    Attributes:
+        original: the backbone's own content, None where there was none.
+        layers: the insertions that may stand here, in order.
+        held_bare: by how many routes the original is held in its place.
+        sharded: whether the parameter in place was seen as a shard.
+    """
+
+    def __init__(self, places: list[nn.Module], name: str) -> None:
+        self.places, self.name = places, name
+        self.existed = [name in place._parameters for place in places]
+        self.original = places[0]._parameters.get(name)
+        self.layers: list[ParameterInsertion] = []
+        self.held_bare = 0
+        self.handle: RemovableHandle | None = None
+        self.left_at: Place | None = None  # where the original was set aside
+        self.sharded = False
+
+    @property
+    def top(self) -> ParameterInsertion | None:
+        """The insertion that acts now."""
+        return self._acting(Changes())
+
+    def _acting(self, changes: Changes) -> ParameterInsertion | None:
+        layers = changes.get(self, "layers")
+        on = [layer for layer in layers if changes.get(layer, "is_on")]
+        return on[-1] if on and not changes.get(self, "held_bare") else None
+
+    def look(self) -> None:
+        """Take up the parameter that is in place now: loading with ``assign`` puts a new one."""
+        current, top = self.places[0]._parameters.get(self.name), self.top
+        self.sharded = self.sharded or is_shard(current)
+        if top is None:
+            self.original = current
+        elif current is not None:
+            top.parameter = current
+
+    def switch(self, changes: Changes, layer: ParameterInsertion, on: bool) -> None:
+        """Let one of the layers be attached, or not."""
+        if changes.get(layer, "is_on") == on:
+            return
+        self.look()
+        if self.held_bare:
+            changes.set(layer, is_on=on)
+        elif self.sharded:
+            changes.do_first(self._switch_values, layer, on)
+        else:
+            changes.set(self._acting(changes) or self, left_at=self.place)
+            changes.set(layer, is_on=on)
+            self._settle(changes)
+
+    def hold_bare(self, changes: Changes, more: int) -> None:
+        """Let one route more (1) or less (-1) hold the original in its place.
+
+        Attaching and detaching meanwhile say what acts afterwards.
+        """
+        held = changes.get(self, "held_bare") + more
+        if self.sharded:
+            changes.do_first(self._hold_values, held)
+            return
+        changes.set(self._acting(changes) or self, left_at=self.place)
+        changes.set(self, held_bare=held)
+        self._settle(changes)
+
+    def _settle(self, changes: Changes) -> None:
+        """Put what is to act into every place, moved to where that is now."""
+        top = self._acting(changes)
+        content = self.original if top is None else top.parameter
+        if content is not None:
+            new = follow([content], changes.get(top or self, "left_at"), self.place)
+            if new is not None:
+                changes.set_data(content, content.detach().to(device=new[0], dtype=new[1]))
+        for place, existed in zip(self.places, self.existed, strict=True):
+            table = changes.of(place._parameters)
+            if content is None and not existed:
+                table.pop(self.name, None)
+            else:
+                table[self.name] = content
+
+    @property
+    def place(self) -> Place | None:
+        """Where the places' other tensors are."""
+        for place in self.places:
+            for name, p in place._parameters.items():
+                if name != self.name and p is not None and p.is_floating_point():
+                    return p.device, p.dtype
+        return None
+
+    # --- sharded: the engine holds on to the parameter, so that contents act by their values ------
+
+    def _hold_values(self, held: int) -> None:
+        layers = [layer for layer in self.layers if layer.is_on]
+        if held and not self.held_bare:
+            for layer in reversed(layers):
+                self._switch_values(layer, False)
+            for layer in layers:
+                layer.is_on = True
+        self.held_bare = held
+        if not held:
+            for layer in layers:
+                layer.is_on = False
+            for layer in layers:
+                self._switch_values(layer, True)
+
+    def _switch_values(self, layer: ParameterInsertion, on: bool) -> None:
+        before = self.top
+        layer.is_on = on
+        held, after = self.places[0]._parameters.get(self.name), self.top
+        content = self.original if after is None else after.parameter
+        if held is None or content is None:
+            layer.is_on = not on
+            raise InsertionError(
+                f"The {self.name} of {layer.host_name!r} is one that the delta adds, and the "
+                "backbone is sharded: it can be neither added nor taken away now."
+            )
+        if before is after:
+            return
+        aside = nn.Parameter(full(held).clone(), held.requires_grad)
+        with torch.no_grad():
+            assign(held, content.detach())
+        held.requires_grad_(content.requires_grad)
+        held._is_delta = after is not None  # type: ignore[attr-defined]  # see `label`
+        for one, now in ((before, aside), (after, held)):
+            if one is None:
+                self.original = now
+            else:
+                one.parameter = now
+
+
+class ParameterInsertion(Insertion):
+    """A parameter of a delta in a slot.
+
+    Args:
+        slot: where it goes.
+        host_name: the first place's name in the backbone.
+        parameter: what acts while attached.
+        ignored: whether the host's forward ignores a parameter of that name (``bias``), so that a
+            hook has to add it to the output.
+        saved: whether files hold it.
+    """
+
+    table = "_parameters"
+    is_named_as_own = True
+
+    def __init__(
+        self,
+        slot: ParameterSlot,
+        host_name: str,
+        parameter: nn.Parameter,
+        ignored: bool = False,
+        saved: bool = True,
+    ) -> None:
+        self.slot, self.host_name = slot, host_name
+        self.parameter, self.ignored, self.saved = parameter, ignored, saved
+        self.host, self.name = slot.places[0], slot.name
+        self.full_name = dotted(host_name, slot.name)
+        self.trains = parameter.requires_grad
+        self.is_on = False
+        self.left_at: Place | None = None
+
+    @property
+    def attached(self) -> bool:
+        return self.is_on
+
+    @property
+    def content(self) -> nn.Parameter:
+        return self.parameter
+
+    @property
+    def places(self) -> list[nn.Module]:
+        return self.slot.places
+
+    def enter(self, changes: Changes, later: Iterable[Insertion] = ()) -> None:
+        if self.ignored and changes.get(self.slot, "handle") is None:
+            handle = add_forward_hook(changes, self.host, add_bias, first=True, with_kwargs=True)
+            changes.set(self.slot, handle=handle)
+            changes.do_first(forget_compiled_code)
+        changes.set(self.slot, layers=[*changes.get(self.slot, "layers"), self])
+        self.attach(changes)
+
+    def attach(self, changes: Changes) -> None:
+        self.slot.switch(changes, self, True)
+
+    def detach(self, changes: Changes) -> None:
+        self.slot.switch(changes, self, False)
+
+    def leave(self, changes: Changes) -> None:
+        self.detach(changes)
+        left = [layer for layer in changes.get(self.slot, "layers") if layer is not self]
+        changes.set(self.slot, layers=left)
+        if not left:
+            take_off(changes, self.slot.handle)
+            changes.set(self.slot, handle=None)
+
+    def require_innermost(self, others: Iterable[Insertion]) -> None:
+        """Refuse where another delta's parameter lies below this one.
+
+        Raises:
+            InsertionError: naming the place.
+        """
+        if self.slot.layers[0] is not self:
+            raise InsertionError(
+                f"{self.full_name} carries an earlier delta's parameter below this one, which "
+                "merging would uncover. remove() the earlier delta first. Nothing was merged."
+            )
+
+    def known_to_engine(self) -> bool:
+        return self.slot.sharded or super().known_to_engine()  # then it acts by its values
+
+    def look(self) -> bool:
+        if self.is_on:
+            self.slot.look()
+        return self.is_on
+
+    def sites(self, is_called: Callable[[nn.Module], bool]) -> list[nn.Module] | None:
+        raise acts_on_whole_batches(self)
+
+    @property
+    def is_away(self) -> bool:
+        return is_offloaded(self.host)
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return ((self.full_name, self.parameter),)
+
+    def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        return self.named_parameters() if self.saved else ()
+
+    def constants(self) -> Iterable[Tensor]:
+        return () if self.trains else (self.parameter,)
+
+
+def add_bias(module: nn.Module, args: Args, kwargs: Kwargs, output: object) -> object:
+    """Hook of a module whose forward ignores ``bias``: add the parameter of that name, if any."""
+    bias = getattr(module, "bias", None)  # an attribute, not a parameter, on a replica
+    if bias is None and module._parameters.get("bias") is not None:
+        bias = module.__getattr__("bias")  # there is an attribute too, which says None
+    return output if bias is None else map_hidden(output, lambda hidden: hidden + bias)

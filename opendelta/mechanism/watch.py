@@ -1,0 +1,127 @@
+"""What is told, refused and let in while a backbone with deltas runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opendelta.exceptions import DeltaWarning, InsertionError, warn
+from opendelta.ground.containers import Args
+from opendelta.ground.names import dotted
+from opendelta.ground.walk import every_module
+from opendelta.mechanism import calls
+from opendelta.mechanism.dispatch import Dispatcher
+from opendelta.mechanism.engines import require_reduced
+from opendelta.mechanism.insertion import Insertion
+
+
+def report_unreached(insertions: Iterable[Insertion]) -> None:
+    """After the first forward: tell which deltas it never reached."""
+    attached = [i for i in insertions if i.attached and i.dispatcher is not None]
+    missed = [dotted(i.host_name, i.name) for i in attached if not i.dispatcher.fired]  # type: ignore[union-attr]
+    if missed:
+        shown = ", ".join(missed[:5]) + f" and {len(missed) - 5} more" * (len(missed) > 5)
+        warn(
+            f"The first forward never called the modules that carry these deltas, so they have "
+            f"no effect on it: {shown}. The model may read their weights instead of calling "
+            "them, or this input takes another way; leave them out with exclude_modules.",
+            DeltaWarning,
+        )
+
+
+def require_training(backbone: nn.Module, insertions: Iterable[Insertion]) -> bool:
+    """In a forward with gradients: refuse deltas that would not train.
+
+    Returns:
+        Whether that is settled for the forwards to come.
+
+    Raises:
+        InsertionError: if DDP does not know a delta, or Accelerate offloaded it.
+    """
+    acting = [insertion for insertion in insertions if insertion.attached]
+    away = next((insertion for insertion in acting if insertion.is_away), None)
+    if away is not None:
+        raise InsertionError(
+            f"Accelerate offloaded the delta on {away.host_name!r} together with the "
+            "backbone, so that it gets no gradients. Offload the backbone first, then "
+            "construct or load the delta, which stays where it computes."
+        )
+    return require_reduced(backbone, (p for i in acting for _, p in i.named_parameters()))
+
+
+def add_to_loss(output: Any, term: Tensor) -> Any:
+    """A transformers output with `term` added to its loss; any other output as it is."""
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, Tensor):
+        output.loss = loss + term
+    elif isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
+        output = type(output)({**output, "loss": output["loss"] + term})
+    return output
+
+
+# --- gradient checkpointing -----------------------------------------------------------------------
+
+
+def checkpointed_blocks(backbone: nn.Module) -> Iterator[nn.Module]:
+    """The modules that may run under transformers' gradient checkpointing."""
+    for module in every_module(backbone):
+        if "gradient_checkpointing" in module.__dict__ or hasattr(
+            type(module), "gradient_checkpointing"
+        ):
+            yield module
+
+
+def enter_block(module: nn.Module, args: Args) -> Args | None:
+    """Hook before such a block: note its call, and let gradients into it."""
+    if torch.compiler.is_compiling() or not (
+        module.training and getattr(module, "gradient_checkpointing", False)
+    ):
+        return None
+    calls.enter_block(args)
+    return let_gradients_in(module, args)
+
+
+def leave_block(module: nn.Module, args: Args, output: Any) -> None:
+    """Hook after such a block, also after an error."""
+    if not torch.compiler.is_compiling() and (
+        module.training and getattr(module, "gradient_checkpointing", False)
+    ):
+        calls.leave_block()
+
+
+def let_gradients_in(module: nn.Module, args: Args) -> Args | None:
+    """Before a block under reentrant checkpointing: make an input require grad.
+
+    Reentrant checkpointing drops all gradients of a block none of whose inputs requires grad;
+    with a frozen backbone that is the first block of every stack.
+    """
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    if not getattr(function, "keywords", {}).get("use_reentrant", False):
+        return None
+    if not torch.is_grad_enabled() or any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return None
+    if not any(p.requires_grad for p in module.parameters()) and Dispatcher.router is None:
+        return None  # in a route what trains need not be attached
+    for position, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return (*args[:position], value.detach().requires_grad_(), *args[position + 1 :])
+    return None
+
+
+# --- pseudo inputs --------------------------------------------------------------------------------
+
+
+@contextmanager
+def unfired(insertions: Iterable[Insertion]) -> Iterator[None]:
+    """While a pseudo input runs: what it reaches tells nothing of a real forward."""
+    dispatchers = [d for i in insertions if (d := i.dispatcher) is not None]
+    fired = [dispatcher.fired for dispatcher in dispatchers]
+    try:
+        yield
+    finally:
+        for dispatcher, was in zip(dispatchers, fired, strict=True):
+            dispatcher.fired = was

@@ -1,0 +1,236 @@
+"""Loading a delta: all of a file, or nothing (specification 1.23.1)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opendelta.backends.sharding import agreeing, assign, full_shape, is_shard, reshard
+from opendelta.delta.config import ConfigFields
+from opendelta.delta.delta import Delta
+from opendelta.delta.plan import held_back
+from opendelta.delta.pseudo_input import random_state_kept_on_error
+from opendelta.delta.record import record_of
+from opendelta.delta.registry import model_class_for
+from opendelta.delta.switching import is_attached
+from opendelta.exceptions import CheckpointError, ConfigError
+from opendelta.ground.files import (
+    read_config,
+    read_tensors,
+    read_verified,
+    require_tensors,
+    weights_in,
+)
+from opendelta.ground.walk import uncompiled
+from opendelta.mechanism.backbone_state import BackboneState, deltas, own_parameters, unmerged
+from opendelta.mechanism.changes import Changes
+from opendelta.mechanism.engines import require_whole
+from opendelta.saving.backbone_check import check_backbone
+from opendelta.saving.checkpoint import delta_config, require_own
+from opendelta.saving.hashing import gen_parameter_hash
+
+logger = logging.getLogger(__name__)
+
+
+def class_for(cls: type[Delta], config: ConfigFields | dict[str, Any]) -> Any:
+    """The delta class that a config is for, which must be `cls` or one below it.
+
+    Raises:
+        ConfigError: if it is another.
+    """
+    if isinstance(config, dict) and "delta_type" not in config and cls.delta_type:
+        return cls
+    found = model_class_for(config)
+    if not issubclass(found, cls):
+        raise ConfigError(
+            f"This config is for {found.__name__}, not for {cls.__name__}; AutoDeltaModel "
+            "loads any."
+        )
+    return found
+
+
+def from_finetuned(
+    cls: type[Delta],
+    backbone: nn.Module,
+    source: Callable[[], Path],
+    config: ConfigFields | dict[str, Any] | None,
+    tensors: dict[str, Tensor] | None,
+    check_hash: bool | str,
+    overriding: dict[str, Any],
+) -> Delta:
+    """Put a saved delta on a backbone, see `DeltaBase.from_finetuned`.
+
+    Args:
+        cls: the class that loads.
+        backbone: modified in place.
+        source: finds the folder, or its config; called where something is read from it.
+        config: used instead of the folder's; `tensors`: likewise.
+        check_hash: see there.
+        overriding: fields of the config.
+    """
+    backbone = uncompiled(backbone)
+    with agreeing(backbone, CheckpointError) as read:
+        path = source() if config is None or tensors is None else Path()
+        from_file = config is None
+        if config is None:
+            values = read_config(path)
+            config = class_for(cls, values).config_class.from_dict(values, **overriding)
+            overriding = {}
+        model_class = class_for(cls, config)
+        made = model_class.config_from(config, **overriding)
+        made.from_file = made.from_file or from_file
+        if tensors is None:
+            folder = path.parent if path.suffix == ".json" else path
+            tensors = read_verified(folder, made.weights_file, made.weights_sha256)
+        read.append(_fingerprint(tensors))
+    check_backbone(made, backbone, check_hash)
+    if any(type(other) is model_class and is_attached(other) for other in deltas(backbone)):
+        logger.warning(
+            "The backbone already carries an attached %s; the loaded one comes on top of it. "
+            "`opendelta.deltas(model)` lists them.",
+            model_class.__name__,
+        )
+    with random_state_kept_on_error():
+        with held_back() as plans:
+            delta: Delta = model_class.from_config(made, backbone, check_hash=False)
+        changes, notes = Changes(), Changes()
+        for plan in plans:
+            plan.prepare()
+            plan.note(notes)
+        notes.carry_out()  # of the delta alone, which nobody knows yet
+        for plan in plans:
+            plan.enter(changes)
+        if any(module.training for module in backbone.modules()):
+            changes.do(backbone.eval)
+        _load(delta, tensors, changes, is_new=True)
+    return delta
+
+
+def load_checkpoint(
+    delta: Delta,
+    path: str | os.PathLike[str],
+    load_func: Callable[..., Any] | None = None,
+    backbone_model: nn.Module | None = None,
+) -> None:
+    """Load only the weights, see `DeltaBase.load_checkpoint`."""
+    require_own(delta, backbone_model)
+    with agreeing(delta.backbone_model, CheckpointError) as read:
+        values = delta_config(Path(path))
+        tensors = read_tensors(weights_in(path, values.get("weights_file")), load_func)
+        read.append(_fingerprint(tensors))
+    _load(delta, tensors, Changes(), values.get("backbone_hash_excludes"))
+
+
+def _load(
+    delta: Delta,
+    tensors: dict[str, Tensor],
+    changes: Changes,
+    carried: list[str] | None = None,
+    is_new: bool = False,
+) -> None:
+    """Copy a file into a delta and its backbone, together with other changes, or nothing.
+
+    Args:
+        delta: where to; `tensors`: what.
+        changes: what comes in together with it.
+        carried: the backbone's own parameters that the file must hold, and no others; None for
+            those that the delta's config names, else for any.
+        is_new: whether the delta has just been made.
+
+    Raises:
+        CheckpointError: naming missing and unexpected keys and shapes that differ.
+    """
+    backbone = delta.backbone_model
+    require_tensors(tensors, "state_dict")
+    require_whole(backbone)
+    reshard(backbone)
+    own, tensors = delta.loading_targets(tensors, changes)
+    targets: dict[str, Tensor] = dict(own)
+    carried = delta.config.backbone_hash_excludes if carried is None else carried
+    if carried is None or carried:
+        originals = unmerged(backbone)
+        for name, p in own_parameters(backbone):
+            if carried is None or name in carried:
+                targets.setdefault(name, originals.get(id(p), p))
+    if any(tensor.is_meta for tensor in targets.values()):
+        raise CheckpointError(
+            f"The {type(backbone).__name__} is on the meta device, where there is "
+            "nothing to load into: give it its weights first."
+        )
+    _require_fit(delta, tensors, targets, [*own, *(carried or ())])
+    if is_new:
+        record_of(delta).left_trainable = [name for name in tensors if name not in own]
+    with torch.no_grad():
+        _carry_out(backbone, changes, {targets[name]: value for name, value in tensors.items()})
+
+
+def _require_fit(
+    delta: Delta, tensors: dict[str, Tensor], targets: dict[str, Tensor], required: list[str]
+) -> None:
+    missing = [name for name in required if name not in tensors]
+    unexpected = [name for name in tensors if name not in targets]
+    shapes = [
+        f"{name}: {tuple(tensors[name].shape)} in the file, {tuple(full_shape(targets[name]))} here"
+        for name in tensors
+        if name in targets and tensors[name].shape != full_shape(targets[name])
+    ]
+    shapes += [
+        f"{name}: {tensor.dtype} in the file, {targets[name].dtype} here"
+        for name, tensor in tensors.items()
+        if name in targets and not torch.can_cast(tensor.dtype, targets[name].dtype)
+    ]
+    if missing or unexpected or shapes:
+        parts = [
+            f"{title}: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}"
+            for title, names in (
+                ("missing in the file", missing),
+                ("unexpected in the file", unexpected),
+                ("of another kind", shapes),
+            )
+            if names
+        ]
+        saved_on, here = delta.config.backbone_class, type(delta.backbone_model).__name__
+        origin = f"It was saved on a {saved_on}. " if saved_on not in (None, "", here) else ""
+        raise CheckpointError(
+            f"The checkpoint does not fit this {type(delta).__name__} on {here}. {origin}"
+            f"Keys {'; keys '.join(parts)}."
+        )
+
+
+def _carry_out(backbone: nn.Module, changes: Changes, values: dict[Tensor, Tensor]) -> None:
+    """Let tensors have these values, and all else be as prepared."""
+    ready: dict[Tensor, Tensor] = {}
+    for target, value in values.items():
+        is_plain = type(target) in (Tensor, nn.Parameter) and not is_shard(target)
+        if is_plain and not hasattr(target, "_hp_mapping"):
+            ready[target] = value.to(target.device, target.dtype)
+        else:
+            changes.do_first(assign, target, value)  # a shard, or what an engine has a copy of
+    into, these = [t.detach() for t in ready], [*ready.values()]
+    folded = [host for state in BackboneState.within(backbone) for host in state.merged.values()]
+    if not folded:
+        if into:
+            changes.do_first(torch._foreach_copy_, into, these)
+        changes.carry_out()
+        return
+    before = [tensor.clone() for tensor in into]
+    try:
+        torch._foreach_copy_(into, these)
+        for host in folded:  # anew, from what was loaded
+            host.put(changes, *host.computed(host.folds, host.weights))
+        changes.carry_out()
+    except BaseException:
+        torch._foreach_copy_(into, before)
+        raise
+
+
+def _fingerprint(tensors: dict[str, Tensor]) -> Iterator[str]:
+    """A line for each tensor by which ranks compare what they are about to load."""
+    for name, tensor in tensors.items():
+        yield f"{name} {tuple(tensor.shape)} {gen_parameter_hash([tensor]).hexdigest()}"

@@ -1,0 +1,1 @@
+"""What is done with one delta: freezing, merging, sums. None needs another."""
