@@ -126,7 +126,7 @@ def test_a_store_that_fails(url: str, tmp_path: Path, monkeypatch: Any, caplog: 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise TimeoutError("the store does not answer")
 
-    monkeypatch.setattr(center.storage, "cat_file", fail)
+    monkeypatch.setattr(center.engine.storage, "cat_file", fail)
     assert center.pull(NAME) == folder
     assert revision in caplog.text and "the store does not answer" in caplog.text
     with pytest.raises(UnreachableError) as caught:

@@ -54,6 +54,14 @@ class DeltaInfo:
     sizes: dict[str, int]
     card: str
 
+    @classmethod
+    def of(
+        cls, folder: Path, sizes: dict[str, int], name: str, revision: str = "", url: str = ""
+    ) -> DeltaInfo:
+        """What a folder with the config, and maybe the card, of a delta tells."""
+        card = (folder / CARD_FILE).read_text("utf-8", "replace") if CARD_FILE in sizes else ""
+        return cls(name, revision, url, read_config(folder), sizes, card)
+
 
 def expected_files(config: dict[str, Any], present: Collection[str], where: str) -> list[str]:
     """The files to take along, the config first.
