@@ -171,7 +171,7 @@ def names_by(table: str, graph: Graph, path: str) -> dict[str, str]:
     return names
 
 
-def family_at(graph: Graph, path: str) -> tuple[Family, dict[str, str]] | None:
+def family_at(graph: Graph, path: str) -> tuple[str, dict[str, str]] | None:
     """The family whose base model is the module called `path`, and the names that it gives."""
     for family in FAMILIES:
         if family.signature[0].split(".")[0] not in graph.children[path]:
@@ -181,7 +181,7 @@ def family_at(graph: Graph, path: str) -> tuple[Family, dict[str, str]] | None:
             if _covers(graph, names):
                 for place in dict.fromkeys((parent_of(path), path)):
                     names.update(names_by(family.head, graph, place))
-                return family, names
+                return family.name, names
     return None
 
 
