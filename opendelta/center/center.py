@@ -15,6 +15,7 @@ from opendelta.center.contents import (
     CARD_FILE,
     TEXT_LIMIT,
     DeltaInfo,
+    Push,
     Version,
     check_file,
     check_weights,
@@ -132,14 +133,10 @@ class DeltaCenter:
             raise CenterError(f"{branch!r} is the hash of a version; push to a branch's name.")
         files = files_to_push(Path(folder))
         with self._online(f"push {name!r} to {self.url}"):
-            pushed = self.engine.publish(
-                files,
-                self.full_name(name),
-                branch,
-                message=message or f"Push {name.rpartition('/')[2]}",
-                private=private,
-                create_pr=create_pr,
-            )
+            message = message or f"Push {name.rpartition('/')[2]}"
+            full_name = self.full_name(name)
+            push = Push(files, full_name, branch, message, private, create_pr)
+            pushed = self.engine.publish(push)
         logger.info("Pushed %s to %s as %s, revision %s.", folder, self.url, name, pushed)
         return pushed
 

@@ -35,6 +35,25 @@ class Version:
 
 
 @dataclass(frozen=True)
+class Push:
+    """Files that are to become the newest version of a branch.
+
+    Attributes:
+        files: by name.
+        name: the delta's.
+        branch: which.
+        message, private, create_pr: see `DeltaCenter.push`.
+    """
+
+    files: dict[str, Path]
+    name: str
+    branch: str
+    message: str
+    private: bool | None
+    create_pr: bool
+
+
+@dataclass(frozen=True)
 class DeltaInfo:
     """What a center knows about a delta without its weights.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from opendelta.center.cache import is_offline
-from opendelta.center.contents import Version
+from opendelta.center.contents import Push, Version
 from opendelta.exceptions import CenterError
 
 
@@ -33,17 +33,8 @@ class Engine(ABC):
         """Copy one file of a version to `target`."""
 
     @abstractmethod
-    def publish(
-        self,
-        files: dict[str, Path],
-        name: str,
-        branch: str,
-        *,
-        message: str,
-        private: bool | None,
-        create_pr: bool,
-    ) -> str:
-        """Make these files the newest version of a branch, all at once; its hash."""
+    def publish(self, push: Push) -> str:
+        """Make files the newest version of a branch, all at once; its hash."""
 
     @abstractmethod
     def names(self, search: str) -> Iterable[str]:

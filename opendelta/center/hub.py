@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from opendelta.center.contents import FILES, RemoteFile, Version, digest_of
+from opendelta.center.contents import FILES, Push, RemoteFile, Version, digest_of
 from opendelta.center.engine import Engine
 from opendelta.center.names import DEFAULT_REVISION, without_password
 from opendelta.exceptions import CenterError, UnreachableError
@@ -92,31 +92,22 @@ class HubEngine(Engine):
             came = self.api.hf_hub_download(name, file, revision=revision, local_dir=scratch)
             os.replace(came, target)
 
-    def publish(
-        self,
-        files: dict[str, Path],
-        name: str,
-        branch: str,
-        *,
-        message: str,
-        private: bool | None,
-        create_pr: bool,
-    ) -> str:
-        if not create_pr:  # which is for a repository that is there, perhaps another user's
-            self.api.create_repo(name, private=private, exist_ok=True)
-            if branch != DEFAULT_REVISION:
-                self.api.create_branch(name, branch=branch, exist_ok=True)
-        before = self.look_up(name, branch)
-        if all(_is_held(path, before.files.get(file)) for file, path in files.items()):
+    def publish(self, push: Push) -> str:
+        if not push.create_pr:  # which is for a repository that is there, perhaps another user's
+            self.api.create_repo(push.name, private=push.private, exist_ok=True)
+            if push.branch != DEFAULT_REVISION:
+                self.api.create_branch(push.name, branch=push.branch, exist_ok=True)
+        before = self.look_up(push.name, push.branch)
+        if all(_is_held(path, before.files.get(file)) for file, path in push.files.items()):
             return before.revision
         # The client sends what differs from the version before. If that is another one by then, the
         # commit must fail: it would make one version of two.
         commit = self.api.create_commit(
-            name,
-            [CommitOperationAdd(file, path) for file, path in files.items()],
-            commit_message=message,
-            revision=branch,
-            create_pr=create_pr,
+            push.name,
+            [CommitOperationAdd(file, path) for file, path in push.files.items()],
+            commit_message=push.message,
+            revision=push.branch,
+            create_pr=push.create_pr,
             parent_commit=before.revision,
         )
         return commit.oid

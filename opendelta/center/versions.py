@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from opendelta.center.contents import FILES, RemoteFile, Version
+from opendelta.center.contents import FILES, Push, RemoteFile, Version
 from opendelta.center.engine import Engine
 from opendelta.center.names import as_file_name, as_name, check_name, is_hash
 from opendelta.exceptions import CenterError
@@ -76,28 +76,19 @@ class VersionedEngine(Engine):
         ):
             shutil.copyfileobj(reading, copy, 1 << 20)
 
-    def publish(
-        self,
-        files: dict[str, Path],
-        name: str,
-        branch: str,
-        *,
-        message: str,
-        private: bool | None,
-        create_pr: bool,
-    ) -> str:
-        if create_pr:
+    def publish(self, push: Push) -> str:
+        if push.create_pr:
             raise CenterError(f"{self.url} knows no pull requests; push to another revision.")
         described = {
             file: {"size": path.stat().st_size, "digest": sha256_of(path)}
-            for file, path in files.items()
+            for file, path in push.files.items()
         }
         manifest = json.dumps(described, indent=2, sort_keys=True).encode()
         revision = hashlib.sha256(manifest).hexdigest()
-        for file, path in files.items():
-            self._copy_to(path, f"{_version(name, revision)}/{file}")
-        self._write(f"{_version(name, revision)}/{_MANIFEST}", manifest)
-        self._write(_reference(name, branch), revision.encode())
+        for file, path in push.files.items():
+            self._copy_to(path, f"{_version(push.name, revision)}/{file}")
+        self._write(f"{_version(push.name, revision)}/{_MANIFEST}", manifest)
+        self._write(_reference(push.name, push.branch), revision.encode())
         return revision
 
     def names(self, search: str) -> Iterator[str]:

@@ -29,7 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.backends.sharding import full_shape
-from opendelta.ground.names import ancestors, below, dotted, inside, leaf_of
+from opendelta.ground.names import ancestors, below, dotted, innermost, inside, leaf_of, parent_of
 from opendelta.ground.walk import unblocked
 from opendelta.inspection.display import notebook_cell, show
 from opendelta.inspection.tree import (
@@ -193,7 +193,7 @@ def _mapping_of(model: nn.Module) -> dict[str, Any]:
     for name, _ in own_modules(model):
         common = common_names.get(name, name if name in wrappers else "")
         if common:
-            above = next((place for place in ancestors(name) if place in found), "")
+            above = innermost(parent_of(name), found) or ""
             common_above, rules = found[above]
             below_it = inside(common, common_above)
             own = below(common, common_above) if below_it else leaf_of(common)
