@@ -9,7 +9,6 @@ around them, and what has no common name, keeps its original name.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
@@ -21,14 +20,8 @@ from opendelta.addressing.graph import Graph
 from opendelta.addressing.naming import Naming
 from opendelta.addressing.patterns import matches_any
 from opendelta.addressing.roles import FUSED
-from opendelta.exceptions import AddressingError, DeltaWarning, nearest
-from opendelta.ground.names import (
-    ancestors,
-    dotted,
-    leaf_of,
-    lineage,
-    parent_of,
-)
+from opendelta.exceptions import AddressingError, DeltaWarning, nearest, warn
+from opendelta.ground.names import dotted, innermost, leaf_of, lineage, parent_of
 from opendelta.mechanism.ownership import own_modules
 
 logger = logging.getLogger(__name__)
@@ -120,7 +113,7 @@ class CommonStructureMap:
             )
         if (org_key if is_module else parent_of(org_key)) not in self._named:
             if warning:
-                warnings.warn(f"{org_key!r} has no common name.", DeltaWarning, stacklevel=2)
+                warn(f"{org_key!r} has no common name.", DeltaWarning)
             if strict:
                 return None
         return self._naming.around(org_key)
@@ -220,7 +213,7 @@ class CommonStructureMap:
         }
         for name, named in self._named.items():
             if named.role.startswith(role + ".") and not named.role.endswith("layer_norm"):
-                owner = next((place for place in ancestors(name) if place in parts), None)
+                owner = innermost(parent_of(name), parts)
                 if owner is not None:
                     parts[owner].add(named.role)
         for root, roles in parts.items():
@@ -287,19 +280,13 @@ class CommonStructureMap:
         )
 
     def _warn_of_gaps(self) -> None:
-        roles: dict[str, set[str]] = defaultdict(set)
-        for named in self._named.values():
-            if named.block:
-                roles[named.block].add(named.role.split(".")[0])
-        for block, found in roles.items():
-            lacking = [] if found & {"attn", "crossattn"} else ["attention"]
-            lacking += [] if "ff" in found else ["feed-forward"]
+        for block, roles in self.blocks().items():
+            units = {role.partition(".")[0] for role in roles}
+            lacking = [] if units & {"attn", "crossattn"} else ["attention"]
+            lacking += [] if "ff" in units else ["feed-forward"]
             if lacking:
-                warnings.warn(
-                    f"No {' and no '.join(lacking)} is recognised in {block}.",
-                    DeltaWarning,
-                    stacklevel=3,
-                )
+                lack = " and no ".join(lacking)
+                warn(f"No {lack} is recognised in {block}.", DeltaWarning)
 
 
 def _played(role: str) -> tuple[str, ...]:

@@ -11,12 +11,13 @@ from opendelta.addressing.roles import Block
 from opendelta.addressing.towers import find_towers, input_embeddings, output_embeddings
 from opendelta.exceptions import AddressingError, nearest
 from opendelta.ground.names import (
-    ancestors,
     below,
     dotted,
+    innermost,
     inside,
     leaf_of,
     parent_of,
+    path_words,
     words,
 )
 
@@ -79,16 +80,14 @@ class Naming:
 
     def around(self, name: str) -> str:
         """`name`, with the nearest module around that has a common name replaced by that."""
-        for place in (name, *ancestors(name)):
-            if place in self.named:
-                return dotted(self.named[place].common, below(name, place))
-        return name
+        place = innermost(name, self.named)
+        return name if place is None else dotted(self.named[place].common, below(name, place))
 
     def _add_tree(self, names: dict[str, str], why: str) -> None:
         """Take over the names that a family's tree gives."""
+        blocks = {name: common for name, common in names.items() if _is_block(common)}
         for name, common in names.items():
-            block = next((p for p in (name, *ancestors(name)) if _is_block(names.get(p, ""))), None)
-            home = names[block] if block is not None else ""
+            home = blocks.get(innermost(name, blocks) or "", "")
             role = below(common, home) if home else _outer_role(common)
             self.named[name] = Named(common, home, role, why)
 
@@ -122,8 +121,7 @@ class Naming:
         stack = self.around(outer)
         if home == block.place:  # an attention on its own
             return stack
-        said = {word for part in home.split(".") for word in words(part)}
-        if causal is not None and said.isdisjoint({"encoder", "decoder"}):
+        if causal is not None and {"encoder", "decoder"}.isdisjoint(path_words(home)):
             stack = dotted(stack, "decoder" if causal else "encoder")
         common = dotted(stack, "block")
         if common in self._lists.values():
