@@ -97,13 +97,12 @@ class Visualization:
             )
         self.rootname, self.keep_non_params = rootname, keep_non_params
         self.only_common = only_common
-        if not common_structure:
+        if common_structure:
+            rules = _mapping_of(self.plm) if mapping is None else mapping
+            tree = self.build_common_tree(self.plm, rules)
+        else:
             tree = self._describe(rootname, self.plm, is_delta=False, above=())
             tree.info = None
-        else:
-            tree = self.build_common_tree(
-                self.plm, _mapping_of(self.plm) if mapping is None else mapping
-            )
         tree.fold()
         tree.write_labels(expand_params)
         if printTree:
@@ -163,24 +162,21 @@ class Visualization:
         deltas = inserted_names(module)
         for name, child in _children(module):
             key, path = query + name, dotted(key_to_root, name)
+            rule = mapping.get(key, mapping.get("$"))
+            common = None if rule is None else rule["__name__"]
             if name in deltas:
                 node = self._describe(key, child, is_delta=True, above=())
                 if node.parameters or node.children:
-                    tree.children.append(node)
-                continue
-            rule = mapping.get(key, mapping.get("$"))
-            common = None if rule is None else rule["__name__"]
-            if common:
+                    tree.append(node)
+            elif common:
                 parts = [name if part == "$" else part for part in common.split(".")]
-                node = _add_common(tree, parts, child)
-                self.build_common_tree(child, rule, node, "", path)
+                self.build_common_tree(child, rule, _add_common(tree, parts, child), "", path)
             elif common is None or self.only_common:
                 if not self.only_common and _parameters(child):
                     _add_uncommon(tree, key, child)
                 self.build_common_tree(child, rule or mapping, tree, key + ".", path)
             else:
-                node = _add_uncommon(tree, key, child)
-                self.build_common_tree(child, rule, node, "", path)
+                self.build_common_tree(child, rule, _add_uncommon(tree, key, child), "", path)
         return tree
 
 
@@ -195,8 +191,8 @@ def _mapping_of(model: nn.Module) -> dict[str, Any]:
         if common:
             above = innermost(parent_of(name), found) or ""
             common_above, rules = found[above]
-            below_it = inside(common, common_above)
-            own = below(common, common_above) if below_it else leaf_of(common)
+            is_below = inside(parent_of(common), common_above)
+            own = below(common, common_above) if is_below else leaf_of(common)
             found[name] = common, rules.setdefault(below(name, above), {"__name__": own})
     return found[""][1]
 
