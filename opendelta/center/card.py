@@ -26,29 +26,21 @@ from opendelta.inspection.statistics import (
 _MARK = "<!-- Written by OpenDelta. Without this line, the next push leaves the card alone. -->"
 
 
-class Facts(Protocol):
-    """What a card reads of a delta's config."""
+class Config(Protocol):
+    """What a card asks of a delta's config."""
 
-    @property
-    def delta_type(self) -> str: ...
-
-    backbone_class: str | None
-    backbone_checkpoint_name: str | None
-    backbone_hash: str | None
-    weights_file: str | None
-    list_tags: list[Any] | None
-    dict_tags: dict[str, Any] | None
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 class SavedDelta(Protocol):
-    """What a card reads of a delta that was saved."""
+    """What a card asks of a delta that was saved."""
 
     backbone_model: nn.Module
 
     @property
     def delta_type(self) -> str: ...
     @property
-    def config(self) -> Facts: ...
+    def config(self) -> Config: ...
     @property
     def is_attached(self) -> bool: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -90,12 +82,16 @@ class Card:
             parts.append(self.usage.strip())
         return "\n\n".join(parts) + "\n"
 
+    @property
+    def _config(self) -> dict[str, Any]:
+        return self.delta.config.to_dict()
+
     def _metadata(self) -> str:
         from huggingface_hub import ModelCardData
 
-        told, config = self.arguments, self.delta.config
-        named = [f"{key}:{value}" for key, value in (config.dict_tags or {}).items()]
-        tags = ["opendelta", config.delta_type, *map(str, config.list_tags or ()), *named]
+        told, config = self.arguments, self._config
+        named = [f"{key}:{value}" for key, value in config.get("dict_tags", {}).items()]
+        tags = ["opendelta", self.delta.delta_type, *map(str, config.get("list_tags", ())), *named]
         data = ModelCardData(
             library_name="opendelta",
             base_model=self._published_backbone(),
@@ -107,27 +103,28 @@ class Card:
         return data.to_yaml()
 
     def _facts(self, folder: Path) -> dict[str, str]:
-        told, config, backbone = self.arguments, self.delta.config, self.delta.backbone_model
+        told, config, backbone = self.arguments, self._config, self.delta.backbone_model
         parameters, trainable = count(self.delta.parameters()), num_trainable_parameters(backbone)
         total = num_total_parameters(backbone) + parameters * (not self.delta.is_attached)
+        size = (folder / config["weights_file"]).stat().st_size
         rows = {
-            "method": config.delta_type,
-            "backbone": self._published_backbone() or config.backbone_class,
-            "hash of the backbone": f"`{config.backbone_hash}`",
+            "method": self.delta.delta_type,
+            "backbone": self._published_backbone() or config["backbone_class"],
+            "hash of the backbone": f"`{config['backbone_hash']}`",
             "tasks": ", ".join(told.train_tasks),
             "data sets": ", ".join(told.train_datasets),
-            "tags": ", ".join(map(str, config.list_tags or ())),
-            **{str(key): str(value) for key, value in (config.dict_tags or {}).items()},
+            "tags": ", ".join(map(str, config.get("list_tags", ()))),
+            **{str(key): str(value) for key, value in config.get("dict_tags", {}).items()},
             "parameters of the delta": f"{parameters:,}",
             "trainable": f"{trainable:,} ({100 * ratio(trainable, total):.4g} %)",
-            "size": f"{(folder / str(config.weights_file)).stat().st_size:,} bytes",
+            "size": f"{size:,} bytes",
             "license": told.license or "not stated",
         }
         return {key: value for key, value in rows.items() if value}
 
     def _snippet(self) -> str:
         source = self._published_backbone() or "path/of/the/backbone"
-        backbone = self.delta.config.backbone_class or "AutoModel"
+        backbone = self._config["backbone_class"] or "AutoModel"
         where = f', center="{self.center_url}"' if self.center_url else ""
         import transformers
 
@@ -145,7 +142,7 @@ class Card:
 
     def _published_backbone(self) -> str | None:
         """The backbone's name, unless it is a path, which is nobody else's business."""
-        name = self.arguments.backbone_model or self.delta.config.backbone_checkpoint_name or ""
+        name = self.arguments.backbone_model or self._config["backbone_checkpoint_name"] or ""
         try:
             return check_name(name)
         except CenterError:

@@ -8,7 +8,7 @@ from typing import TypedDict
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from opendelta.ground.names import leaf_of, parent_of
+from opendelta.ground.names import innermost, leaf_of, parent_of
 from opendelta.inspection.tree import FROZEN, ModuleTree
 
 
@@ -70,12 +70,10 @@ def held_parameters(modules: dict[str, nn.Module]) -> Callable[[list[str]], tupl
     total = sum({key: size for own in sizes.values() for key, size in own.items()}.values())
 
     def count(names: list[str]) -> tuple[int, float]:
-        inside = set(names)
-        held: dict[int, int] = {}
-        for name in modules:
-            if name in inside or (name and parent_of(name) in inside):
-                inside.add(name)
-                held.update(sizes[name])
+        chosen, held = set(names), dict[int, int]()
+        for name, own in sizes.items():
+            if innermost(name, chosen) is not None:
+                held |= own
         number = sum(held.values())
         return number, number / total if total else 0.0
 
