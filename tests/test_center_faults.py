@@ -15,7 +15,7 @@ from hub_server import HubServer, serving
 from huggingface_hub import close_session
 from processes import on_a_full_disk
 
-from opendelta.center.hub import HubCenter
+from opendelta.center import DeltaCenter
 from opendelta.exceptions import CenterError
 
 SIZE = 300_000
@@ -45,7 +45,7 @@ def proxy(hub: HubServer) -> Iterator[FaultProxy]:
 def whole(hub: HubServer, tmp_path: Path) -> dict[str, bytes]:
     """What the server holds; it gives it back by Xet if that was the way it came."""
     folder = written(tmp_path / "1", 1, SIZE)
-    HubCenter(hub.url, "hf_alice").push(folder, NAME)
+    DeltaCenter.from_url(hub.url, "hf_alice").push(folder, NAME)
     return content(folder)
 
 
@@ -60,7 +60,7 @@ def test_a_connection_that_is_always_cut(
 ) -> None:
     """Large files are taken up where they stopped; so the cut ones may arrive, but whole."""
     proxy.cut_after = after
-    center = HubCenter(proxy.url)
+    center = DeltaCenter.from_url(proxy.url)
     try:
         assert content(center.pull(NAME)) == whole
     except CenterError as error:
@@ -76,7 +76,7 @@ def test_a_connection_that_is_always_cut(
 def test_a_push_that_is_cut(
     proxy: FaultProxy, hub: HubServer, tmp_path: Path, no_waiting: None
 ) -> None:
-    center = HubCenter(proxy.url, "hf_alice")
+    center = DeltaCenter.from_url(proxy.url, "hf_alice")
     first, second = (written(tmp_path / str(seed), seed, 1000) for seed in (1, 2))
     center.push(first, NAME)
     for after in (0, 100, 400):
@@ -95,7 +95,7 @@ def test_a_push_that_is_cut(
 
 
 def test_a_full_disk(hub: HubServer, whole: dict[str, bytes], tmp_path: Path) -> None:
-    center = HubCenter(hub.url)
+    center = DeltaCenter.from_url(hub.url)
     on_a_full_disk(lambda: center.pull(NAME))
     assert content(tmp_path / "cache") == {}
     assert content(center.pull(NAME)) == whole
@@ -103,13 +103,13 @@ def test_a_full_disk(hub: HubServer, whole: dict[str, bytes], tmp_path: Path) ->
 
 def test_a_slow_connection(proxy: FaultProxy, whole: dict[str, bytes]) -> None:
     proxy.delay = 0.02
-    assert content(HubCenter(proxy.url).pull(NAME)) == whole
+    assert content(DeltaCenter.from_url(proxy.url).pull(NAME)) == whole
 
 
 def test_an_answer_that_does_not_come(
     proxy: FaultProxy, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    center = HubCenter(proxy.url)
+    center = DeltaCenter.from_url(proxy.url)
     folder = center.pull(NAME)
     proxy.delay = 5
     monkeypatch.setattr("opendelta.center.hub._PATIENCE", 0.3)
@@ -138,7 +138,7 @@ def test_bytes_that_are_changed_on_the_way(
 ) -> None:
     file, change = CHANGES[case]
     proxy.swap = change(whole)
-    center = HubCenter(proxy.url)
+    center = DeltaCenter.from_url(proxy.url)
     with pytest.raises(CenterError, match=rf"{file} was changed"):
         center.pull(NAME)
     assert proxy.swapped and content(tmp_path / "cache") == {}

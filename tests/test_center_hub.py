@@ -24,7 +24,6 @@ from huggingface_hub import HfApi, close_session, constants
 from processes import FORK, in_processes
 
 from opendelta import AutoDeltaModel, DeltaCenter, OpenDeltaError
-from opendelta.center.hub import HubCenter
 from opendelta.exceptions import CenterError, UnreachableError
 
 LIVE_TOKEN = os.environ.get("OPENDELTA_TEST_HF_TOKEN")
@@ -49,22 +48,22 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def alice(hub: HubServer) -> HubCenter:
-    return HubCenter(hub.url, "hf_alice")
+def alice(hub: HubServer) -> DeltaCenter:
+    return DeltaCenter.from_url(hub.url, "hf_alice")
 
 
 @pytest.fixture(params=["loopback", *(["live"] if LIVE_TOKEN else [])])
-def anywhere(request: pytest.FixtureRequest) -> Iterator[tuple[HubCenter, str]]:
+def anywhere(request: pytest.FixtureRequest) -> Iterator[tuple[DeltaCenter, str]]:
     """A center that may be written to, and a fresh name on it."""
     name = f"opendelta-test-{uuid.uuid4().hex[:8]}"
     if request.param == "loopback":
         server = request.getfixturevalue("hub")
-        yield HubCenter(server.url, "hf_alice"), f"alice/{name}"
+        yield DeltaCenter.from_url(server.url, "hf_alice"), f"alice/{name}"
         return
     api = HfApi("https://huggingface.co", LIVE_TOKEN)
     name = f"{api.whoami()['name']}/{name}"
     try:
-        yield HubCenter("https://huggingface.co", LIVE_TOKEN), name
+        yield DeltaCenter.from_url("https://huggingface.co", LIVE_TOKEN), name
     finally:
         api.delete_repo(name, missing_ok=True)
 
@@ -72,7 +71,7 @@ def anywhere(request: pytest.FixtureRequest) -> Iterator[tuple[HubCenter, str]]:
 # --- pushing and pulling --------------------------------------------------------------------------
 
 
-def test_what_is_pushed_is_pulled(anywhere: tuple[HubCenter, str], tmp_path: Path) -> None:
+def test_what_is_pushed_is_pulled(anywhere: tuple[DeltaCenter, str], tmp_path: Path) -> None:
     center, name = anywhere
     delta = saved(tmp_path / "delta")
     (tmp_path / "delta" / "README.md").write_text("---\nlibrary_name: opendelta\n---\n# mine\n")
@@ -93,7 +92,7 @@ def test_what_is_pushed_is_pulled(anywhere: tuple[HubCenter, str], tmp_path: Pat
     assert info.sizes == {file: len(data) for file, data in pushed.items()}
 
 
-def test_every_version_can_be_pulled(anywhere: tuple[HubCenter, str], tmp_path: Path) -> None:
+def test_every_version_can_be_pulled(anywhere: tuple[DeltaCenter, str], tmp_path: Path) -> None:
     center, name = anywhere
     folders = [written(tmp_path / str(seed), seed, 1000) for seed in (1, 2, 3)]
     first, second = (center.push(folder, name, private=True) for folder in folders[:2])
@@ -104,7 +103,7 @@ def test_every_version_can_be_pulled(anywhere: tuple[HubCenter, str], tmp_path: 
 
 
 def test_large_files_go_the_way_that_is_set(
-    xet: bool, alice: HubCenter, hub: HubServer, tmp_path: Path
+    xet: bool, alice: DeltaCenter, hub: HubServer, tmp_path: Path
 ) -> None:
     alice.push(written(tmp_path / "1", 1, 1000), NAME)
     alice.pull(NAME)
@@ -119,7 +118,7 @@ def test_large_files_go_the_way_that_is_set(
 
 
 def test_what_came_one_way_goes_the_other(
-    xet: bool, alice: HubCenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    xet: bool, alice: DeltaCenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alice.push(written(tmp_path / "1", 1, 200_000), NAME)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", xet)
@@ -136,7 +135,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
-def test_weights_of_every_kind(case: str, alice: HubCenter, tmp_path: Path) -> None:
+def test_weights_of_every_kind(case: str, alice: DeltaCenter, tmp_path: Path) -> None:
     """Xet packs them, and cuts them where it likes."""
     folder = written(tmp_path / "1", 1, weights=WEIGHTS[case])
     alice.push(folder, NAME)
@@ -146,7 +145,9 @@ def test_weights_of_every_kind(case: str, alice: HubCenter, tmp_path: Path) -> N
     assert content(alice.pull(NAME)) == content(longer)
 
 
-def test_a_server_without_xet(xet: bool, alice: HubCenter, hub: HubServer, tmp_path: Path) -> None:
+def test_a_server_without_xet(
+    xet: bool, alice: DeltaCenter, hub: HubServer, tmp_path: Path
+) -> None:
     folder = written(tmp_path / "1", 1, 1000)
     hub.failing = [("xet-", 404)]
     if xet:
@@ -157,7 +158,7 @@ def test_a_server_without_xet(xet: bool, alice: HubCenter, hub: HubServer, tmp_p
 
 
 def test_pushing_the_same_again_makes_no_new_version(
-    alice: HubCenter, hub: HubServer, tmp_path: Path
+    alice: DeltaCenter, hub: HubServer, tmp_path: Path
 ) -> None:
     folder = written(tmp_path / "delta", 1, 1000)
     first = alice.push(folder, NAME)
@@ -165,7 +166,7 @@ def test_pushing_the_same_again_makes_no_new_version(
 
 
 def test_a_pull_request_leaves_the_branch_alone(hub: HubServer, tmp_path: Path) -> None:
-    alice, bob = HubCenter(hub.url, "hf_alice"), HubCenter(hub.url, "hf_bob")
+    alice, bob = DeltaCenter.from_url(hub.url, "hf_alice"), DeltaCenter.from_url(hub.url, "hf_bob")
     alice.push(written(tmp_path / "1", 1, 1000), NAME)
     with pytest.raises(CenterError, match="403"):
         bob.push(written(tmp_path / "2", 2, 1000), NAME)
@@ -175,7 +176,7 @@ def test_a_pull_request_leaves_the_branch_alone(hub: HubServer, tmp_path: Path) 
         assert content(alice.pull(NAME, revision)) == content(tmp_path / "2")
 
 
-def test_saved_and_loaded_without_a_name(alice: HubCenter, tmp_path: Path) -> None:
+def test_saved_and_loaded_without_a_name(alice: DeltaCenter, tmp_path: Path) -> None:
     delta = saved(tmp_path / "delta")
     delta.save_finetuned(tmp_path / "delta", push_to_dc=True, center=alice)
     [name] = alice.list()
@@ -188,14 +189,14 @@ def test_saved_and_loaded_without_a_name(alice: HubCenter, tmp_path: Path) -> No
 
 
 def test_the_list_holds_what_the_card_calls_a_delta(
-    alice: HubCenter, hub: HubServer, tmp_path: Path
+    alice: DeltaCenter, hub: HubServer, tmp_path: Path
 ) -> None:
     folder = written(tmp_path / "1", 1, 1000)
     for card, name in (("tags: [opendelta]", NAME), ("tags: [peft]", "alice/other")):
         (folder / "README.md").write_text(f"---\n{card}\n---\n")
         alice.push(folder, name, private=True)
     assert alice.list() == [NAME] and alice.list("other") == []
-    assert HubCenter(hub.url, "hf_bob").list() == []
+    assert DeltaCenter.from_url(hub.url, "hf_bob").list() == []
 
 
 def test_a_delta_of_0_3_2(hub: HubServer) -> None:
@@ -210,7 +211,7 @@ def test_a_delta_of_0_3_2(hub: HubServer) -> None:
 
 
 def test_pulling_asks_for_what_changed_only(
-    alice: HubCenter, hub: HubServer, tmp_path: Path
+    alice: DeltaCenter, hub: HubServer, tmp_path: Path
 ) -> None:
     revision = alice.push(written(tmp_path / "1", 1, 1000), NAME)
     alice.pull(NAME)
@@ -259,7 +260,7 @@ def test_the_users_token_goes_to_its_own_hub_alone(
 
 
 def test_the_clients_offline_mode(
-    alice: HubCenter, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    alice: DeltaCenter, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alice.push(written(tmp_path / "1", 1, 1000), NAME)
     folder = alice.pull(NAME)
@@ -286,7 +287,7 @@ TOKENS = {
 def test_pulling_without_the_right(case: str, hub: HubServer, tmp_path: Path) -> None:
     token, private, name, status = TOKENS[case]
     hub.hold(NAME, content(written(tmp_path / "1", 1, 1000)), private=private)
-    center = HubCenter(hub.url, token)
+    center = DeltaCenter.from_url(hub.url, token)
     for call in (center.pull, center.info):
         with pytest.raises(CenterError, match=status) as caught:
             call(name)
@@ -301,14 +302,17 @@ def test_pulling_without_the_right(case: str, hub: HubServer, tmp_path: Path) ->
 )
 def test_pushing_without_the_right(token: Any, status: str, hub: HubServer, tmp_path: Path) -> None:
     with pytest.raises(CenterError, match=status):
-        HubCenter(hub.url, token).push(written(tmp_path / "1", 1, 1000), NAME)
+        DeltaCenter.from_url(hub.url, token).push(written(tmp_path / "1", 1, 1000), NAME)
     assert NAME not in hub.repos
 
 
-def test_refused_anywhere(anywhere: tuple[HubCenter, str], tmp_path: Path) -> None:
+def test_refused_anywhere(anywhere: tuple[DeltaCenter, str], tmp_path: Path) -> None:
     center, name = anywhere
     center.push(written(tmp_path / "1", 1, 1000), name, private=True)
-    stranger, mistaken = HubCenter(center.url, False), HubCenter(center.url, "hf_wrong")
+    stranger, mistaken = (
+        DeltaCenter.from_url(center.url, False),
+        DeltaCenter.from_url(center.url, "hf_wrong"),
+    )
     for call, status in (
         (lambda: stranger.pull(name), "401"),
         (lambda: mistaken.pull(name), "401"),
@@ -336,7 +340,7 @@ TO_PULL_WEIGHTS = {
 
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
 def test_refused_midway(
-    status: int, xet: bool, alice: HubCenter, hub: HubServer, tmp_path: Path, no_waiting: None
+    status: int, xet: bool, alice: DeltaCenter, hub: HubServer, tmp_path: Path, no_waiting: None
 ) -> None:
     """Whatever request fails, nothing half-written is left, and afterwards all is well."""
     folder = written(tmp_path / "1", 1, 1000)
@@ -364,7 +368,7 @@ def test_refused_midway(
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_the_last_version_is_used_while_the_center_does_not_answer(
-    status: int, alice: HubCenter, hub: HubServer, tmp_path: Path, caplog: Any
+    status: int, alice: DeltaCenter, hub: HubServer, tmp_path: Path, caplog: Any
 ) -> None:
     revision = alice.push(written(tmp_path / "1", 1, 1000), NAME)
     folder = alice.pull(NAME)
@@ -377,7 +381,7 @@ def test_the_last_version_is_used_while_the_center_does_not_answer(
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_is_no_reason_to_use_an_old_version(
-    status: int, alice: HubCenter, hub: HubServer, tmp_path: Path
+    status: int, alice: DeltaCenter, hub: HubServer, tmp_path: Path
 ) -> None:
     alice.push(written(tmp_path / "1", 1, 1000), NAME)
     alice.pull(NAME)
@@ -386,7 +390,7 @@ def test_a_refusal_is_no_reason_to_use_an_old_version(
         alice.pull(NAME)
 
 
-def test_nobody_listens(tmp_path: Path, alice: HubCenter, hub: HubServer) -> None:
+def test_nobody_listens(tmp_path: Path, alice: DeltaCenter, hub: HubServer) -> None:
     alice.push(written(tmp_path / "1", 1, 1000), NAME)
     folder = alice.pull(NAME)
     hub.shutdown()
@@ -408,7 +412,7 @@ def outcomes(url: str, folders: list[Path], times: int = 1) -> list[tuple[Path, 
     def push(folder: Path) -> None:
         for _ in range(times):
             try:
-                results.put((folder, HubCenter(url, "hf_alice").push(folder, NAME)))
+                results.put((folder, DeltaCenter.from_url(url, "hf_alice").push(folder, NAME)))
             except CenterError as error:
                 assert error.__cause__ is not None
                 results.put((folder, str(error)))
@@ -425,7 +429,7 @@ def sharing_a_card(folder: Path, seed: int) -> Path:
 
 def test_two_processes_push_one_name_at_the_same_moment(hub: HubServer, tmp_path: Path) -> None:
     """One of them succeeds, the other is told, and no version is made of both."""
-    center = HubCenter(hub.url, "hf_alice")
+    center = DeltaCenter.from_url(hub.url, "hf_alice")
     old = sharing_a_card(tmp_path / "old", 0)
     one, other = written(tmp_path / "1", 1, 1000), sharing_a_card(tmp_path / "2", 2)
     for _ in range(4):
@@ -449,11 +453,15 @@ def test_many_processes_push_one_name(hub: HubServer, tmp_path: Path) -> None:
     for folder, result in outcomes(hub.url, folders, times=3):
         if len(result) == 40:
             pushed += 1
-            assert content(HubCenter(hub.url, "hf_alice").pull(NAME, result)) == content(folder)
+            assert content(DeltaCenter.from_url(hub.url, "hf_alice").pull(NAME, result)) == content(
+                folder
+            )
         else:
             assert "at the same time" in result
     assert pushed >= 3
-    assert content(HubCenter(hub.url).pull(NAME)) in [content(folder) for folder in folders]
+    assert content(DeltaCenter.from_url(hub.url).pull(NAME)) in [
+        content(folder) for folder in folders
+    ]
 
 
 # --- what is wrong with what comes ----------------------------------------------------------------

@@ -21,7 +21,7 @@ from opendelta import (
     create_default_name,
     create_delta_center_args,
 )
-from opendelta.center.hub import HubCenter
+from opendelta.center.hub import HubEngine
 from opendelta.center.names import as_file_name, as_name, check_name
 from opendelta.exceptions import CenterError, ConfigError
 
@@ -96,7 +96,7 @@ def test_a_name_without_a_user(engine: DeltaCenter, tmp_path: Path) -> None:
     folder = written(tmp_path / "delta", 1, 100)
     (folder / "README.md").write_text("---\ntags: [opendelta]\n---\n")
     engine.push(folder, "sentiment")
-    on_hub = isinstance(engine, HubCenter)
+    on_hub = isinstance(engine.engine, HubEngine)
     full = "alice/sentiment" if on_hub else "sentiment"
     assert engine.list() == [full]
     assert content(engine.pull(full)) == content(folder) and engine.info(full).name == full

@@ -1,7 +1,8 @@
-"""Centers wherever fsspec reaches: its memory, and an object store that speaks S3."""
+"""Centers wherever fsspec reaches, as in a store that speaks S3, and on an engine of ones own."""
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import threading
@@ -16,7 +17,9 @@ import pytest
 from center_deltas import NAME, content, written
 
 from opendelta import DeltaCenter
-from opendelta.exceptions import CenterError, UnreachableError
+from opendelta.center.contents import Push, RemoteFile, Version
+from opendelta.center.engine import Engine
+from opendelta.exceptions import CenterError, CheckpointError, UnreachableError
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +129,7 @@ def test_a_store_that_fails(url: str, tmp_path: Path, monkeypatch: Any, caplog: 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise TimeoutError("the store does not answer")
 
-    monkeypatch.setattr(center.storage, "cat_file", fail)
+    monkeypatch.setattr(center.engine.storage, "cat_file", fail)
     assert center.pull(NAME) == folder
     assert revision in caplog.text and "the store does not answer" in caplog.text
     with pytest.raises(UnreachableError) as caught:
@@ -153,3 +156,49 @@ def test_nobody_listens(bucket: str, tmp_path: Path, monkeypatch: Any) -> None:
         DeltaCenter.from_url(bucket).pull(NAME)
     assert time.perf_counter() - began < 60
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+class Shelf(Engine):
+    """A kind of storage that the library does not know: a dict."""
+
+    url = "shelf://here"
+
+    def __init__(self) -> None:
+        self.versions: dict[str, dict[str, bytes]] = {}
+        self.branches: dict[str, str] = {}
+
+    def look_up(self, name: str, revision: str) -> Version:
+        revision = self.branches.get(f"{name}@{revision}", revision)
+        files = {
+            file: RemoteFile(len(data), hashlib.sha256(data).hexdigest())
+            for file, data in self.versions[revision].items()
+        }
+        return Version(revision, files)
+
+    def fetch(self, name: str, revision: str, file: str, target: Path) -> None:
+        target.write_bytes(self.versions[revision][file])
+
+    def publish(self, push: Push) -> str:
+        files = {file: path.read_bytes() for file, path in push.files.items()}
+        revision = hashlib.sha256(b"".join(files.values())).hexdigest()
+        self.versions[revision], self.branches[f"{push.name}@{push.branch}"] = files, revision
+        return revision
+
+    def names(self, search: str) -> list[str]:
+        return sorted({key.partition("@")[0] for key in self.branches if search in key})
+
+
+def test_a_center_over_an_engine_of_ones_own(tmp_path: Path) -> None:
+    engine = Shelf()
+    center = DeltaCenter(engine)
+    folder = written(tmp_path / "1", 1, 1000)
+    revision = center.push(folder, NAME, revision="next")
+    assert content(center.pull(NAME, "next")) == content(center.pull(NAME, revision))
+    assert content(center.pull(NAME, revision)) == content(folder)
+    assert center.list("senti") == [NAME] and center.info(NAME, "next").config["lora_r"] == 2
+    assert center.full_name("sentiment") == "sentiment"
+    with pytest.raises(CenterError, match=r"^Cannot pull 'alice/sentiment' .*: KeyError: 'main'"):
+        center.pull(NAME)
+    engine.versions[revision]["config.json"] = b"{}"
+    with pytest.raises(CheckpointError, match="not the config of a delta"):
+        center.pull(NAME, revision, force_download=True)

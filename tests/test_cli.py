@@ -693,6 +693,25 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"opendelta {opendelta.__version__}\n"
 
 
+ALONE = """
+import sys, types
+sys.modules["opendelta"] = package = types.ModuleType("opendelta")
+package.__path__ = [sys.argv.pop(1)]  # the command alone, without what the package imports
+from opendelta.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert sys.modules.keys().isdisjoint({"torch", "transformers", "huggingface_hub", "flask"})
+"""
+
+
+@pytest.mark.parametrize("line", ["--version", "--help", "convert --help"])
+def test_help_loads_no_large_library(line: str) -> None:
+    command = [sys.executable, "-c", ALONE, str(ROOT / "opendelta"), *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0 and done.stderr == "" and "opendelta" in done.stdout
+
+
 # --- processes, pipes and terminals ---------------------------------------------------------------
 
 

@@ -21,8 +21,9 @@ from opendelta.addressing.roles import (
     Site,
     letters_of,
     own_words,
+    says,
 )
-from opendelta.ground.names import below, dotted, inside, leaf_of, parent_of, words
+from opendelta.ground.names import below, dotted, inside, leaf_of, parent_of, path_words, words
 
 
 @dataclass
@@ -59,7 +60,7 @@ def find_attentions(graph: Graph) -> list[Attention]:
     for holder, projections in held.items():
         said = set("".join(projections.values()))
         enough = {"q", "v"} <= said or (_says_attention(holder) and said != {"k"})
-        if enough and NOT_ATTENTION.isdisjoint(words(leaf_of(holder))):
+        if enough and not says(holder, NOT_ATTENTION):
             found.append(Attention(holder, _second_factors(projections)))
     return found
 
@@ -86,11 +87,11 @@ def _nameless_fusion(graph: Graph, holder: str) -> str | None:
 
 def _second_factors(projections: Mapping[str, str]) -> dict[str, str]:
     """`projections` without the first factors ("a") of low-rank chains that have a second ("b")."""
-    seconds = {letters for linear, letters in projections.items() if "b" in words(leaf_of(linear))}
+    seconds = {letters for linear, letters in projections.items() if says(linear, {"b"})}
     return {
         linear: letters
         for linear, letters in projections.items()
-        if "a" not in words(leaf_of(linear)) or letters not in seconds
+        if letters not in seconds or not says(linear, {"a"})
     }
 
 
@@ -122,8 +123,7 @@ def name_attention(
         why = f"holds {said}" if said else "computes q, k and v with its own parameters"
         block.sites[root] = Site(role, why)
         for linear in graph.linears_below(root):  # gates, biases ... are nobody else's either
-            path = below(linear, root).split(".")
-            if FEED_FORWARD.isdisjoint(word for part in path for word in words(part)):
+            if FEED_FORWARD.isdisjoint(path_words(below(linear, root))):
                 free.pop(linear, None)
     for linear, letters in attention.projections.items():
         width_in, width_out = graph.linears[linear]
@@ -144,12 +144,12 @@ def _output_projections(graph: Graph, place: str, free: Mapping[str, None]) -> l
     """Output projections among the free linear layers inside an attention: usually one."""
     candidates = []
     for linear in graph.linears_below(place):
-        around = {word for part in below(linear, place).split(".")[:-1] for word in words(part)}
+        around = set(path_words(parent_of(below(linear, place))))
         own = set(words(leaf_of(linear)))
         if linear in free and not (own | around) & NOT_PROJECTION and not around & NOT_ATTENTION:
             candidates.append(linear)
     named = [c for c in candidates if not OUT.isdisjoint(own_words(c))]
-    seconds = [c for c in named if "a" not in words(leaf_of(c))]
+    seconds = [c for c in named if not says(c, {"a"})]
     plain = [c for c in candidates if PLAIN.issuperset(words(leaf_of(c)))]
     return seconds or named or plain[-1:]
 
@@ -162,8 +162,8 @@ def _output_beside(graph: Graph, attention: Attention, free: Mapping[str, None])
         linear
         for child in graph.children[place]
         if (linear := dotted(place, child)) in free
-        and not {"o", "out", "output", "proj"}.isdisjoint(words(child))
-        and FEED_FORWARD.isdisjoint(words(child))
+        and says(child, {"o", "out", "output", "proj"})
+        and not says(child, FEED_FORWARD)
         and DOWN.isdisjoint(set(words(child)) - {"out", "output"})
         and graph.linears[linear][1] in widths
     ][:1]
@@ -173,9 +173,9 @@ def name_mixer(graph: Graph, block: Block, free: dict[str, None]) -> None:
     """Input and output projection of a block that mixes positions without attention."""
     for place in (dotted(member, c) for member in block.members for c in graph.children[member]):
         linears = [linear for linear in graph.linears_below(place) if linear in free]
-        first = [c for c in linears if not {"in", "input"}.isdisjoint(words(leaf_of(c)))]
-        last = [c for c in linears if not {"out", "output"}.isdisjoint(words(leaf_of(c)))]
-        if last and len(linears) >= 2 and FEED_FORWARD.isdisjoint(words(leaf_of(place))):
+        first = [c for c in linears if says(c, {"in", "input"})]
+        last = [c for c in linears if says(c, {"out", "output"})]
+        if last and len(linears) >= 2 and not says(place, FEED_FORWARD):
             block.sites[place] = Site("attn", "mixes positions in the place of an attention")
             first = [c for c in first or linears if c not in last]
             for linear in linears:

@@ -9,45 +9,22 @@ around them, and what has no common name, keeps its original name.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 
 from torch import nn
 
-from opendelta.addressing.family_trees import family_at
 from opendelta.addressing.graph import Graph
-from opendelta.addressing.inference import find_blocks, is_norm
+from opendelta.addressing.naming import Naming
 from opendelta.addressing.patterns import matches_any
-from opendelta.addressing.roles import FUSED, Block
-from opendelta.addressing.towers import find_towers, input_embeddings, output_embeddings
-from opendelta.exceptions import AddressingError, DeltaWarning, nearest
-from opendelta.ground.names import (
-    ancestors,
-    below,
-    dotted,
-    inside,
-    leaf_of,
-    lineage,
-    parent_of,
-    words,
-)
+from opendelta.addressing.roles import FUSED
+from opendelta.exceptions import AddressingError, DeltaWarning, nearest, warn
+from opendelta.ground.names import dotted, innermost, leaf_of, lineage, parent_of
 from opendelta.mechanism.ownership import own_modules
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Named:
-    """What is known of a module: its common name, the block it is in, its role there, and why."""
-
-    common: str
-    block: str
-    role: str
-    why: str
 
 
 class CommonStructureMap:
@@ -93,10 +70,9 @@ class CommonStructureMap:
     ) -> None:
         self._backbone = backbone_model
         self._graph = Graph(backbone_model)
-        self._named: dict[str, _Named] = {}
-        self.towers: dict[str, str] = {}
+        self._naming = Naming(self._graph, scope)
+        self._named, self.towers = self._naming.named, self._naming.towers
         self._scoped: dict[str, CommonStructureMap] = {}
-        self._build(scope)
         self.matched_pairs: dict[str, str] = {
             name: self._named[name].common for name in self._graph.modules if name in self._named
         }
@@ -137,13 +113,10 @@ class CommonStructureMap:
             )
         if (org_key if is_module else parent_of(org_key)) not in self._named:
             if warning:
-                warnings.warn(f"{org_key!r} has no common name.", DeltaWarning, stacklevel=2)
+                warn(f"{org_key!r} has no common name.", DeltaWarning)
             if strict:
                 return None
-        for place in (org_key, *ancestors(org_key)):
-            if place in self._named:
-                return dotted(self._named[place].common, below(org_key, place))
-        return org_key
+        return self._naming.around(org_key)
 
     def names(self, org_key: str) -> tuple[str, ...]:
         """All common names of a module: those of each role that a fused projection plays.
@@ -235,14 +208,21 @@ class CommonStructureMap:
         """
         ends = {f"{role}.proj", f"{role}.w2"}
         found = {name for name, named in self._named.items() if named.role in ends}
-        for root, parts in self._parts(role).items():
-            if role == "ff" and parts:
-                continue  # the way up alone, as in BERT: its way down stands elsewhere
-            if not any(self._named[part].role in ends for part in parts):
+        parts: dict[str, set[str]] = {
+            name: set() for name, named in self._named.items() if named.role == role
+        }
+        for name, named in self._named.items():
+            if named.role.startswith(role + ".") and not named.role.endswith("layer_norm"):
+                owner = innermost(parent_of(name), parts)
+                if owner is not None:
+                    parts[owner].add(named.role)
+        for root, roles in parts.items():
+            # A feed-forward with parts but no way down is, as in BERT, the way up alone.
+            if not (roles if role == "ff" else roles & ends):
                 found.add(root)
-        for roles in self.blocks().values() if role == "attn" else ():
-            if "attn" not in roles and "attn.proj" not in roles:
-                found.update(roles.get("attn.q", ())[-1:])
+        for played in self.blocks().values() if role == "attn" else ():
+            if "attn" not in played and "attn.proj" not in played:
+                found.update(played.get("attn.q", ())[-1:])
         return [name for name in self.matched_pairs if name in found]
 
     def unit_widths(self, name: str) -> tuple[int, int] | None:
@@ -272,120 +252,7 @@ class CommonStructureMap:
         named = ((name, self._named[name]) for name in self.matched_pairs)
         return Explanation([(n.block, n.role or n.common, name, n.why) for name, n in named])
 
-    # --- building ---------------------------------------------------------------------------------
-
-    def _build(self, scope: str | None) -> None:
-        graph = self._graph
-        found = [(place, *f) for place in graph.modules if (f := family_at(graph, place))]
-        trees = [(place, family.name, names) for place, family, names in found]
-        in_trees = {n for _, _, names in trees for n, common in names.items() if _is_block(common)}
-        inferred = find_blocks(graph, in_trees)
-        stacks = [_stack_of(name) for name in (*in_trees, *(block.place for block in inferred))]
-        embeddings, head = input_embeddings(graph), output_embeddings(graph)
-        self.towers, kept = find_towers(graph, list(dict.fromkeys(stacks)), embeddings)
-        if scope == "all":
-            kept = stacks
-        elif scope is not None:
-            if scope not in self.towers:
-                raise AddressingError(
-                    f"scope={scope!r}: {type(self._backbone).__name__} has no such tower, only "
-                    f"{[*self.towers, 'all']}." + nearest(scope, self.towers)
-                )
-            kept = [stack for stack in stacks if inside(stack, self.towers[scope])]
-        in_scope = set(kept)
-        for _, family, names in trees:
-            stacks_here = {_stack_of(name) for name, common in names.items() if _is_block(common)}
-            if stacks_here & in_scope:
-                self._add_tree(names, f"by the tree of {family}")
-        causal = self._causal(inferred)
-        lists: dict[str, str] = {}
-        for block in inferred:
-            if _stack_of(block.place) in in_scope:
-                self._add_block(block, lists, causal)
-        in_a_tree = any(inside(embeddings or "", place) for place, _, _ in trees)
-        if embeddings is not None and not in_a_tree:
-            self._add_outer(embeddings, "embeddings", "get_input_embeddings() returns it")
-        if head is not None and head not in self._named:
-            self._add_outer(head, "lm_head.proj", "get_output_embeddings() returns it")
-
-    def _add_tree(self, names: dict[str, str], why: str) -> None:
-        """Take over the names that a family's tree gives."""
-        for name, common in names.items():
-            block = next((p for p in (name, *ancestors(name)) if _is_block(names.get(p, ""))), None)
-            home = names[block] if block is not None else ""
-            role = below(common, home) if home else _outer_role(common)
-            self._named[name] = _Named(common, home, role, why)
-
-    def _causal(self, blocks: list[Block]) -> dict[str, bool]:
-        """Stack -> whether its attentions say that they look at the past alone, where they say."""
-        causal: dict[str, bool] = {}
-        for block in blocks:
-            for name, site in block.sites.items():
-                if site.role == "attn":
-                    said = getattr(self._graph.modules[name], "is_causal", None)
-                    if isinstance(said, bool):
-                        causal.setdefault(_stack_of(block.place), said)
-        return causal
-
-    def _add_block(self, block: Block, lists: dict[str, str], causal: dict[str, bool]) -> None:
-        """Name an inferred block and what has a role in it."""
-        home = _stack_of(block.place)
-        if home not in lists:
-            lists[home] = self._name_list(home, block, lists, causal.get(home))
-        common = lists[home]
-        if home != block.place:
-            common = dotted(common, leaf_of(block.place))
-            if not block.parts:
-                self._named[block.place] = _Named(common, common, "", block.why)
-        for name, site in block.sites.items():
-            self._named[name] = _Named(dotted(common, site.role), common, site.role, site.why)
-
-    def _name_list(
-        self, home: str, block: Block, lists: dict[str, str], causal: bool | None
-    ) -> str:
-        """Name a list of blocks and the norms beside it; the common name of the list."""
-        outer = parent_of(home)
-        stack = self.transform(outer, strict=False) or ""
-        if home == block.place:  # an attention on its own
-            return stack
-        said = {word for part in home.split(".") for word in words(part)}
-        if causal is not None and said.isdisjoint({"encoder", "decoder"}):
-            stack = dotted(stack, "decoder" if causal else "encoder")
-        common = dotted(stack, "block")
-        if common in lists.values():
-            common = dotted(stack, leaf_of(home), "block")
-        self._named[home] = _Named(common, "", "", "the list of blocks")
-        for child in self._graph.children[outer]:
-            name = dotted(outer, child)
-            of_embeddings = any(word.startswith("emb") for word in words(child))
-            norm = name not in self._named and is_norm(name, self._graph.modules[name])
-            if norm and not of_embeddings:
-                why = "a norm beside the list of blocks"
-                self._named[name] = _Named(dotted(stack, "layer_norm"), "", "layer_norm", why)
-        return common
-
-    def _add_outer(self, name: str, role: str, why: str) -> None:
-        """Name a module outside all blocks; `name` may sit in one that is called after its role."""
-        outer = parent_of(name)
-        if any(word.startswith(("emb", "head", "pred")) for word in words(leaf_of(outer))):
-            outer = parent_of(outer)
-        common = dotted(self.transform(outer, strict=False) or "", role)
-        self._named[name] = _Named(common, "", role, why)
-
     # --- telling ----------------------------------------------------------------------------------
-
-    def _parts(self, role: str) -> dict[str, list[str]]:
-        """The outermost modules of a role, each with the modules inside that have a part in it."""
-        parts: dict[str, list[str]] = {
-            name: [] for name in self.matched_pairs if self._named[name].role == role
-        }
-        owners: dict[str, list[str]] = defaultdict(list)
-        for name, named in self._named.items():
-            if named.role.startswith(role + ".") and not named.role.endswith("layer_norm"):
-                owner = next((place for place in ancestors(name) if place in parts), None)
-                if owner is not None:
-                    owners[owner].append(name)
-        return {name: owners[name] for name in parts}
 
     def _holds(self, key: str) -> bool:
         """Whether `key` is a parameter, a buffer, or another name of a shared module."""
@@ -413,41 +280,19 @@ class CommonStructureMap:
         )
 
     def _warn_of_gaps(self) -> None:
-        roles: dict[str, set[str]] = defaultdict(set)
-        for named in self._named.values():
-            if named.block:
-                roles[named.block].add(named.role.split(".")[0])
-        for block, found in roles.items():
-            lacking = [] if found & {"attn", "crossattn"} else ["attention"]
-            lacking += [] if "ff" in found else ["feed-forward"]
+        for block, roles in self.blocks().items():
+            units = {role.partition(".")[0] for role in roles}
+            lacking = [] if units & {"attn", "crossattn"} else ["attention"]
+            lacking += [] if "ff" in units else ["feed-forward"]
             if lacking:
-                warnings.warn(
-                    f"No {' and no '.join(lacking)} is recognised in {block}.",
-                    DeltaWarning,
-                    stacklevel=3,
-                )
-
-
-def _outer_role(common: str) -> str:
-    """The role in the common name of a module outside all blocks; empty for a mere container."""
-    parts = common.split(".")
-    starts = [n for n, part in enumerate(parts) if part in ("embeddings", "layer_norm", "lm_head")]
-    return ".".join(parts[starts[0] :]) if starts else ""
+                lack = " and no ".join(lacking)
+                warn(f"No {lack} is recognised in {block}.", DeltaWarning)
 
 
 def _played(role: str) -> tuple[str, ...]:
     """The roles that a module plays: ``attn.qkv`` is ``attn.q``, ``attn.k`` and ``attn.v``."""
     home, _, end = role.rpartition(".")
     return tuple(dotted(home, part) for part in FUSED.get(end, (end,)))
-
-
-def _is_block(common: str) -> bool:
-    return leaf_of(common).isdigit()
-
-
-def _stack_of(block: str) -> str:
-    """The list that a block is in; an attention on its own is its own stack."""
-    return parent_of(block) if leaf_of(block).isdigit() else block
 
 
 class Explanation:

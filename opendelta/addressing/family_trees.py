@@ -1,25 +1,131 @@
-"""The six documented families, each as a tree from original to common names (specification 1.16).
+"""The six documented families, each as a table from original to common names (specification 1.16).
 
-A tree maps paths below a family's base model to nodes. A node's ``__name__`` is its common name,
-which is appended to its parent's; ``""`` says that the module has none. ``$`` stands for every
-element of a list. ``qkv`` and ``kv`` name projections that are fused in one module.
+The names begin below a family's base model. ``$`` stands for every element of a list, and what has
+no common name is in no row. ``qkv`` and ``kv`` name projections that are fused in one module.
 
-A tree is recognised by its layout, not by a class: it holds below every module that has the
-family's `signature`, if it names something in every part of every block there. So it is found in
-any wrapper and in derived models (ELECTRA and XLM-R have BERT's layout), and never half fits.
-What no tree covers is left to `opendelta.addressing.inference`.
+A family is recognised by its layout, not by a class: below every module that has, in its first
+block, the rows with a ``*``, if the table names something in every part of every block there. So it
+is found in any wrapper and in derived models (ELECTRA and XLM-R have BERT's layout), and never half
+fits. What no table covers is left to `opendelta.addressing.inference`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 from opendelta.addressing.graph import Graph
 from opendelta.ground.names import dotted, parent_of
 
-Tree = Mapping[str, Any]
+
+def _rows_like(rows: str, *changes: tuple[str, str]) -> str:
+    """The same rows with other words, each of them optional."""
+    for old, new in (("*", " "), *changes):
+        rows = rows.replace(old, new)
+    return rows
+
+
+_BERT_ATTENTION = """
+    encoder.layer.$.attention                   encoder.block.$.attn
+  * encoder.layer.$.attention.self.query        encoder.block.$.attn.q
+    encoder.layer.$.attention.self.key          encoder.block.$.attn.k
+    encoder.layer.$.attention.self.value        encoder.block.$.attn.v
+  * encoder.layer.$.attention.output.dense      encoder.block.$.attn.proj
+    encoder.layer.$.attention.output.LayerNorm  encoder.block.$.attn.layer_norm
+"""
+_BERT = f"""
+    embeddings.word_embeddings                  embeddings
+    encoder                                     encoder
+    encoder.layer                               encoder.block
+    encoder.layer.$                             encoder.block.$
+{_BERT_ATTENTION}
+{_rows_like(_BERT_ATTENTION, (".attention", ".crossattention"), ("attn", "crossattn"))}
+    encoder.layer.$.intermediate                encoder.block.$.ff
+  * encoder.layer.$.intermediate.dense          encoder.block.$.ff.w1
+    encoder.layer.$.output                      encoder.block.$.ff
+  * encoder.layer.$.output.dense                encoder.block.$.ff.w2
+    encoder.layer.$.output.LayerNorm            encoder.block.$.ff.layer_norm
+"""
+_BERT_HEAD = """
+    cls.predictions                             lm_head
+    cls.predictions.decoder                     lm_head.proj
+"""
+_ROBERTA_HEAD = """
+    lm_head                                     lm_head
+    lm_head.decoder                             lm_head.proj
+"""
+_GPT2 = """
+  * wte                                         embeddings
+    h                                           decoder.block
+    h.$                                         decoder.block.$
+    h.$.ln_1                                    decoder.block.$.attn.layer_norm
+    h.$.attn                                    decoder.block.$.attn
+  * h.$.attn.c_attn                             decoder.block.$.attn.qkv
+  * h.$.attn.c_proj                             decoder.block.$.attn.proj
+    h.$.ln_cross_attn                           decoder.block.$.crossattn.layer_norm
+    h.$.crossattention                          decoder.block.$.crossattn
+    h.$.crossattention.q_attn                   decoder.block.$.crossattn.q
+    h.$.crossattention.c_attn                   decoder.block.$.crossattn.kv
+    h.$.crossattention.c_proj                   decoder.block.$.crossattn.proj
+    h.$.ln_2                                    decoder.block.$.ff.layer_norm
+    h.$.mlp                                     decoder.block.$.ff
+  * h.$.mlp.c_fc                                decoder.block.$.ff.w1
+  * h.$.mlp.c_proj                              decoder.block.$.ff.w2
+    ln_f                                        decoder.layer_norm
+"""
+_OPT = """
+    decoder                                     decoder
+    decoder.layers                              decoder.block
+    decoder.layers.$                            decoder.block.$
+    decoder.layers.$.self_attn                  decoder.block.$.attn
+  * decoder.layers.$.self_attn.q_proj           decoder.block.$.attn.q
+    decoder.layers.$.self_attn.k_proj           decoder.block.$.attn.k
+    decoder.layers.$.self_attn.v_proj           decoder.block.$.attn.v
+  * decoder.layers.$.self_attn.out_proj         decoder.block.$.attn.proj
+  * decoder.layers.$.self_attn_layer_norm       decoder.block.$.layer_norm
+  * decoder.layers.$.fc1                        decoder.block.$.ff.w1
+  * decoder.layers.$.fc2                        decoder.block.$.ff.w2
+    decoder.layers.$.final_layer_norm           decoder.block.$.layer_norm
+"""
+_T5_SELF = """
+    encoder                                     encoder
+    encoder.final_layer_norm                    encoder.layer_norm
+    encoder.block                               encoder.block
+    encoder.block.$                             encoder.block.$
+    encoder.block.$.layer.0                     encoder.block.$.attn
+  * encoder.block.$.layer.0.SelfAttention.q     encoder.block.$.attn.q
+    encoder.block.$.layer.0.SelfAttention.k     encoder.block.$.attn.k
+    encoder.block.$.layer.0.SelfAttention.v     encoder.block.$.attn.v
+  * encoder.block.$.layer.0.SelfAttention.o     encoder.block.$.attn.proj
+    encoder.block.$.layer.0.layer_norm          encoder.block.$.attn.layer_norm
+"""
+_T5_FEED_FORWARD = """
+    encoder.block.$.layer.1                      encoder.block.$.ff
+    encoder.block.$.layer.1.DenseReluDense.wi    encoder.block.$.ff.w1
+    encoder.block.$.layer.1.DenseReluDense.wi_0  encoder.block.$.ff.w1
+    encoder.block.$.layer.1.DenseReluDense.wi_1  encoder.block.$.ff.w3
+  * encoder.block.$.layer.1.DenseReluDense.wo    encoder.block.$.ff.w2
+    encoder.block.$.layer.1.layer_norm           encoder.block.$.ff.layer_norm
+"""
+_T5_DECODER_SELF = _rows_like(_T5_SELF, ("encoder", "decoder"))
+_T5_CROSS = _rows_like(
+    _T5_DECODER_SELF, ("Self", "EncDec"), ("layer.0", "layer.1"), ("attn", "crossattn")
+)
+_T5_DECODER_FEED_FORWARD = _rows_like(
+    _T5_FEED_FORWARD, ("encoder", "decoder"), ("layer.1", "layer.2")
+)
+_T5 = f"""
+    shared                                      embeddings
+{_T5_SELF}
+{_T5_FEED_FORWARD}
+{_T5_DECODER_SELF}
+{_T5_CROSS}
+{_T5_DECODER_FEED_FORWARD}
+"""
+_HEAD = """
+    lm_head                                     lm_head.proj
+"""
 
 
 @dataclass(frozen=True)
@@ -28,253 +134,54 @@ class Family:
 
     Attributes:
         name: what the explanation of a mapping calls it.
-        signature: paths that exist below the base model of every member.
-        body: the tree below the base model.
-        head: the tree of the head, which stands beside the base model or inside it.
+        body: the table of the base model.
+        head: the table of the head, which stands beside the base model or inside it.
     """
 
     name: str
-    signature: tuple[str, ...]
-    body: Tree
-    head: Tree
+    body: str
+    head: str
+
+    @cached_property
+    def signature(self) -> list[str]:
+        """Paths that exist below the base model of every member."""
+        rows = re.findall(r"^ *\* (\S+)", self.body, re.MULTILINE)
+        return [row.replace("$", "0") for row in rows]
 
 
-def _bert_attention(role: str, suffix: str) -> Tree:
-    return {
-        "__name__": role,
-        f"self.query{suffix}": {"__name__": "q"},
-        f"self.key{suffix}": {"__name__": "k"},
-        f"self.value{suffix}": {"__name__": "v"},
-        "output.dense": {"__name__": "proj"},
-        "output.LayerNorm": {"__name__": "layer_norm"},
-    }
-
-
-def _bert_body(suffix: str = "") -> Tree:
-    return {
-        "embeddings.word_embeddings": {"__name__": "embeddings"},
-        "embeddings.position_embeddings": {"__name__": ""},
-        "embeddings.token_type_embeddings": {"__name__": ""},
-        "embeddings.LayerNorm": {"__name__": ""},
-        "encoder": {
-            "__name__": "encoder",
-            "layer": {
-                "__name__": "block",
-                "$": {
-                    "__name__": "$",
-                    "attention": _bert_attention("attn", suffix),
-                    "crossattention": _bert_attention("crossattn", suffix),
-                    "intermediate": {"__name__": "ff", "dense": {"__name__": "w1"}},
-                    "output": {
-                        "__name__": "ff",
-                        "dense": {"__name__": "w2"},
-                        "LayerNorm": {"__name__": "layer_norm"},
-                    },
-                },
-            },
-        },
-    }
-
-
-_BERT_HEAD: Tree = {
-    "cls.predictions": {
-        "__name__": "lm_head",
-        "transform.dense": {"__name__": ""},
-        "transform.LayerNorm": {"__name__": ""},
-        "decoder": {"__name__": "proj"},
-    },
-}
-
-_ROBERTA_HEAD: Tree = {"lm_head": {"__name__": "lm_head", "decoder": {"__name__": "proj"}}}
-
-BERT = Family(
-    "BERT or RoBERTa",  # one body; the heads differ
-    (
-        "encoder.layer.0.attention.self.query",
-        "encoder.layer.0.attention.output.dense",
-        "encoder.layer.0.intermediate.dense",
-        "encoder.layer.0.output.dense",
-    ),
-    _bert_body(),
-    {**_BERT_HEAD, **_ROBERTA_HEAD},
-)
-
-DEBERTA_V2 = Family(
-    "DeBERTa-v2",
-    (
-        "encoder.layer.0.attention.self.query_proj",
-        "encoder.layer.0.attention.output.dense",
-        "encoder.layer.0.intermediate.dense",
-        "encoder.layer.0.output.dense",
-    ),
-    _bert_body("_proj"),
-    _BERT_HEAD,
-)
-
-GPT2 = Family(
-    "GPT2",
-    ("wte", "h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_fc", "h.0.mlp.c_proj"),
-    {
-        "wte": {"__name__": "embeddings"},
-        "wpe": {"__name__": ""},
-        "h": {
-            "__name__": "decoder.block",
-            "$": {
-                "__name__": "$",
-                "ln_1": {"__name__": "attn.layer_norm"},
-                "attn": {
-                    "__name__": "attn",
-                    "c_attn": {"__name__": "qkv"},
-                    "c_proj": {"__name__": "proj"},
-                },
-                "ln_cross_attn": {"__name__": "crossattn.layer_norm"},
-                "crossattention": {
-                    "__name__": "crossattn",
-                    "q_attn": {"__name__": "q"},
-                    "c_attn": {"__name__": "kv"},
-                    "c_proj": {"__name__": "proj"},
-                },
-                "ln_2": {"__name__": "ff.layer_norm"},
-                "mlp": {
-                    "__name__": "ff",
-                    "c_fc": {"__name__": "w1"},
-                    "c_proj": {"__name__": "w2"},
-                },
-            },
-        },
-        "ln_f": {"__name__": "decoder.layer_norm"},
-    },
-    {"lm_head": {"__name__": "lm_head.proj"}},
-)
-
-OPT = Family(
-    "OPT",
-    (
-        "decoder.layers.0.self_attn.q_proj",
-        "decoder.layers.0.self_attn.out_proj",
-        "decoder.layers.0.self_attn_layer_norm",
-        "decoder.layers.0.fc1",
-        "decoder.layers.0.fc2",
-    ),
-    {
-        "decoder": {
-            "__name__": "decoder",
-            "layers": {
-                "__name__": "block",
-                "$": {
-                    "__name__": "$",
-                    "self_attn": {
-                        "__name__": "attn",
-                        "q_proj": {"__name__": "q"},
-                        "k_proj": {"__name__": "k"},
-                        "v_proj": {"__name__": "v"},
-                        "out_proj": {"__name__": "proj"},
-                    },
-                    "self_attn_layer_norm": {"__name__": "layer_norm"},
-                    "fc1": {"__name__": "ff.w1"},
-                    "fc2": {"__name__": "ff.w2"},
-                    "final_layer_norm": {"__name__": "layer_norm"},
-                },
-            },
-        },
-    },
-    {"lm_head": {"__name__": "lm_head.proj"}},
+FAMILIES = (
+    Family("BERT or RoBERTa", _BERT, _BERT_HEAD + _ROBERTA_HEAD),  # one body; the heads differ
+    Family("DeBERTa-v2", re.sub(r"(self\.\w+)", r"\1_proj", _BERT), _BERT_HEAD),
+    Family("GPT2", _GPT2, _HEAD),
+    Family("OPT", _OPT, _HEAD),
+    Family("T5", _T5, _HEAD),
 )
 
 
-def _t5_attention(role: str, name: str) -> Tree:
-    return {
-        "__name__": role,
-        f"{name}.q": {"__name__": "q"},
-        f"{name}.k": {"__name__": "k"},
-        f"{name}.v": {"__name__": "v"},
-        f"{name}.o": {"__name__": "proj"},
-        "layer_norm": {"__name__": "layer_norm"},
-    }
-
-
-_T5_FEED_FORWARD: Tree = {
-    "__name__": "ff",
-    "DenseReluDense.wi": {"__name__": "w1"},
-    "DenseReluDense.wi_0": {"__name__": "w1"},  # v1.1: the gate
-    "DenseReluDense.wi_1": {"__name__": "w3"},
-    "DenseReluDense.wo": {"__name__": "w2"},
-    "layer_norm": {"__name__": "layer_norm"},
-}
-
-T5 = Family(
-    "T5",
-    (
-        "encoder.block.0.layer.0.SelfAttention.q",
-        "encoder.block.0.layer.0.SelfAttention.o",
-        "encoder.block.0.layer.1.DenseReluDense.wo",
-    ),
-    {
-        "shared": {"__name__": "embeddings"},
-        "encoder": {
-            "__name__": "encoder",
-            "block": {
-                "__name__": "block",
-                "$": {
-                    "__name__": "$",
-                    "layer.0": _t5_attention("attn", "SelfAttention"),
-                    "layer.1": _T5_FEED_FORWARD,
-                },
-            },
-            "final_layer_norm": {"__name__": "layer_norm"},
-        },
-        "decoder": {
-            "__name__": "decoder",
-            "block": {
-                "__name__": "block",
-                "$": {
-                    "__name__": "$",
-                    "layer.0": _t5_attention("attn", "SelfAttention"),
-                    "layer.1": _t5_attention("crossattn", "EncDecAttention"),
-                    "layer.2": _T5_FEED_FORWARD,
-                },
-            },
-            "final_layer_norm": {"__name__": "layer_norm"},
-        },
-    },
-    {"lm_head": {"__name__": "lm_head.proj"}},
-)
-
-FAMILIES = (BERT, DEBERTA_V2, GPT2, OPT, T5)
-
-
-def apply_tree(tree: Tree, graph: Graph, path: str, common: str) -> dict[str, str]:
-    """Common names that `tree` gives to the modules below `path`, whose common name is `common`."""
+def names_by(table: str, graph: Graph, path: str) -> dict[str, str]:
+    """Common names that a table gives to the modules below `path`."""
     names: dict[str, str] = {}
-    for key, node in tree.items():
-        if key == "__name__":
-            continue
-        if key == "$":
-            found = [(dotted(path, child), child) for child in graph.children[path]]
-        else:
-            found = [(dotted(path, key), "")]
-        for name, number in found:
-            if name not in graph.modules:
-                continue
-            own = node["__name__"].replace("$", number)
-            if own:
-                names[name] = dotted(common, own)
-            names.update(apply_tree(node, graph, name, names.get(name, common)))
+    for row in filter(str.strip, table.splitlines()):
+        original, common = row.replace("*", " ").split()
+        holder, in_list, _ = original.partition(".$")
+        for number in graph.children[dotted(path, holder)] if in_list else [""]:
+            name = dotted(path, original.replace("$", number))
+            if name in graph.modules:
+                names[name] = dotted(path, common.replace("$", number))
     return names
 
 
-def family_at(graph: Graph, path: str) -> tuple[Family, dict[str, str]] | None:
+def family_at(graph: Graph, path: str) -> tuple[str, dict[str, str]] | None:
     """The family whose base model is the module called `path`, and the names that it gives."""
     for family in FAMILIES:
         if family.signature[0].split(".")[0] not in graph.children[path]:
             continue  # spares most modules the paths below
         if all(dotted(path, entry) in graph.modules for entry in family.signature):
-            names = apply_tree(family.body, graph, path, path)
+            names = names_by(family.body, graph, path)
             if _covers(graph, names):
-                outside = parent_of(path)
-                for place in dict.fromkeys((outside, path)):
-                    names.update(apply_tree(family.head, graph, place, place))
-                return family, names
+                for place in dict.fromkeys((parent_of(path), path)):
+                    names.update(names_by(family.head, graph, place))
+                return family.name, names
     return None
 
 

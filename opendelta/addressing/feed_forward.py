@@ -16,6 +16,7 @@ from opendelta.addressing.roles import (
     Block,
     Site,
     own_words,
+    says,
 )
 from opendelta.ground.names import dotted, leaf_of, parent_of, words
 
@@ -76,7 +77,7 @@ def _chains(graph: Graph, linears: Sequence[str], hidden: int | None) -> list[di
 
 def _ups(graph: Graph, ups: Sequence[str], inner: int) -> dict[str, Site]:
     """Roles of the layers that lead to the inner width: one, or a gate and its partner."""
-    gates = [linear for linear in ups if "gate" in words(leaf_of(linear))] or ups[:1]
+    gates = [linear for linear in ups if says(linear, {"gate"})] or ups[:1]
     sites = {}
     for linear in ups:
         width_in, width_out = graph.linears[linear]

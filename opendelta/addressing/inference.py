@@ -29,8 +29,8 @@ from torch import nn
 from opendelta.addressing.attention import Attention, find_attentions, name_attention, name_mixer
 from opendelta.addressing.feed_forward import find_chains, fused_experts, name_feed_forward
 from opendelta.addressing.graph import Graph
-from opendelta.addressing.roles import Block, Site, letters_of
-from opendelta.ground.names import ancestors, dotted, inside, leaf_of, parent_of, words
+from opendelta.addressing.roles import Block, Site, letters_of, says
+from opendelta.ground.names import ancestors, dotted, innermost, inside, leaf_of, parent_of, words
 
 
 def find_blocks(graph: Graph, named: set[str]) -> list[Block]:
@@ -41,7 +41,7 @@ def find_blocks(graph: Graph, named: set[str]) -> list[Block]:
         named: blocks that got their names elsewhere; nothing inside them is looked at.
     """
     experts = fused_experts(graph)
-    attentions = [a for a in find_attentions(graph) if not _within(a.holder, named)]
+    attentions = [a for a in find_attentions(graph) if innermost(a.holder, named) is None]
     blocks: dict[str, Block] = {}
     inhabitants: dict[str, list[Attention]] = defaultdict(list)
     around = Counter(place for a in attentions for place in (a.holder, *ancestors(a.holder)))
@@ -66,10 +66,6 @@ def find_blocks(graph: Graph, named: set[str]) -> list[Block]:
     _name_norms(graph, blocks.values())
     order = {name: number for number, name in enumerate(graph.modules)}
     return sorted((b for b in blocks.values() if b.sites), key=lambda block: order[block.place])
-
-
-def _within(name: str, places: set[str]) -> bool:
-    return name in places or any(place in places for place in ancestors(name))
 
 
 def _block_around(
@@ -105,7 +101,7 @@ def _block_around(
         parts = (holder,) if elements[0] == holder else ()
         return Block(elements[0], parts, "a list element with attention")
     for place in (holder, *ancestors(holder)):
-        if around[place] > 1 or not {"pool", "pooler", "head"}.isdisjoint(words(leaf_of(place))):
+        if around[place] > 1 or says(place, {"pool", "pooler", "head"}):
             break
         firsts = (dotted(parent_of(place), b, "0") for b in graph.children[parent_of(place)])
         if any(around[first] and graph.is_element(first) for first in firsts):
@@ -141,7 +137,7 @@ def _name_block(
         linear: None
         for member in block.members
         for linear in (*([member] if member in graph.linears else []), *graph.linears_below(member))
-        if _innermost(linear, everything) == member
+        if innermost(linear, everything) == member
     }
     for attention in attentions:
         for linear in attention.projections:
@@ -157,14 +153,10 @@ def _name_block(
         find_chains(graph, member, hidden, free, chains)
     name_feed_forward(block, chains)
     for place in experts:
-        owner = next((a for a in ancestors(place) if a in block.sites), None)
+        owner = innermost(parent_of(place), block.sites)
         attending = owner is not None and block.sites[owner].role != "ff"
-        if _innermost(place, everything) in block.members and not attending:
+        if innermost(place, everything) in block.members and not attending:
             block.sites.setdefault(place, Site("ff", "experts fused in 3-D parameters"))
-
-
-def _innermost(name: str, places: set[str]) -> str | None:
-    return next((place for place in (name, *ancestors(name)) if place in places), None)
 
 
 def hidden_width(graph: Graph, block: Block) -> int | None:
@@ -193,11 +185,11 @@ def _name_norms(graph: Graph, blocks: Iterable[Block]) -> None:
     of = {member: block for block in blocks for member in block.members}
     for name, module in graph.modules.items():
         if module._parameters and is_norm(name, module):
-            home = next((place for place in ancestors(name) if place in of), name)
+            home = innermost(parent_of(name), of) or name
             block = of.get(home)
             if block is None or name in block.sites:
                 continue
-            owner = next((place for place in ancestors(name) if place in block.sites), "")
-            part = block.sites[owner].role if inside(owner, home) and owner else ""
+            owner = innermost(parent_of(name), block.sites)
+            part = block.sites[owner].role if owner and inside(owner, home) else ""
             if not part or not letters_of(leaf_of(name).replace("norm", "")):
                 block.sites[name] = Site(dotted(part, "layer_norm"), "a norm")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
-from opendelta.ground.names import below, inside, leaf_of, parent_of, words
+from opendelta.ground.names import below, inside, leaf_of, parent_of, path_words, words
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
@@ -29,22 +30,22 @@ LETTERS = {
     "qk": "qk",
 }
 # Words that say that "q", "key" ... mean something other than a projection of the hidden state.
-NOT_PROJECTION = _words(
+NOT_PROJECTION = word_set(
     "pos position positional rel relative gate norm conv sconv global layout router"
 )
 # What holds such layers without being an attention, or sits inside one for another purpose.
-NOT_ATTENTION = _words("indexer compressor router ffn ff mlp feed")
-PLAIN = _words("linear proj projection dense layer fc c weight conv convolution")
-OUT = _words("o out output wo post final")
-FEED_FORWARD = _words(
+NOT_ATTENTION = word_set("indexer compressor router ffn ff mlp feed")
+PLAIN = word_set("linear proj projection dense layer fc c weight conv convolution")
+OUT = word_set("o out output wo post final")
+FEED_FORWARD = word_set(
     "mlp mlps ffn ffns ff ffw feed forward moe experts expert intermediate inter fc"
 )
-DOWN = _words("down out output wo reduce")
-UP = _words("up gate in input intermediate inter wi expand")
-SIDE_BRANCH = _words("shortcut downsample se squeeze excite excitation")
+DOWN = word_set("down out output wo reduce")
+UP = word_set("up gate in input intermediate inter wi expand")
+SIDE_BRANCH = word_set("shortcut downsample se squeeze excite excitation")
 NOT_MIXER = SIDE_BRANCH | FEED_FORWARD
 # Small networks in a block that compute something other than the next hidden state.
-NOT_FEED_FORWARD = _words("pos position positional rel relative router") | SIDE_BRANCH
+NOT_FEED_FORWARD = word_set("pos position positional rel relative router") | SIDE_BRANCH
 
 
 @dataclass
@@ -83,7 +84,12 @@ class Block:
             start = parent_of(start)
         elif self.parts:
             start = parent_of(parent_of(start))
-        return [word for part in below(name, start).split(".") for word in words(part)]
+        return path_words(below(name, start))
+
+
+def says(name: str, meant: Container[str]) -> bool:
+    """Whether the last part of `name` has one of the words that are `meant`."""
+    return any(word in meant for word in words(leaf_of(name)))
 
 
 def letters_of(part: str) -> str:

@@ -12,12 +12,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from opendelta.addressing.graph import Graph
+from opendelta.addressing.roles import says, word_set
 from opendelta.ground.names import ancestors, below, dotted, inside, leaf_of, parent_of, words
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
 
 _MODALITIES = {
     "vision": "vision visual vit image images img pixel pixels video",
@@ -26,8 +22,8 @@ _MODALITIES = {
 }
 _MODALITY = {word: name for name, said in _MODALITIES.items() for word in said.split()}
 # What translates between modalities, or between codes and signals.
-_BRIDGES = _words("resampler perceiver qformer projector connector aligner vocoder codec")
-_GENERIC = _words("model module tower encoder decoder transformer backbone net")
+_BRIDGES = word_set("resampler perceiver qformer projector connector aligner vocoder codec")
+_GENERIC = word_set("model module tower encoder decoder transformer backbone net")
 
 
 def input_embeddings(graph: Graph) -> str | None:
@@ -93,7 +89,7 @@ def find_towers(
             continue
         if embeddings is None:  # nothing is known of the input, so all are in scope
             for part in branches:
-                if not _MODALITY.keys().isdisjoint(words(leaf_of(part))):
+                if says(part, _MODALITY):
                     towers[_tower_name(part, towers)] = part
             continue
         home = next((part for part in branches if inside(embeddings, part)), None)

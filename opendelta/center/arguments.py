@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,16 +64,13 @@ def create_delta_center_args(
         >>> create_delta_center_args({"name": "me/a"}, {"name": "me/b", "license": "mit"}).name
         'me/a'
     """
+    known = vars(DeltaCenterArguments())
     if isinstance(center_args, DeltaCenterArguments):
-        center_args = {
-            f.name: getattr(center_args, f.name)
-            for f in dataclasses.fields(center_args)
-            if getattr(center_args, f.name) != getattr(DeltaCenterArguments(), f.name)
-        }
-    for given in (center_args, center_args_pool):
-        if not isinstance(given, (Mapping, type(None))):
-            raise ConfigError(f"expected a dict of arguments, got a {type(given).__name__}.")
-    known = [f.name for f in dataclasses.fields(DeltaCenterArguments)]
+        given = vars(center_args)
+        center_args = {name: given[name] for name in known if given[name] != known[name]}
+    for some in (center_args, center_args_pool):
+        if not isinstance(some, (Mapping, type(None))):
+            raise ConfigError(f"expected a dict of arguments, got a {type(some).__name__}.")
     first, pool = dict(center_args or {}), dict(center_args_pool or {})
     for key in first:
         if key not in known:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from opendelta.center.cache import Cache, is_offline
+from opendelta.center.cache import Cache
 from opendelta.center.contents import (
     CARD_FILE,
     TEXT_LIMIT,
     DeltaInfo,
+    Push,
     Version,
     check_file,
     check_weights,
     expected_files,
     files_to_push,
 )
+from opendelta.center.engine import Engine
+from opendelta.center.folder import FolderEngine
 from opendelta.center.names import (
     DEFAULT_REVISION,
     check_name,
@@ -36,13 +37,14 @@ from opendelta.ground.files import CONFIG_FILE, read_config
 logger = logging.getLogger(__name__)
 
 
-class DeltaCenter(ABC):
+class DeltaCenter:
     """A place to push deltas to and to pull them from.
 
-    Engines say how to look a version up, fetch one of its files, publish files and list names;
+    Its engine says how to look a version up, fetch one of its files, publish files and list names;
     what is checked, and in which order, is the same for all and stands here.
 
     Attributes:
+        engine: the storage.
         url: of the center, without a password.
 
     Example:
@@ -51,11 +53,13 @@ class DeltaCenter(ABC):
         >>> folder = center.pull("me/sentiment")
     """
 
-    url: str
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.url = engine.url
 
-    @staticmethod
+    @classmethod
     def from_url(
-        url: str | DeltaCenter | None = None, token: str | bool | None = None
+        cls, url: str | DeltaCenter | None = None, token: str | bool | None = None
     ) -> DeltaCenter:
         """The center at `url`.
 
@@ -82,16 +86,14 @@ class DeltaCenter(ABC):
                 "'https://a.server' or 's3://bucket/prefix'."
             )
         if scheme == "file":
-            from opendelta.center.folder import FolderCenter
-
-            return FolderCenter(url)
+            return cls(FolderEngine(url))
         if scheme in ("hf", "http", "https"):
-            from opendelta.center.hub import HubCenter
+            from opendelta.center.hub import HubEngine
 
-            return HubCenter(url if place else None, token)
-        from opendelta.center.fsspec_center import FsspecCenter
+            return cls(HubEngine(url if place else None, token))
+        from opendelta.center.bucket import BucketEngine
 
-        return FsspecCenter(url)
+        return cls(BucketEngine(url))
 
     # --- what a center does -----------------------------------------------------------------
 
@@ -131,14 +133,10 @@ class DeltaCenter(ABC):
             raise CenterError(f"{branch!r} is the hash of a version; push to a branch's name.")
         files = files_to_push(Path(folder))
         with self._online(f"push {name!r} to {self.url}"):
-            pushed = self._push(
-                files,
-                name,
-                branch,
-                message=message or f"Push {name.rpartition('/')[2]}",
-                private=private,
-                create_pr=create_pr,
-            )
+            message = message or f"Push {name.rpartition('/')[2]}"
+            full_name = self.full_name(name)
+            push = Push(files, full_name, branch, message, private, create_pr)
+            pushed = self.engine.publish(push)
         logger.info("Pushed %s to %s as %s, revision %s.", folder, self.url, name, pushed)
         return pushed
 
@@ -168,7 +166,7 @@ class DeltaCenter(ABC):
         check_name(name)
         asked = check_revision(revision or DEFAULT_REVISION)
         cache = Cache(self.url, cache_dir)
-        offline = local_files_only or self._is_offline()
+        offline = local_files_only or self.engine.is_offline()
         doing = f"pull {name!r} from {self.url}"
         if is_hash(asked) and not force_download:
             known = cache.find(name, asked)
@@ -176,7 +174,7 @@ class DeltaCenter(ABC):
                 return known
         try:
             with self._online(doing, offline):
-                version = self._look_up(name, asked)
+                version = self.engine.look_up(name, asked)
         except UnreachableError as error:
             last = None if force_download and not offline else cache.last(name, asked)
             if last is None:
@@ -205,7 +203,7 @@ class DeltaCenter(ABC):
             search: only those whose name contains this.
         """
         with self._online(f"list {self.url}"):
-            return sorted(self._names(search))
+            return sorted(self.engine.names(search))
 
     def info(self, name: str, revision: str | None = None) -> DeltaInfo:
         """What there is to know about a delta without downloading its weights.
@@ -219,24 +217,27 @@ class DeltaCenter(ABC):
             self._online(f"look up {name!r} on {self.url}"),
             tempfile.TemporaryDirectory() as scratch,
         ):
-            folder, version = Path(scratch), self._look_up(name, asked)
-            texts = [file for file in (CONFIG_FILE, CARD_FILE) if file in version.files]
-            for file in texts:
-                self._take(name, version, file, folder)
-            return DeltaInfo(
-                name,
-                version.revision,
-                self.url,
-                read_config(folder),
-                {file: remote.size for file, remote in version.files.items()},
-                (folder / CARD_FILE).read_text("utf-8", "replace") if CARD_FILE in texts else "",
-            )
+            folder, version = Path(scratch), self.engine.look_up(name, asked)
+            for file in (CONFIG_FILE, CARD_FILE):
+                if file in version.files:
+                    self._take(name, version, file, folder)
+            sizes = {file: remote.size for file, remote in version.files.items()}
+            return DeltaInfo.of(folder, sizes, name, version.revision, self.url)
 
     def full_name(self, name: str) -> str:
-        """The name under which ``push(..., name)`` publishes."""
-        return name
+        """The name under which ``push(..., name)`` publishes.
 
-    # --- the same for all engines -----------------------------------------------------------
+        On the Hub, a name alone is in the namespace of the token's user.
+
+        Raises:
+            CenterError: if the token is not one.
+        """
+        if "/" in name or not self.engine.has_users:
+            return name
+        with self._online(f"see whose token this is on {self.url}"):
+            return f"{self.engine.user()}/{name}"
+
+    # --- in steps ---------------------------------------------------------------------------
 
     def _download(self, name: str, version: Version, into: Path) -> None:
         """Fetch the files of a version, each checked, and no others."""
@@ -252,13 +253,13 @@ class DeltaCenter(ABC):
         remote = version.files[file]
         if file in (CONFIG_FILE, CARD_FILE) and remote.size > TEXT_LIMIT:
             raise CenterError(f"{file} of {name} has {remote.size} bytes; at most {TEXT_LIMIT}.")
-        self._fetch(name, version.revision, file, into / file)
+        self.engine.fetch(name, version.revision, file, into / file)
         check_file(into / file, remote)
 
     @contextmanager
     def _online(self, doing: str, offline: bool | None = None) -> Iterator[None]:
         """Refuse while offline; tell an engine's error as one of ours, with the cause chained."""
-        if self._is_offline() if offline is None else offline:
+        if self.engine.is_offline() if offline is None else offline:
             raise UnreachableError(
                 f"Cannot {doing}: offline, as local_files_only or the environment asks."
             )
@@ -267,40 +268,5 @@ class DeltaCenter(ABC):
         except OpenDeltaError:
             raise
         except Exception as error:  # each engine has its own, and a broken answer causes any
-            raise self._explained(error, doing) from error
-
-    def _explained(self, error: Exception, doing: str) -> CenterError:
-        """One of our errors for a failure of the engine."""
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full. " if full else ""
-        return CenterError(f"Cannot {doing}: {reason}{type(error).__name__}: {error}")
-
-    def _is_offline(self) -> bool:
-        return is_offline()
-
-    # --- what an engine says ----------------------------------------------------------------
-
-    @abstractmethod
-    def _look_up(self, name: str, revision: str) -> Version:
-        """The version that a branch, tag or hash stands for now."""
-
-    @abstractmethod
-    def _fetch(self, name: str, revision: str, file: str, target: Path) -> None:
-        """Copy one file of a version to `target`."""
-
-    @abstractmethod
-    def _push(
-        self,
-        files: dict[str, Path],
-        name: str,
-        branch: str,
-        *,
-        message: str,
-        private: bool | None,
-        create_pr: bool,
-    ) -> str:
-        """Make these files the newest version of a branch, all at once; its hash."""
-
-    @abstractmethod
-    def _names(self, search: str) -> Iterator[str]:
-        """Names that contain `search`."""
+            reason = self.engine.explain(error)
+            raise type(reason)(f"Cannot {doing}: {reason}") from error

@@ -35,6 +35,25 @@ class Version:
 
 
 @dataclass(frozen=True)
+class Push:
+    """Files that are to become the newest version of a branch.
+
+    Attributes:
+        files: by name.
+        name: the delta's.
+        branch: which.
+        message, private, create_pr: see `DeltaCenter.push`.
+    """
+
+    files: dict[str, Path]
+    name: str
+    branch: str
+    message: str
+    private: bool | None
+    create_pr: bool
+
+
+@dataclass(frozen=True)
 class DeltaInfo:
     """What a center knows about a delta without its weights.
 
@@ -53,6 +72,14 @@ class DeltaInfo:
     config: dict[str, Any]
     sizes: dict[str, int]
     card: str
+
+    @classmethod
+    def of(
+        cls, folder: Path, sizes: dict[str, int], name: str, revision: str = "", url: str = ""
+    ) -> DeltaInfo:
+        """What a folder with the config, and maybe the card, of a delta tells."""
+        card = (folder / CARD_FILE).read_text("utf-8", "replace") if CARD_FILE in sizes else ""
+        return cls(name, revision, url, read_config(folder), sizes, card)
 
 
 def expected_files(config: dict[str, Any], present: Collection[str], where: str) -> list[str]:

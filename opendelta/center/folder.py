@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from opendelta.center.contents import TEXT_LIMIT
-from opendelta.center.progress import copy_stream
-from opendelta.center.versions import VersionedCenter
+from opendelta.center.versions import VersionedEngine
 from opendelta.exceptions import CenterError, UnreachableError
 from opendelta.ground.files import copy_atomically, write_atomically
 
 
-class FolderCenter(VersionedCenter):
+class FolderEngine(VersionedEngine):
     """Every file appears in one rename; the folder is made by the first push.
 
     Args:
@@ -35,13 +33,13 @@ class FolderCenter(VersionedCenter):
         self.root = Path(url2pathname(parts.path)).absolute()
         self.url = self.root.as_uri()
 
-    def _explained(self, error: Exception, doing: str) -> CenterError:
+    def explain(self, error: Exception) -> CenterError:
         if not self.root.is_dir():
-            return UnreachableError(f"Cannot {doing}: there is no folder {self.root}.")
-        return super()._explained(error, doing)
+            return UnreachableError(f"there is no folder {self.root}.")
+        return super().explain(error)
 
     def _read(self, key: str) -> bytes:
-        with self._opened(key) as stream:
+        with self._open(key)[0] as stream:
             return stream.read(TEXT_LIMIT)
 
     def _write(self, key: str, content: bytes) -> None:
@@ -50,24 +48,21 @@ class FolderCenter(VersionedCenter):
     def _copy_to(self, source: Path, key: str) -> None:
         copy_atomically(source, self._path(key))
 
-    def _copy_from(self, key: str, target: Path) -> None:
-        with self._opened(key) as stream:
-            copy_stream(stream, target, os.fstat(stream.fileno()).st_size)
-
-    def _folders(self) -> Iterable[str]:
-        if not self.root.is_dir():
-            raise UnreachableError(f"There is no folder {self.root}.")
-        return [path.name for path in self.root.iterdir() if (path / "refs").is_dir()]
-
-    @contextmanager
-    def _opened(self, key: str) -> Iterator[IO[bytes]]:
-        if not self.root.is_dir():  # as where a share is not mounted
-            raise UnreachableError(f"There is no folder {self.root}.")
+    def _open(self, key: str) -> tuple[IO[bytes], int]:
+        self._require_root()
         path = self._path(key)
         if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would wait for ever
             raise CenterError(f"{path} is no plain file.")
-        with path.open("rb") as stream:
-            yield stream
+        stream = path.open("rb")
+        return stream, os.fstat(stream.fileno()).st_size
+
+    def _folders(self) -> Iterable[str]:
+        self._require_root()
+        return [path.name for path in self.root.iterdir() if (path / "refs").is_dir()]
+
+    def _require_root(self) -> None:
+        if not self.root.is_dir():  # as where a share is not mounted
+            raise UnreachableError(f"There is no folder {self.root}.")
 
     def _path(self, key: str) -> Path:
         """The path of a key, which leads through no link out of the folder.

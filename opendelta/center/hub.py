@@ -16,8 +16,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from opendelta.center.center import DeltaCenter
-from opendelta.center.contents import FILES, RemoteFile, Version, digest_of
+from opendelta.center.contents import FILES, Push, RemoteFile, Version, digest_of
+from opendelta.center.engine import Engine
 from opendelta.center.names import DEFAULT_REVISION, without_password
 from opendelta.exceptions import CenterError, UnreachableError
 from opendelta.version import __version__
@@ -38,7 +38,7 @@ _XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})")
 _XET_LOST = re.compile(r"error (?:sending request|decoding response body)")
 
 
-class HubCenter(DeltaCenter):
+class HubEngine(Engine):
     """One model repository for each delta; a push is one commit.
 
     Args:
@@ -49,6 +49,8 @@ class HubCenter(DeltaCenter):
     Raises:
         CenterError: if the endpoint is not the URL of a server.
     """
+
+    has_users = True
 
     def __init__(self, endpoint: str | None = None, token: str | bool | None = None) -> None:
         self.url = (endpoint or constants.ENDPOINT).rstrip("/")
@@ -61,21 +63,13 @@ class HubCenter(DeltaCenter):
             token = False
         self.api = HfApi(self.url, token, library_name="opendelta", library_version=__version__)
 
-    def full_name(self, name: str) -> str:
-        """``user/name`` for a name alone, which is in the namespace of the token's user.
+    def user(self) -> str:
+        return str(self.api.whoami()["name"])
 
-        Raises:
-            CenterError: if the token is not one.
-        """
-        if "/" in name:
-            return name
-        with self._online(f"see whose token this is on {self.url}"):
-            return f"{self.api.whoami()['name']}/{name}"
+    def is_offline(self) -> bool:
+        return super().is_offline() or constants.is_offline_mode()
 
-    def _is_offline(self) -> bool:
-        return super()._is_offline() or constants.is_offline_mode()
-
-    def _look_up(self, name: str, revision: str) -> Version:
+    def look_up(self, name: str, revision: str) -> Version:
         if "/" not in name:
             raise CenterError(
                 f"{name!r} is no name on {self.url}, where each delta belongs to somebody: "
@@ -93,58 +87,46 @@ class HubCenter(DeltaCenter):
             raise CenterError(f"{self.url} does not say which revision of {name} it has.")
         return Version(info.sha, files)
 
-    def _fetch(self, name: str, revision: str, file: str, target: Path) -> None:
+    def fetch(self, name: str, revision: str, file: str, target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             came = self.api.hf_hub_download(name, file, revision=revision, local_dir=scratch)
             os.replace(came, target)
 
-    def _push(
-        self,
-        files: dict[str, Path],
-        name: str,
-        branch: str,
-        *,
-        message: str,
-        private: bool | None,
-        create_pr: bool,
-    ) -> str:
-        name = self.full_name(name)
-        if not create_pr:  # which is for a repository that is there, perhaps another user's
-            self.api.create_repo(name, private=private, exist_ok=True)
-            if branch != DEFAULT_REVISION:
-                self.api.create_branch(name, branch=branch, exist_ok=True)
-        before = self._look_up(name, branch)
-        if all(_is_held(path, before.files.get(file)) for file, path in files.items()):
+    def publish(self, push: Push) -> str:
+        if not push.create_pr:  # which is for a repository that is there, perhaps another user's
+            self.api.create_repo(push.name, private=push.private, exist_ok=True)
+            if push.branch != DEFAULT_REVISION:
+                self.api.create_branch(push.name, branch=push.branch, exist_ok=True)
+        before = self.look_up(push.name, push.branch)
+        if all(_is_held(path, before.files.get(file)) for file, path in push.files.items()):
             return before.revision
         # The client sends what differs from the version before. If that is another one by then, the
         # commit must fail: it would make one version of two.
         commit = self.api.create_commit(
-            name,
-            [CommitOperationAdd(file, path) for file, path in files.items()],
-            commit_message=message,
-            revision=branch,
-            create_pr=create_pr,
+            push.name,
+            [CommitOperationAdd(file, path) for file, path in push.files.items()],
+            commit_message=push.message,
+            revision=push.branch,
+            create_pr=push.create_pr,
             parent_commit=before.revision,
         )
         return commit.oid
 
-    def _names(self, search: str) -> Iterator[str]:
+    def names(self, search: str) -> Iterator[str]:
         for model in self.api.list_models(filter="opendelta", search=search, limit=_MOST_NAMES):
             yield model.id
 
-    def _explained(self, error: Exception, doing: str) -> CenterError:
+    def explain(self, error: Exception) -> CenterError:
         causes = list(_causes(error))
         status = next(filter(None, map(_status, causes)), 0)
         if status == 404 and "xet-write-token" in str(error):
-            return CenterError(
-                f"Cannot {doing}: the server does not speak Xet (404). Set HF_HUB_DISABLE_XET=1."
-            )
+            return CenterError("the server does not speak Xet (404). Set HF_HUB_DISABLE_XET=1.")
         if status in _REASONS:
-            return CenterError(f"Cannot {doing}: {_REASONS[status]} ({status}).")
+            return CenterError(f"{_REASONS[status]} ({status}).")
         if status == 429 or status >= 500 or any(map(_is_lost, causes)):
             code = f" ({status})" if status else ""
-            return UnreachableError(f"Cannot {doing}: no answer now{code}. {causes[-1]}")
-        return super()._explained(error, doing)
+            return UnreachableError(f"no answer now{code}. {causes[-1]}")
+        return super().explain(error)
 
 
 def _is_held(file: Path, remote: RemoteFile | None) -> bool:

@@ -5,28 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opendelta.center.arguments import (
     DeltaCenterArguments,
     create_default_name,
     create_delta_center_args,
 )
-from opendelta.center.card import Card
+from opendelta.center.card import Card, SavedDelta
 from opendelta.center.center import DeltaCenter
 from opendelta.center.names import check_name
 from opendelta.exceptions import CenterError
-from opendelta.inspection.statistics import count, num_total_parameters, num_trainable_parameters
-
-if TYPE_CHECKING:
-    from opendelta.basemodel import DeltaBase
 
 
 @dataclass(frozen=True)
 class Publication:
     """A push that was asked for, with all that can be refused before anything is written."""
 
-    delta: DeltaBase
+    delta: SavedDelta
     center: DeltaCenter
     center_url: str | None
     name: str
@@ -36,7 +32,7 @@ class Publication:
     @classmethod
     def planned(
         cls,
-        delta: DeltaBase,
+        delta: SavedDelta,
         center: str | DeltaCenter | None,
         center_args: DeltaCenterArguments | Mapping[str, Any] | None,
         center_args_pool: Mapping[str, Any] | None,
@@ -72,25 +68,10 @@ class Publication:
         Raises:
             CenterError: if the center refuses it or does not answer; the folder is whole then.
         """
-        backbone, config = self.delta.backbone_model, self.delta.config
-        total = num_total_parameters(backbone)
-        own = count(self.delta.parameters())
-        assert config.weights_file is not None  # it was just saved
-        Card(
-            self.name,
-            self.center_url,
-            config,
-            self.arguments,
-            parameters=own,
-            backbone_parameters=total - own * self.delta.is_attached,
-            trainable=num_trainable_parameters(backbone),
-            size=(folder / config.weights_file).stat().st_size,
-            test_result=test_result,
-            usage=usage,
-        ).write(folder)
+        told = self.arguments
+        Card(self.delta, self.name, self.center_url, told, test_result, usage).write(folder)
         if not self.push:
             return
-        told = self.arguments
         try:
             self.center.push(
                 folder,

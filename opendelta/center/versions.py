@@ -13,23 +13,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
-from opendelta.center.center import DeltaCenter
-from opendelta.center.contents import FILES, RemoteFile, Version
+from opendelta.center.contents import FILES, Push, RemoteFile, Version
+from opendelta.center.engine import Engine
 from opendelta.center.names import as_file_name, as_name, check_name, is_hash
 from opendelta.exceptions import CenterError
 from opendelta.ground.files import sha256_of
 
 _MANIFEST = "manifest.json"
+_WORTH_A_BAR = 1 << 20  # bytes
 
 
-class VersionedCenter(DeltaCenter):
+class VersionedEngine(Engine):
     """The layout; subclasses read and write keys (paths relative to the center)."""
 
-    def _look_up(self, name: str, revision: str) -> Version:
+    def look_up(self, name: str, revision: str) -> Version:
         if not is_hash(revision):
             revision = self._referred(name, revision)
         try:
@@ -60,34 +63,35 @@ class VersionedCenter(DeltaCenter):
             raise CenterError(f"{name} on {self.url}: the reference {branch!r} is damaged.")
         return revision
 
-    def _fetch(self, name: str, revision: str, file: str, target: Path) -> None:
-        self._copy_from(f"{_version(name, revision)}/{file}", target)
+    def fetch(self, name: str, revision: str, file: str, target: Path) -> None:
+        from huggingface_hub.utils import tqdm
 
-    def _push(
-        self,
-        files: dict[str, Path],
-        name: str,
-        branch: str,
-        *,
-        message: str,
-        private: bool | None,
-        create_pr: bool,
-    ) -> str:
-        if create_pr:
+        stream, size = self._open(f"{_version(name, revision)}/{file}")
+        hidden = True if size < _WORTH_A_BAR else None  # None: shown on a terminal only
+        with (
+            stream,
+            target.open("wb") as copy,
+            # The Hub client's own bar, so HF_HUB_DISABLE_PROGRESS_BARS=1 hides it too.
+            tqdm.wrapattr(stream, "read", total=size, desc=file, disable=hidden) as reading,
+        ):
+            shutil.copyfileobj(reading, copy, 1 << 20)
+
+    def publish(self, push: Push) -> str:
+        if push.create_pr:
             raise CenterError(f"{self.url} knows no pull requests; push to another revision.")
         described = {
             file: {"size": path.stat().st_size, "digest": sha256_of(path)}
-            for file, path in files.items()
+            for file, path in push.files.items()
         }
         manifest = json.dumps(described, indent=2, sort_keys=True).encode()
         revision = hashlib.sha256(manifest).hexdigest()
-        for file, path in files.items():
-            self._copy_to(path, f"{_version(name, revision)}/{file}")
-        self._write(f"{_version(name, revision)}/{_MANIFEST}", manifest)
-        self._write(_reference(name, branch), revision.encode())
+        for file, path in push.files.items():
+            self._copy_to(path, f"{_version(push.name, revision)}/{file}")
+        self._write(f"{_version(push.name, revision)}/{_MANIFEST}", manifest)
+        self._write(_reference(push.name, push.branch), revision.encode())
         return revision
 
-    def _names(self, search: str) -> Iterator[str]:
+    def names(self, search: str) -> Iterator[str]:
         for folder in self._folders():
             try:
                 name = check_name(as_name(folder))
@@ -111,8 +115,8 @@ class VersionedCenter(DeltaCenter):
         """Copy a file there."""
 
     @abstractmethod
-    def _copy_from(self, key: str, target: Path) -> None:
-        """Copy a file from there."""
+    def _open(self, key: str) -> tuple[IO[bytes], int]:
+        """A file, opened for reading, and its size in bytes."""
 
     @abstractmethod
     def _folders(self) -> Iterable[str]:

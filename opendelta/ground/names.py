@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from functools import lru_cache
 
 
@@ -44,6 +44,11 @@ def ancestors(name: str) -> Iterator[str]:
         yield name
 
 
+def innermost(name: str, places: Container[str]) -> str | None:
+    """The first of `name` and the modules around it that is one of `places`."""
+    return next((place for place in (name, *ancestors(name)) if place in places), None)
+
+
 def inside(name: str, place: str) -> bool:
     """Whether `name` is `place` or lies below it."""
     return not place or name == place or name.startswith(place + ".")
@@ -52,6 +57,11 @@ def inside(name: str, place: str) -> bool:
 def below(name: str, place: str) -> str:
     """The path from `place` to `name`, which lies below it."""
     return name[len(place) + 1 :] if place else name
+
+
+def path_words(name: str) -> list[str]:
+    """The words of all parts of a dotted name."""
+    return [word for part in name.split(".") for word in words(part)]
 
 
 @lru_cache(maxsize=65536)

@@ -24,10 +24,10 @@ def show(renderable: RenderableType) -> None:
     console = Console()
     if console.is_jupyter:
         show_in_notebook(renderable)
-        return
-    if not console.is_terminal:
-        console = Console(width=UNBOUNDED)
-    console.print(renderable)
+    elif console.is_terminal:
+        console.print(renderable)
+    else:
+        console.out(plain_text(renderable), highlight=False)
 
 
 def show_in_notebook(thing: Any, raw: bool = False) -> None:

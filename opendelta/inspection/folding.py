@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+from typing import TypeVar
 
-Component = str | tuple[int, ...]
+from opendelta.ground.names import dotted
 
-
-def is_number(name: str) -> bool:
-    """Whether a child's name is a plain number, as in ``nn.ModuleList`` and ``nn.Sequential``."""
-    return name.isdecimal() and str(int(name)) == name
+T = TypeVar("T")
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
@@ -21,6 +20,27 @@ def number_ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number])
     return ",".join("-".join(map(str, run)) for run in runs)
+
+
+def fold(siblings: Iterable[tuple[str, Hashable, T]]) -> list[tuple[str, list[T]]]:
+    """Join siblings that are alike in all but their number, as in an ``nn.ModuleList``.
+
+    Args:
+        siblings: name, kind (equal for those that are alike), and anything that is meant by them.
+
+    Returns:
+        Label (a name, or ``"0,2-5"``) and members, in order of the first ones.
+    """
+    groups: dict[Hashable, list[tuple[str, T]]] = {}
+    for place, (name, kind, member) in enumerate(siblings):
+        numbered = name.isdecimal() and str(int(name)) == name
+        groups.setdefault((numbered, kind if numbered else place), []).append((name, member))
+    folded = []
+    for group in groups.values():
+        names, members = zip(*group, strict=True)
+        label = names[0] if len(names) == 1 else number_ranges(map(int, names))
+        folded.append((label, list(members)))
+    return folded
 
 
 def fold_names(names: Iterable[str]) -> dict[str, list[str]]:
@@ -36,34 +56,20 @@ def fold_names(names: Iterable[str]) -> dict[str, list[str]]:
         Pattern -> the names that it stands for, e.g. ``{"layer.0-1.query": ["layer.0.query",
         "layer.1.query"], "pooler": ["pooler"]}``, in order of first appearance.
     """
-    groups: dict[tuple[Component, ...], list[str]] = {}
-    for name in dict.fromkeys(names):
-        parts = tuple((int(p),) if is_number(p) else p for p in name.split("."))
-        groups[parts] = [name]
+    order = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    below: dict[str, list[str]] = defaultdict(list)
+    for name in order:
+        first, _, rest = name.partition(".")
+        below[first].append(rest)
     # The innermost number is folded first: in models of several stages (Swin's layers.0.blocks.1)
     # the blocks of one stage belong together.
-    for place in reversed(range(max(map(len, groups), default=0))):
-        groups = _fold_at(place, groups)
-    return {
-        ".".join(p if isinstance(p, str) else number_ranges(p) for p in parts): members
-        for parts, members in groups.items()
+    siblings = [
+        (first, pattern, (pattern, [dotted(first, rest) for rest in inner]))
+        for first, rests in below.items()
+        for pattern, inner in ({"": [""]} if rests == [""] else fold_names(rests)).items()
+    ]
+    groups = {
+        dotted(label, members[0][0]): [name for _, inner in members for name in inner]
+        for label, members in fold(siblings)
     }
-
-
-def _fold_at(
-    place: int, groups: dict[tuple[Component, ...], list[str]]
-) -> dict[tuple[Component, ...], list[str]]:
-    """Join the groups that differ in nothing but the number at `place`."""
-    alike: dict[tuple[Component | None, ...], list[tuple[Component, ...]]] = {}
-    for parts in groups:
-        numbered = place < len(parts) and not isinstance(parts[place], str)
-        rest = (*parts[:place], None, *parts[place + 1 :]) if numbered else parts
-        alike.setdefault(rest, []).append(parts)
-    folded: dict[tuple[Component, ...], list[str]] = {}
-    for same in alike.values():
-        first, members = same[0], [name for parts in same for name in groups[parts]]
-        if len(same) > 1:
-            numbers = tuple(n for parts in same for n in parts[place] if isinstance(n, int))
-            first = (*first[:place], numbers, *first[place + 1 :])
-        folded[first] = members
-    return folded
+    return dict(sorted(groups.items(), key=lambda group: min(map(order.__getitem__, group[1]))))

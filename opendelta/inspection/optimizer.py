@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from opendelta.exceptions import DeltaWarning
-from opendelta.inspection.statistics import count, ratio
+from opendelta.exceptions import DeltaWarning, warn
+from opendelta.inspection.statistics import count, counts
 
 logger = logging.getLogger(__name__)
 
@@ -38,23 +37,13 @@ def inspect_optimizer_statistics(
     statistics: dict[str, Any] = {}
     for i, group in enumerate(optimizer.param_groups):
         options = {key: value for key, value in group.items() if key != "params"}
-        statistics[f"param_group_{i}"] = _counts(group["params"]) | options
+        statistics[f"param_group_{i}"] = counts(group["params"]) | options
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    statistics |= _counts(held)
+    statistics |= counts(held)
     if verbose:
         logger.info("optimizer: %s", statistics)
     _warn(held, model)
     return statistics
-
-
-def _counts(parameters: list[Tensor]) -> dict[str, Any]:
-    total = count(parameters)
-    trainable = count(p for p in parameters if p.requires_grad)
-    return {
-        "total_parameters": total,
-        "trainable_parameters": trainable,
-        "trainable_ratio": ratio(trainable, total),
-    }
 
 
 def _warn(held: list[Tensor], model: nn.Module | None) -> None:
@@ -65,21 +54,19 @@ def _warn(held: list[Tensor], model: nn.Module | None) -> None:
     frozen = [p for p in held if not p.requires_grad]
     if frozen:
         called = [names.get(id(p), f"a parameter of shape {tuple(p.shape)}") for p in frozen]
-        warnings.warn(
+        warn(
             f"The optimizer holds frozen parameters, which it will not update: {_some(called)} "
             f"({count(frozen):,} values). Build it after freeze_module(), from the "
             "parameters that require a gradient.",
             DeltaWarning,
-            stacklevel=3,
         )
     lacking = [name for name, p in named.items() if p.requires_grad and id(p) not in ids]
     if lacking:
-        warnings.warn(
+        warn(
             f"The optimizer lacks trainable parameters, which will stay as they are: "
             f"{_some(lacking)} ({count(named[n] for n in lacking):,} values). Build it after "
             "the delta is on the backbone.",
             DeltaWarning,
-            stacklevel=3,
         )
 
 

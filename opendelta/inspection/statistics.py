@@ -42,6 +42,17 @@ def count(parameters: Iterable[Tensor]) -> int:
     return sum(numel(p) for p in {id(p): p for p in parameters}.values())
 
 
+def counts(parameters: Iterable[Tensor]) -> dict[str, Any]:
+    """How many values `parameters` hold, and how many and what share of them train."""
+    held = list(parameters)
+    total, trainable = count(held), count(p for p in held if p.requires_grad)
+    return {
+        "total_parameters": total,
+        "trainable_parameters": trainable,
+        "trainable_ratio": ratio(trainable, total),
+    }
+
+
 def delta_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of the deltas that are attached inside `module`, each once."""
     found: dict[int, nn.Parameter] = {}
@@ -138,16 +149,12 @@ def inspect_module_statistics(module: nn.Module, verbose: bool = True) -> dict[s
         - ``cpumem``, ``maxcpumem`` (float, None where the system does not tell): GiB of main
           memory that this process takes, now and at most.
     """
-    total, trainable = num_total_parameters(module), num_trainable_parameters(module)
-    delta = num_delta_parameters(module)
+    statistics, delta = counts(module.parameters()), num_delta_parameters(module)
     cuda, max_cuda = cuda_memory()
     cpu, max_cpu = cpu_memory()
-    statistics = {
-        "total_parameters": total,
-        "trainable_parameters": trainable,
-        "trainable_ratio": ratio(trainable, total),
+    statistics |= {
         "delta_parameters": delta,
-        "delta_ratio": ratio(delta, total),
+        "delta_ratio": ratio(delta, statistics["total_parameters"]),
         "state_dict_bytes": state_dict_bytes(module),
         "cudamem": cuda,
         "maxcudamem": max_cuda,

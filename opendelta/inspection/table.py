@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.markup import escape as rich_escape
 from rich.table import Table
@@ -20,23 +21,16 @@ Entry = tuple[str, str, nn.Module | nn.Parameter]
 _HEADER = ("modified modules", "delta", "count", "shape", "parameters", "trainable", "bytes")
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Values in parameters, those of them that train, and the bytes that all take."""
 
     parameters: int = 0
     trainable: int = 0
     bytes: int = 0
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.parameters + other.parameters,
-            self.trainable + other.trainable,
-            self.bytes + other.bytes,
-        )
-
-    def cells(self) -> tuple[str, ...]:
-        return f"{self.parameters:,}", f"{self.trainable:,}", f"{self.bytes:,}"
+    @classmethod
+    def sum(cls, counts: Iterable[Counts]) -> Counts:
+        return cls(*map(sum, zip(*counts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,8 @@ class Row:
     counts: Counts
 
     def cells(self) -> tuple[str, ...]:
-        return self.pattern, self.delta, f"{self.count:,}", self.shape, *self.counts.cells()
+        numbers = [f"{number:,}" for number in (self.count, *self.counts)]
+        return self.pattern, self.delta, numbers[0], self.shape, *numbers[1:]
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,7 +71,7 @@ class Summary:
     @property
     def total(self) -> Counts:
         """The sum over all rows."""
-        return sum((row.counts for row in self.rows), Counts())
+        return Counts.sum(row.counts for row in self.rows)
 
     def _last_line(self) -> str:
         part = self.total.parameters
@@ -84,8 +79,7 @@ class Summary:
         return f"{part:,} of {self.total_parameters:,} parameters = {share:.4g} %"
 
     def _footer(self) -> tuple[str, ...]:
-        count = sum(row.count for row in self.rows)
-        return "total", "", f"{count:,}", "", *self.total.cells()
+        return Row("total", "", sum(row.count for row in self.rows), "", self.total).cells()
 
     def __rich__(self) -> Table:
         table = Table(caption=self._last_line(), caption_justify="left", show_footer=True)
@@ -124,33 +118,22 @@ def summary(entries: Iterable[Entry], total_parameters: int) -> Summary:
     Returns:
         The table. A parameter that sits on several modules counts where it comes first.
     """
-    alike: dict[tuple[str, str], dict[str, Counts]] = {}
+    alike: dict[tuple[str, str], dict[str, list[Counts]]] = {}
     seen: set[int] = set()
     for module_name, delta_name, content in entries:
-        named = _named_parameters(content)
-        shape = " ".join(f"{name}:{_shape(p)}".lstrip(":") for name, p in named)
-        new = [p for _, p in named if id(p) not in seen]
-        seen.update(map(id, new))
-        group = alike.setdefault((delta_name, shape), {})
-        group[module_name] = group.get(module_name, Counts()) + sum(map(_counts, new), Counts())
-    rows = [
-        Row(
-            pattern,
-            delta_name,
-            len(members),
-            shape,
-            sum((group[name] for name in members), Counts()),
+        named = (
+            {"": content} if isinstance(content, nn.Parameter) else dict(content.named_parameters())
         )
-        for (delta_name, shape), group in alike.items()
-        for pattern, members in fold_names(group).items()
+        shape = " ".join(f"{name}:{_shape(p)}".lstrip(":") for name, p in named.items())
+        here = alike.setdefault((delta_name, shape), {}).setdefault(module_name, [])
+        here += [_counts(p) for p in named.values() if id(p) not in seen]
+        seen.update(map(id, named.values()))
+    rows = [
+        Row(pattern, delta, len(names), shape, Counts.sum(c for name in names for c in group[name]))
+        for (delta, shape), group in alike.items()
+        for pattern, names in fold_names(group).items()
     ]
     return Summary(tuple(rows), total_parameters)
-
-
-def _named_parameters(content: nn.Module | nn.Parameter) -> list[tuple[str, nn.Parameter]]:
-    if isinstance(content, nn.Parameter):
-        return [("", content)]
-    return list(content.named_parameters())
 
 
 def _shape(p: nn.Parameter) -> str:

@@ -1,4 +1,4 @@
-"""The picture of a model: a rich tree whose nodes are modules, equal numbered ones folded."""
+"""The tree of a model: its nodes are modules, equal numbered ones folded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from opendelta.inspection.display import notebook_cell, plain_text, show_in_notebook
-from opendelta.inspection.folding import is_number, number_ranges
+from opendelta.inspection.folding import fold
 
 NAME = "white"
 TYPE = "green"
@@ -45,6 +45,7 @@ class ModuleTree(Tree):
         name_color: colour of the name; `info_color`: colour of the class or parameter.
 
     Attributes:
+        names: the module's name or, once folded, those of all that the node stands for.
         parameters: what is shown of the module's own parameters, ``(text, colour)`` each.
         printed_in: number of the notebook cell that has printed the tree already.
         label: rich markup, e.g. ``"[white]query [green](Linear) [cyan]weight:[64, 64]"``.
@@ -61,6 +62,7 @@ class ModuleTree(Tree):
         super().__init__("")
         self.module_name, self.info, self.is_param_node = module_name, info, is_param_node
         self.name_color, self.info_color = name_color, info_color
+        self.names = [module_name or ""]
         self.parameters: list[tuple[str, str]] = []
         self.children: list[ModuleTree] = []  # type: ignore[assignment]
         self.printed_in: int | None = None
@@ -70,15 +72,8 @@ class ModuleTree(Tree):
         common = (c for c in self.children if c.name_color != UNCOMMON)
         return next((c for c in common if c.module_name == module_name), None)
 
-    def add(  # type: ignore[override]
-        self,
-        module_name: str,
-        info: str | None = None,
-        name_color: str = NAME,
-        info_color: str = TYPE,
-    ) -> ModuleTree:
-        """Append a child and return it."""
-        node = ModuleTree(module_name, info, name_color=name_color, info_color=info_color)
+    def append(self, node: ModuleTree) -> ModuleTree:
+        """Make `node` the last child, and return it."""
         self.children.append(node)
         return node
 
@@ -90,22 +85,19 @@ class ModuleTree(Tree):
 
     def _fold(self, known: dict[object, int]) -> int:
         """Fold, and return a number that equal subtrees share (their own name left aside)."""
-        groups: dict[object, list[ModuleTree]] = {}
-        content: list[object] = [self.info, self.name_color, self.info_color, *self.parameters]
-        kinds: dict[int, int] = {}
+        siblings = []
         for child in self.children:
-            kind = kinds[id(child)] = child._fold(known)
-            numbered = is_number(child.module_name or "")
-            key = ("equal", kind) if numbered else ("alone", id(child))
-            groups.setdefault(key, []).append(child)
+            kind = child._fold(known)
+            siblings.append((child.module_name or "", kind, (child, kind)))
+        content: list[object] = [self.info, self.name_color, self.info_color, *self.parameters]
         self.children = []
-        for group in groups.values():
-            first = group[0]
-            if len(group) > 1:
-                first.module_name = number_ranges(int(node.module_name or 0) for node in group)
-                first.name_color = REPEATED
-            self.children.append(first)
-            content.append((first.module_name, kinds[id(first)]))
+        for label, members in fold(siblings):
+            node, kind = members[0]
+            if len(members) > 1:
+                node.names = [member.module_name or "" for member, _ in members]
+                node.module_name, node.name_color = label, REPEATED
+            self.children.append(node)
+            content.append((label, kind))
         return known.setdefault(tuple(content), len(known))
 
     # --- writing --------------------------------------------------------------------------------
@@ -115,13 +107,10 @@ class ModuleTree(Tree):
         for child in self.children:
             child.write_labels(expand_params)
         if expand_params:
-            lines = [
-                ModuleTree(None, text, True, info_color=color) for text, color in self.parameters
-            ]
-            self.parameters = []
+            lines = [ModuleTree(None, text, True, info_color=c) for text, c in self.parameters]
             for line in lines:
                 line.write_labels()
-            self.children[:0] = lines
+            self.parameters, self.children[:0] = [], lines
         self.label = "".join(f"[{color}]{escape(text)}" for text, color in self._pieces())
 
     def _pieces(self) -> Iterator[tuple[str, str]]:

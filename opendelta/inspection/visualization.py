@@ -27,7 +27,9 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.backends.sharding import full_shape
+from opendelta.ground.names import ancestors, below, dotted, innermost, inside, leaf_of, parent_of
 from opendelta.ground.walk import unblocked
 from opendelta.inspection.display import notebook_cell, show
 from opendelta.inspection.tree import (
@@ -95,13 +97,12 @@ class Visualization:
             )
         self.rootname, self.keep_non_params = rootname, keep_non_params
         self.only_common = only_common
-        if not common_structure:
+        if common_structure:
+            rules = _mapping_of(self.plm) if mapping is None else mapping
+            tree = self.build_common_tree(self.plm, rules)
+        else:
             tree = self._describe(rootname, self.plm, is_delta=False, above=())
             tree.info = None
-        else:
-            tree = self.build_common_tree(
-                self.plm, _mapping_of(self.plm) if mapping is None else mapping
-            )
         tree.fold()
         tree.write_labels(expand_params)
         if printTree:
@@ -160,59 +161,40 @@ class Visualization:
             tree.parameters += _parameters(module)
         deltas = inserted_names(module)
         for name, child in _children(module):
-            key, path = query + name, f"{key_to_root}.{name}".lstrip(".")
+            key, path = query + name, dotted(key_to_root, name)
+            rule = mapping.get(key, mapping.get("$"))
+            common = None if rule is None else rule["__name__"]
             if name in deltas:
                 node = self._describe(key, child, is_delta=True, above=())
                 if node.parameters or node.children:
-                    tree.children.append(node)
-                continue
-            rule = mapping.get(key, mapping.get("$"))
-            common = None if rule is None else rule["__name__"]
-            if common:
+                    tree.append(node)
+            elif common:
                 parts = [name if part == "$" else part for part in common.split(".")]
-                node = _add_common(tree, parts, child)
-                self.build_common_tree(child, rule, node, "", path)
+                self.build_common_tree(child, rule, _add_common(tree, parts, child), "", path)
             elif common is None or self.only_common:
                 if not self.only_common and _parameters(child):
                     _add_uncommon(tree, key, child)
                 self.build_common_tree(child, rule or mapping, tree, key + ".", path)
             else:
-                node = _add_uncommon(tree, key, child)
-                self.build_common_tree(child, rule, node, "", path)
+                self.build_common_tree(child, rule, _add_uncommon(tree, key, child), "", path)
         return tree
 
 
 def _mapping_of(model: nn.Module) -> dict[str, Any]:
     """`CommonStructureMap`'s names as the nested mapping that `build_common_tree` reads."""
-    from opendelta.addressing.common_structure import CommonStructureMap
-
     common_names = CommonStructureMap(model, strict=False).matched_pairs
     # A wrapper has no common name, but keeps its own in those of the modules in it (`bert`).
-    wrappers = {
-        common[:i]
-        for common in common_names.values()
-        for i, letter in enumerate(common)
-        if letter == "."
-    }
+    wrappers = {place for common in common_names.values() for place in ancestors(common)}
     found: dict[str, tuple[str, dict[str, Any]]] = {"": ("", {})}
     for name, _ in own_modules(model):
         common = common_names.get(name, name if name in wrappers else "")
-        if not common:
-            continue
-        above = name.rpartition(".")[0]
-        while above not in found:
-            above = above.rpartition(".")[0]
-        common_above, rules = found[above]
-        found[name] = (common, {"__name__": _below(common_above, common)})
-        rules[_below(above, name)] = found[name][1]
+        if common:
+            above = innermost(parent_of(name), found) or ""
+            common_above, rules = found[above]
+            is_below = inside(parent_of(common), common_above)
+            own = below(common, common_above) if is_below else leaf_of(common)
+            found[name] = common, rules.setdefault(below(name, above), {"__name__": own})
     return found[""][1]
-
-
-def _below(above: str, name: str) -> str:
-    """`name` as seen from `above`; its last part where it does not lie below that."""
-    if not above:
-        return name
-    return name.removeprefix(above + ".") if name.startswith(above + ".") else name.split(".")[-1]
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -236,19 +218,21 @@ def _parameters(module: nn.Module, is_delta: bool = False) -> list[tuple[str, st
 def _add_common(tree: ModuleTree, parts: list[str], module: nn.Module) -> ModuleTree:
     """The node at `parts` below `tree`, with `module` in it and virtual nodes on the way."""
     for part in parts[:-1]:
-        tree = tree.common_child(part) or tree.add(part, "Virtual", info_color=VIRTUAL)
+        tree = tree.common_child(part) or tree.append(
+            ModuleTree(part, "Virtual", info_color=VIRTUAL)
+        )
     shown = _parameters(module)
     node = tree.common_child(parts[-1])
     if node is None or (node.parameters and shown):  # two norms of one name stay two
-        node = tree.add(parts[-1])
-    kind = type(module).__name__
+        node = tree.append(ModuleTree(parts[-1]))
     known = [] if node.info is None or node.info_color == VIRTUAL else node.info.split(",")
-    node.info, node.info_color = ",".join(dict.fromkeys([*known, kind])), TYPE
+    node.info = ",".join(dict.fromkeys([*known, type(module).__name__]))
+    node.info_color = TYPE
     node.parameters += shown
     return node
 
 
 def _add_uncommon(tree: ModuleTree, key: str, module: nn.Module) -> ModuleTree:
-    node = tree.add(key, type(module).__name__, name_color=UNCOMMON, info_color=UNCOMMON)
-    node.parameters += _parameters(module)
-    return node
+    node = ModuleTree(key, type(module).__name__, False, UNCOMMON, UNCOMMON)
+    node.parameters = _parameters(module)
+    return tree.append(node)

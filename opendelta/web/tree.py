@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import TypedDict
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from opendelta.inspection.folding import is_number, number_ranges
+from opendelta.ground.names import innermost, leaf_of, parent_of
+from opendelta.inspection.tree import FROZEN, ModuleTree
 
 
 class Node(TypedDict):
@@ -21,16 +22,6 @@ class Node(TypedDict):
     children: list[Node]
 
 
-def _split(name: str) -> tuple[str, str]:
-    """``"a.b.c"`` -> its parent's name ``"a.b"`` and its own, ``"c"``."""
-    parent, _, own = name.rpartition(".")
-    return parent, own
-
-
-def _describe(name: str, parameter: nn.Parameter) -> str:
-    return f"{name} {'[lazy]' if is_lazy(parameter) else list(parameter.shape)}"
-
-
 def folded_tree(modules: dict[str, nn.Module]) -> list[Node]:
     """The tree below the root, with numbered siblings of the same structure folded into one node.
 
@@ -40,41 +31,26 @@ def folded_tree(modules: dict[str, nn.Module]) -> list[Node]:
     Args:
         modules: the bare backbone's modules by full name, parents before their children.
     """
-    children: dict[str, list[str]] = {}
-    for name in modules:
+    trees: dict[str, ModuleTree] = {}
+    for name, module in modules.items():
+        tree = trees[name] = ModuleTree(leaf_of(name), type(module).__name__)
+        for own, p in module.named_parameters(recurse=False):
+            shape = "[lazy]" if is_lazy(p) else list(p.shape)
+            tree.parameters.append((f"{own} {shape}", FROZEN))
         if name:
-            children.setdefault(_split(name)[0], []).append(name)
-    rows = {
-        name: [_describe(*item) for item in module.named_parameters(recurse=False)]
-        for name, module in modules.items()
+            trees[parent_of(name)].children.append(tree)
+    trees[""].fold()
+    return [_node(tree) for tree in trees[""].children]
+
+
+def _node(tree: ModuleTree) -> Node:
+    return {
+        "label": tree.module_name or "",
+        "names": tree.names,
+        "type": tree.info or "",
+        "parameters": [text for text, _ in tree.parameters],
+        "children": [_node(child) for child in tree.children],
     }
-
-    kinds: dict[str, int] = {}  # full name -> a number that modules of one structure share
-    numbers: dict[Hashable, int] = {}
-    for name in reversed(modules):  # children before their parents
-        below = tuple((_split(child)[1], kinds[child]) for child in children.get(name, ()))
-        structure = (type(modules[name]), tuple(rows[name]), below)
-        kinds[name] = numbers.setdefault(structure, len(numbers))
-
-    def nodes(parent: str) -> list[Node]:
-        groups: dict[Hashable, list[str]] = {}
-        for child in children.get(parent, ()):
-            groups.setdefault(kinds[child] if is_number(_split(child)[1]) else child, []).append(
-                child
-            )
-        return [node(members) for members in groups.values()]
-
-    def node(members: list[str]) -> Node:
-        first, names = members[0], [_split(member)[1] for member in members]
-        return {
-            "label": number_ranges(map(int, names)) if len(names) > 1 else names[0],
-            "names": names,
-            "type": type(modules[first]).__name__,
-            "parameters": rows[first],
-            "children": nodes(first),
-        }
-
-    return nodes("")
 
 
 def held_parameters(modules: dict[str, nn.Module]) -> Callable[[list[str]], tuple[int, float]]:
@@ -94,12 +70,10 @@ def held_parameters(modules: dict[str, nn.Module]) -> Callable[[list[str]], tupl
     total = sum({key: size for own in sizes.values() for key, size in own.items()}.values())
 
     def count(names: list[str]) -> tuple[int, float]:
-        inside = set(names)
-        held: dict[int, int] = {}
-        for name in modules:
-            if name in inside or (name and _split(name)[0] in inside):
-                inside.add(name)
-                held.update(sizes[name])
+        chosen, held = set(names), dict[int, int]()
+        for name, own in sizes.items():
+            if innermost(name, chosen) is not None:
+                held |= own
         number = sum(held.values())
         return number, number / total if total else 0.0
 

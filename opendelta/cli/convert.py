@@ -1,7 +1,8 @@
-"""From one format of a saved delta to another: torch's files, safetensors, PEFT's folders."""
+"""``opendelta convert``: between torch's files, safetensors, and PEFT's folders."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel
-from opendelta.center.contents import FILES, check_weights, expected_files
-from opendelta.delta.config import ConfigFields
+from opendelta.cli.backbone import load_backbone
+from opendelta.cli.info import read_weights
+from opendelta.cli.shared import require_new
 from opendelta.delta_models.lora import LoraModel
 from opendelta.delta_models.peft_files import CONFIG_FILE as PEFT_CONFIG_FILE
 from opendelta.exceptions import CheckpointError, ConfigError
@@ -19,34 +21,19 @@ from opendelta.ground.files import (
     TORCH_FILE,
     read_tensors,
     resolve_folder,
-    weights_in,
     write_tensors,
 )
-from opendelta.saving.model_folder import load_backbone
-
-FORMATS = ("safetensors", "bin", "peft")
 
 
-def write_converted(
-    source: Path,
-    target: Path,
-    to: str | None = None,
-    model: str | None = None,
-    class_name: str | None = None,
-) -> None:
-    """Write the delta in `source` into `target`, in another format.
-
-    Args:
-        source: a delta's folder, a PEFT adapter's, or a file of tensors.
-        target: a folder; for a file a file, whose suffix says the format.
-        to: one of `FORMATS`, for folders; None for safetensors.
-        model: folder of the backbone with its weights, for PEFT.
-        class_name: its class in transformers, see `load_backbone`.
+def run_convert(asked: argparse.Namespace) -> None:
+    """Write a delta in another format; prints where.
 
     Raises:
         CheckpointError: if the source is missing, damaged, or in that format already.
         ConfigError: if the backbone is needed and not given, or PEFT has no such method.
     """
+    source, target, to = Path(asked.source), Path(asked.target), asked.to
+    require_new(target)
     if source.is_file():
         if to is not None or target.suffix not in (".safetensors", ".bin", ".pt"):
             raise CheckpointError(
@@ -57,39 +44,17 @@ def write_converted(
     elif (source / PEFT_CONFIG_FILE).is_file():
         if to == "peft":
             raise CheckpointError(f"{source} is PEFT's already; --to safetensors makes it ours.")
-        delta = AutoDeltaModel.from_peft(source, _backbone(model, class_name))
+        delta = AutoDeltaModel.from_peft(source, _backbone(asked.model, asked.model_class))
         delta.save_finetuned(target, save_function=torch.save if to == "bin" else None)
     elif to == "peft":
         config = AutoDeltaConfig.from_finetuned(resolve_folder(source))
         if config.delta_type != LoraModel.delta_type:
             raise ConfigError(f"{source} holds a {config.delta_type!r} delta; PEFT gets LoRA only.")
-        backbone = _backbone(model, class_name or config.backbone_class)
+        backbone = _backbone(asked.model, asked.model_class or config.backbone_class)
         LoraModel.from_finetuned(source, backbone).export_peft(target)
     else:
         _save_anew(resolve_folder(source), target, TORCH_FILE if to == "bin" else SAFETENSORS_FILE)
-
-
-def require_new(target: Path) -> None:
-    """Refuse to mix what is written with what is there.
-
-    Raises:
-        CheckpointError: if `target` exists and is not an empty folder.
-    """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target} exists already; name one that does not.")
-
-
-def read_weights(folder: Path, config: ConfigFields) -> tuple[str, dict[str, Tensor]]:
-    """The weights file's name and the tensors of a saved delta.
-
-    Raises:
-        CheckpointError: if they are missing, damaged, or not those whose sha256 the config holds.
-    """
-    values, present = config.to_dict(), [n for n in FILES if (folder / n).is_file()]
-    expected_files(values, present, str(folder))
-    check_weights(values, folder)
-    file = weights_in(folder, config.weights_file)
-    return file.name, read_tensors(file)
+    print(target)
 
 
 def _save_anew(source: Path, target: Path, name: str) -> None:

@@ -1,22 +1,41 @@
-"""A backbone from the folder that `save_pretrained` wrote; code that lies in it is never run."""
+"""``opendelta tree`` and ``select``, and the backbones that commands name by their folder.
+
+That is the folder that `save_pretrained` wrote; code that lies in it is never run.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from opendelta.exceptions import CheckpointError, ConfigError, nearest
 from opendelta.ground.files import CONFIG_FILE
+from opendelta.inspection import Visualization
+from opendelta.web import select_modules
 
 
-def build_backbone(
-    folder: str | os.PathLike[str], class_name: str | None = None
-) -> PreTrainedModel:
+def run_tree(asked: argparse.Namespace) -> None:
+    """Draw a backbone that is known by its config alone."""
+    Visualization(build_backbone(asked.model, asked.model_class)).structure_graph(
+        common_structure=asked.common or asked.only_common,
+        only_common=asked.only_common,
+        expand_params=asked.params,
+        keep_non_params=asked.all,
+    )
+
+
+def run_select(asked: argparse.Namespace) -> None:
+    """Choose modules in a web page."""
+    select_modules(build_backbone(asked.model, asked.model_class), asked.port)
+
+
+def build_backbone(folder: str, class_name: str | None) -> PreTrainedModel:
     """The backbone on the meta device: its structure, without memory for weights.
 
     Args:
@@ -27,8 +46,7 @@ def build_backbone(
         CheckpointError: if there is no such folder, or transformers cannot build from it.
         ConfigError: if the class is not one of transformers' models.
     """
-    config = _config_in(Path(folder))
-    model_class = _model_class(config, class_name, Path(folder))
+    config, model_class = _described(Path(folder), class_name)
     try:
         with torch.device("meta"):
             return model_class(config)
@@ -38,13 +56,12 @@ def build_backbone(
         ) from error
 
 
-def load_backbone(folder: str | os.PathLike[str], class_name: str | None = None) -> PreTrainedModel:
+def load_backbone(folder: str, class_name: str | None) -> PreTrainedModel:
     """The backbone with its weights, on the CPU.
 
     Args and errors are those of `build_backbone`; the folder must hold the weights too.
     """
-    config = _config_in(Path(folder))
-    model_class = _model_class(config, class_name, Path(folder))
+    config, model_class = _described(Path(folder), class_name)
     try:
         return model_class.from_pretrained(
             folder, config=config, local_files_only=True, trust_remote_code=False
@@ -55,7 +72,12 @@ def load_backbone(folder: str | os.PathLike[str], class_name: str | None = None)
         ) from error
 
 
-def _config_in(folder: Path) -> PreTrainedConfig:
+def _described(
+    folder: Path, class_name: str | None
+) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The config in a folder, and the class that it or the user names."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise CheckpointError(
@@ -64,33 +86,27 @@ def _config_in(folder: Path) -> PreTrainedConfig:
             "enough to draw its tree)."
         )
     try:
-        if "delta_type" in json.loads(file.read_text(encoding="utf-8")):
-            raise CheckpointError(f"{file} is the config of a delta; name its backbone's folder.")
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except CheckpointError:
-        raise
+        of_delta = "delta_type" in json.loads(file.read_text(encoding="utf-8"))
+        safely = {"local_files_only": True, "trust_remote_code": False}
+        config = None if of_delta else AutoConfig.from_pretrained(folder, **safely)
     except Exception as error:  # of any kind: whatever is not as transformers expects it
         raise CheckpointError(
             f"transformers cannot read {file}, and code that comes with a model is not run: {error}"
         ) from error
+    if config is None:
+        raise CheckpointError(f"{file} is the config of a delta; name its backbone's folder.")
     config._attn_implementation = "eager"  # a config may name a kernel to download
-    return config
-
-
-def _model_class(
-    config: PreTrainedConfig, class_name: str | None, folder: Path
-) -> type[PreTrainedModel]:
-    named = class_name or next(iter(config.architectures or ()), None)
-    if named is None:
+    named = str(class_name or next(iter(config.architectures or ()), ""))
+    if not named:
         raise ConfigError(
-            f"{folder / CONFIG_FILE} names no class under 'architectures'; say which with --class, "
+            f"{file} names no class under 'architectures'; say which with --class, "
             "such as --class BertModel."
         )
-    found = getattr(transformers, str(named), None)
+    found = getattr(transformers, named, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
-        return found
+        return config, found
     raise ConfigError(
         f"{named!r} is not a model of transformers, and code from elsewhere is not run."
-        + nearest(str(named), dir(transformers))
+        + nearest(named, dir(transformers))
         + " --class says which class to take."
     )

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fsspec.core import url_to_fs
 
 from opendelta.center.contents import TEXT_LIMIT
 from opendelta.center.names import without_password
-from opendelta.center.progress import copy_stream
-from opendelta.center.versions import VersionedCenter
+from opendelta.center.versions import VersionedEngine
 from opendelta.exceptions import CenterError, UnreachableError
 
 
-class FsspecCenter(VersionedCenter):
+class BucketEngine(VersionedEngine):
     """Object stores write each object at once, which is what the layout asks of a storage.
 
     Args:
@@ -35,10 +34,10 @@ class FsspecCenter(VersionedCenter):
                 "'https://a.server' need none."
             ) from error
 
-    def _explained(self, error: Exception, doing: str) -> CenterError:
+    def explain(self, error: Exception) -> CenterError:
         if isinstance(error, (FileNotFoundError, PermissionError)):
-            return super()._explained(error, doing)
-        return UnreachableError(f"Cannot {doing}: {type(error).__name__}: {error}")
+            return super().explain(error)
+        return UnreachableError(f"{type(error).__name__}: {error}")
 
     def _read(self, key: str) -> bytes:
         return self.storage.cat_file(f"{self.root}/{key}", end=TEXT_LIMIT)
@@ -49,9 +48,10 @@ class FsspecCenter(VersionedCenter):
     def _copy_to(self, source: Path, key: str) -> None:
         self._into_folder(key, lambda path: self.storage.put_file(str(source), path))
 
-    def _copy_from(self, key: str, target: Path) -> None:
-        with self.storage.open(f"{self.root}/{key}", "rb") as stream:
-            copy_stream(stream, target, self.storage.size(f"{self.root}/{key}"))
+    def _open(self, key: str) -> tuple[IO[bytes], int]:
+        path = f"{self.root}/{key}"
+        size = self.storage.size(path)
+        return self.storage.open(path, "rb"), size
 
     def _into_folder(self, key: str, write: Callable[[str], Any]) -> None:
         """Write; where the storage has real folders, make them first."""
