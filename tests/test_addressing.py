@@ -11,14 +11,16 @@ import backbones
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pieces import linears, parameter_names
 from placed import METHODS, TARGETS, place, trainable, unchanged
-from torch import nn
+from torch import Tensor, nn
 
 import opendelta
 from opendelta import (
     AdapterModel,
     AutoDeltaModel,
     BitFitModel,
+    DeltaBase,
     DeltaWarning,
     LoraModel,
     OpenDeltaError,
@@ -568,3 +570,38 @@ def test_exclude_modules_without_modified_modules_keeps_the_defaults() -> None:
     assert hosts(model, "lora") == {
         f"encoder.layer.1.attention.self.{q}" for q in ("query", "value")
     }
+
+
+# --- replacements and blocks ---------------------------------------------------------------------
+
+
+def test_patterns_do_not_reach_inside_what_replaced_a_module() -> None:
+    """A replacement is a delta: neither other deltas nor names in `exclude` go into it."""
+    model = linears()
+    delta = DeltaBase(model)
+    delta.replace_module(model, "0", model[0], nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    for pattern in ("0.0", "[r]0\\.\\d"):
+        with pytest.raises(AddressingError):
+            LoraModel(model, modified_modules=[pattern])
+    lora = LoraModel(model, modified_modules=["[r]\\d"])
+    assert parameter_names(lora) == ["1.lora.lora_A", "1.lora.lora_B"]
+
+
+class Wide(nn.Module):
+    """Holds linears, and says how wide it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 8
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+def test_lora_reaches_the_linears_of_a_block_that_tells_its_widths() -> None:
+    """A module that holds linears stands for them, whatever attributes it has."""
+    delta = LoraModel(nn.Sequential(Wide()), modified_modules=["0"])
+    assert parameter_names(delta) == [
+        f"0.{part}.lora.lora_{x}" for part in ("up", "down") for x in "AB"
+    ]

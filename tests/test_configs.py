@@ -11,7 +11,7 @@ from typing import Any
 import backbones
 import pytest
 import torch
-from cases import randomise
+from cases import built, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from placed import METHODS, TARGETS, place, unchanged
@@ -35,7 +35,7 @@ from opendelta import (
     ParallelAdapterConfig,
     gen_model_hash,
 )
-from opendelta.exceptions import UnknownArgumentError
+from opendelta.exceptions import ConfigError, UnknownArgumentError
 
 GOLDEN = Path(__file__).parent / "golden"
 TYPES = {
@@ -784,3 +784,49 @@ def test_names_of_other_libraries_are_answered_by_those_used_here(
 ) -> None:
     with pytest.raises(UnknownArgumentError, match=f"{argument!r}. Here it is called {here!r}"):
         method(backbones.build("bert"), **{argument: 8})
+
+
+# --- config files with bad values ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"delta_type": ["lora"]},
+        {"delta_type": None},
+        {"backbone_hash_excludes": 5},
+        {"backbone_hash_excludes": "encoder.layer"},
+        {"weights_sha256": 5},
+        {"weights_file": ["model.safetensors"]},
+        {"opendelta_version": ["9"]},
+        {"lora_r": "8"},
+        {"modified_modules": 5},
+        {"exclude_modules": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_a_config_file_with_a_value_of_the_wrong_kind(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whatever stands in ``config.json``, the error is the library's own and nothing is put on."""
+    _, delta = built("LoraModel", "bert")
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    fresh = backbones.build("bert")
+    with unchanged(fresh), pytest.raises(ConfigError):
+        AutoDeltaModel.from_finetuned(tmp_path, backbone_model=fresh)
+
+
+def test_keys_of_old_files_are_accepted_from_old_files_alone() -> None:
+    """Leftovers in configs of 0.3.2 are passed over; elsewhere they are mistakes."""
+    legacy = {"delta_type": "lora", "bottleneck_dim": 64, "scaled": None, "sequential": False}
+    with pytest.raises(UnknownArgumentError, match="bottleneck_dim|scaled|sequential"):
+        AutoDeltaConfig.from_dict(legacy)
+    with pytest.raises(UnknownArgumentError, match="bottleneck_dim"):
+        LoraConfig(bottleneck_dim=64)
+    read = AutoDeltaConfig.from_dict({**legacy, "opendelta_version": "0.3.2", "lora_r": 3})
+    assert isinstance(read, LoraConfig)
+    assert read.to_dict()["lora_r"] == 3
+    assert not {"bottleneck_dim", "scaled", "sequential"} & set(read.to_dict())

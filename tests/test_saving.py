@@ -13,10 +13,11 @@ import backbones
 import pytest
 import torch
 import weights
-from cases import randomise
+from cases import built, randomise
+from pieces import part_and_whole
 from placed import METHODS, PLACED, place, trainable, unchanged
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import opendelta
 from opendelta import (
@@ -31,6 +32,7 @@ from opendelta import (
     OpenDeltaError,
     ParallelAdapterModel,
 )
+from opendelta.exceptions import CheckpointError
 
 each_method = pytest.mark.parametrize("method", METHODS)
 placed = pytest.mark.parametrize(("method", "backbone"), PLACED)
@@ -785,3 +787,93 @@ def test_an_adapter_of_another_width_on_the_same_names(tmp_path: Path) -> None:
     wide.save_finetuned(tmp_path)
     again = loaded(tmp_path, "mlp")
     assert {p.shape for n, p in again.named_parameters() if n.endswith("down_proj.bias")} == {(7,)}
+
+
+def test_a_delta_of_the_whole_is_saved_without_those_of_parts(tmp_path: Path) -> None:
+    """Its file holds it and the backbone's own, and is known to fit a fresh backbone."""
+    _, adapter, lora = part_and_whole()
+    lora.freeze_module(exclude=["deltas", "encoder"])
+    lora.save_finetuned(tmp_path)
+    held = set(load_file(tmp_path / "model.safetensors"))
+    assert not any("adapter" in name for name in held)
+    fresh = backbones.build("bert")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoraModel.from_finetuned(tmp_path, backbone_model=fresh)
+    adapter.detach()
+    assert torch.equal(backbones.run(fresh, "bert"), backbones.run(lora.backbone_model, "bert"))
+
+
+# --- what a failed save leaves -------------------------------------------------------------------
+
+
+def saved_lora(folder: Path) -> tuple[nn.Module, DeltaBase, Tensor]:
+    """A delta that was saved into `folder`, with what the backbone computed then."""
+    model, delta = built("LoraModel", "bert")
+    delta.freeze_module()
+    randomise(delta)
+    delta.save_finetuned(folder)
+    return model, delta, backbones.run(model, "bert")
+
+
+def loaded_output(folder: Path) -> Tensor:
+    fresh = backbones.build("bert")
+    AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
+    return backbones.run(fresh, "bert")
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_save_function_that_writes_nothing_keeps_the_old_files(tmp_path: Path) -> None:
+    """As on ranks other than the first: what an earlier save left still loads."""
+    _, delta, expected = saved_lora(tmp_path)
+    before = bytes_in(tmp_path)
+    randomise(delta, 0.5)
+    delta.save_finetuned(tmp_path, save_function=lambda tensors, path: None)
+    delta.save_checkpoint(tmp_path, save_func=lambda tensors, path: None)
+    assert bytes_in(tmp_path) == before
+    assert torch.equal(loaded_output(tmp_path), expected)
+
+
+def test_a_save_function_that_writes_elsewhere_raises(tmp_path: Path) -> None:
+    """One that appends a suffix leaves nothing behind, and the old files as they were."""
+    _, delta, _ = saved_lora(tmp_path)
+    before = bytes_in(tmp_path)
+
+    def appends(tensors: dict[str, Tensor], path: str) -> None:
+        torch.save(tensors, path + ".part")
+
+    with pytest.raises(CheckpointError, match=r"\.part"):
+        delta.save_finetuned(tmp_path, save_function=appends)
+    with pytest.raises(CheckpointError, match=r"\.part"):
+        delta.save_checkpoint(tmp_path / "w.bin", save_func=appends)
+    assert bytes_in(tmp_path) == before
+
+
+def test_a_config_that_json_cannot_hold_leaves_the_old_files(tmp_path: Path) -> None:
+    """Weights are replaced only together with a config that can be written."""
+    _, delta, expected = saved_lora(tmp_path)
+    before = bytes_in(tmp_path)
+    randomise(delta, 0.5)
+    delta.config.lora_alpha = object()
+    with pytest.raises(opendelta.OpenDeltaError, match="cannot be saved"):
+        delta.save_finetuned(tmp_path)
+    assert bytes_in(tmp_path) == before
+    assert torch.equal(loaded_output(tmp_path), expected)
+
+
+def test_a_file_holds_of_the_backbone_only_what_its_config_lists(tmp_path: Path) -> None:
+    """A parameter of the backbone that the config does not list would overwrite it unseen."""
+    _, delta, _ = saved_lora(tmp_path)
+    name = "embeddings.word_embeddings.weight"
+    weight = delta.backbone_model.get_parameter(name)
+    tensors = {**delta.checkpoint_tensors(), name: torch.zeros_like(weight)}
+    fresh = backbones.build("bert")
+    with unchanged(fresh), pytest.raises(CheckpointError, match=name):
+        AutoDeltaModel.from_finetuned(tmp_path, backbone_model=fresh, state_dict=tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=name):
+        delta.load_checkpoint(tmp_path)
+    assert weight.abs().sum() > 0

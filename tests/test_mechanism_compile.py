@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import backbones
 import pytest
 import torch
 from cases import BACKBONES, METHODS, PAIRS, built, loss, output, put, randomise
+from placed import trainable
+
+from opendelta import LoraModel, gen_model_hash
 
 # Compiling takes seconds a pair: LoRA everywhere and each method on two backbones in `make test`.
 QUICK = {("LoraModel", b) for b in BACKBONES} | {(m, b) for m in METHODS for b in ("bert", "mlp")}
@@ -100,3 +104,22 @@ def test_inductor_computes_the_same_gradients(method: str) -> None:
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert (actual - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+
+
+def test_what_torch_compile_returns_stands_for_the_model(tmp_path: Path) -> None:
+    """Wherever a module of the backbone is asked for, the compiled one will do."""
+    model = backbones.build("mlp")
+    compiled = torch.compile(model, backend="eager")
+    delta = LoraModel(compiled, modified_modules=["first"])
+    randomise(delta)
+    expected = backbones.run(model, "mlp")
+    delta.freeze_module(module=compiled)
+    assert trainable(model) == set(model.state_dict()) == {f"first.lora.lora_{x}" for x in "AB"}
+    delta.set_active_state_dict(compiled)
+    delta.save_checkpoint(tmp_path / "w.safetensors", backbone_model=compiled)
+    delta.detach(module=compiled)
+    assert not delta.is_attached
+    delta.attach(module=compiled)
+    delta.load_checkpoint(tmp_path / "w.safetensors", backbone_model=compiled)
+    assert torch.equal(backbones.run(model, "mlp"), expected)
+    assert gen_model_hash(compiled) == gen_model_hash(backbones.build("mlp"))

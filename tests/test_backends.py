@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import cases
 import placed
 import pytest
 import torch
+from cases import randomise
+from pieces import BF16, dtypes
 from torch import Tensor, nn
 
 import opendelta
-from opendelta import CommonStructureMap, LoraModel
+from opendelta import AdapterModel, CommonStructureMap, DeltaBase, LoraModel
 from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
 from opendelta.ground.walk import every_module
 
@@ -259,3 +262,33 @@ def test_bitfit_refuses_offloaded_modules(kind: str, place: str) -> None:
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(InsertionError, match="offloaded"):
         opendelta.BitFitModel(model, modified_modules=[place])
+
+
+# --- weights in eight bits -----------------------------------------------------------------------
+
+
+class Quantised(nn.Module):
+    """A linear whose weight is stored in 8 bits."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 16
+        self.weight = nn.Parameter(torch.ones(16, 16).to(dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.to(x.dtype).t()
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("computed", [torch.float32, BF16])
+@pytest.mark.parametrize("method", [LoraModel, AdapterModel])
+def test_a_delta_on_quantised_weights_computes_as_the_backbone_does(
+    method: Callable[..., DeltaBase], stored: torch.dtype, computed: torch.dtype
+) -> None:
+    """The 8 bits are how the weight is stored: the delta has the dtype of the rest and trains."""
+    model = nn.Sequential(Quantised(stored), nn.Linear(16, 16).to(computed))
+    delta = method(model, modified_modules=["0"])
+    assert dtypes(delta) == {computed}
+    randomise(delta)
+    model(torch.randn(2, 16, dtype=computed)).sum().backward()
+    assert all(p.grad is not None for p in delta.parameters())
