@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,3 +17,11 @@ sys.path.insert(0, str(GOLDEN))
 def _deterministic() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[False, True], ids=["bare", "carrying"])
+def model(request: pytest.FixtureRequest) -> Any:
+    """A classifier that a call with bad arguments must leave alone, bare or with deltas on it."""
+    from placed import classifier
+
+    return classifier(request.param)

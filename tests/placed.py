@@ -10,10 +10,11 @@ from typing import Any
 
 import backbones
 import torch
+from cases import randomise
 from torch import Tensor, nn
 
 import opendelta
-from opendelta import DeltaBase
+from opendelta import DeltaBase, OpenDeltaError
 
 # Where each method goes, by the backbone's own names.
 TARGETS: dict[str, dict[str, list[str]]] = {
@@ -47,8 +48,8 @@ TARGETS: dict[str, dict[str, list[str]]] = {
 TARGETS["LowRankAdapterModel"] = TARGETS["CompacterModel"] = {  # placed as adapters are
     backbone: TARGETS["AdapterModel"][backbone] for backbone in ("bert_cls", "gpt2", "mlp")
 }
-METHODS = tuple(TARGETS)
-PLACED = tuple((method, backbone) for method in METHODS for backbone in TARGETS[method])
+PLACED_METHODS = tuple(TARGETS)
+PLACED = tuple((method, backbone) for method in PLACED_METHODS for backbone in TARGETS[method])
 _NARROW = {
     "LowRankAdapterModel": {"reduction_factor": 2},
     "CompacterModel": {"reduction_factor": 2},
@@ -65,6 +66,19 @@ def place(method: str, backbone: str, model: nn.Module | None = None, **kwargs: 
     on = backbones.build(backbone) if model is None else model
     delta: DeltaBase = getattr(opendelta, method)(on, **arguments)
     return delta
+
+
+def classifier(carrying: bool) -> Any:
+    """A classifier in train mode with a frozen parameter, bare or with three deltas on it."""
+    model: Any = backbones.build("bert_cls").train()
+    model.bert.pooler.dense.bias.requires_grad = False
+    if carrying:
+        lora = opendelta.LoraModel(model, modified_modules=["key"], lora_r=2)
+        randomise(lora)
+        opendelta.AdapterModel(model, modified_modules=["intermediate"], bottleneck_dim=2).detach()
+        opendelta.BitFitModel(model, modified_modules=["0.output"])
+        lora.freeze_module(exclude=["deltas", "classifier"])
+    return model
 
 
 def trainable(model: nn.Module) -> set[str]:
@@ -119,3 +133,10 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     after = fingerprint(model)
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     assert not changed, f"changed: {changed[:10]}"
+
+
+def told(error: BaseException, words: tuple[str, ...]) -> None:
+    """Check that the library itself speaks, and that its message holds the words."""
+    assert isinstance(error, OpenDeltaError), repr(error)
+    missing = [word for word in words if word not in str(error)]
+    assert not missing, f"{missing} not in {error}"

@@ -6,13 +6,14 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import backbones
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pieces import linears, parameter_names
-from placed import METHODS, TARGETS, place, trainable, unchanged
+from placed import PLACED_METHODS, TARGETS, place, trainable, unchanged
 from torch import Tensor, nn
 
 import opendelta
@@ -315,7 +316,7 @@ def test_exclude_modules_takes_out_what_it_matches_and_all_inside(
     assert adapted("bert12", ["output.dense"], [pattern]) == left
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PLACED_METHODS)
 def test_every_method_honours_exclude_modules(method: str) -> None:
     model = backbones.build("bert_cls")
     delta = place(method, "bert_cls", model, exclude_modules=["encoder.layer.0"])
@@ -442,7 +443,7 @@ def test_a_pattern_without_match_raises_and_names_the_nearest(pattern: str, near
     assert nearest in str(caught.value)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PLACED_METHODS)
 def test_each_given_pattern_must_match(method: str) -> None:
     model = backbones.build("bert_cls")
     patterns = [*TARGETS[method]["bert_cls"], "nowhere", "nowhere"]
@@ -605,3 +606,45 @@ def test_lora_reaches_the_linears_of_a_block_that_tells_its_widths() -> None:
     assert parameter_names(delta) == [
         f"0.{part}.lora.lora_{x}" for part in ("up", "down") for x in "AB"
     ]
+
+
+# --- find_key and find_module --------------------------------------------------------------------
+
+
+def test_find_key() -> None:
+    delta = LoraModel(backbones.build("toy"), modified_modules=["name_a"])
+    assert delta.find_key("name_b.0.name_a", ["name_a"])
+    assert delta.find_key("name_b.0.name_a", ["elsewhere", "0.name_a"])
+    assert delta.find_key("name_b.0.name_a", "name_b.0.name_a")
+    assert delta.find_key("model.encoder.layer.0.attention", ["attention"])
+    assert delta.find_key("name_b.0.name_a", [r"[r]\d\.name_a"])
+    assert not delta.find_key("name_b.0.name_a", ["name_b", "ame_a", "1.name_a"])
+    assert not delta.find_key("name_b.0.name_a", [])
+
+
+def test_find_key_by_common_names() -> None:
+    delta = LoraModel(backbones.build("bert"))
+    assert delta.find_key("encoder.layer.0.attention.self.query", ["attn.q"])
+    assert not delta.find_key("encoder.layer.0.attention.self.query", ["attn.v"])
+
+
+def test_find_module() -> None:
+    model: Any = backbones.build("toy")
+    delta = LoraModel(model, modified_modules=["name_a"])
+    parent, name, child = delta.find_module(model, "name_b.0.name_a")
+    assert (parent, name, child) == (model.name_b[0], "name_a", model.name_b[0].name_a)
+    assert delta.find_module(model, "embedding") == (model, "embedding", model.embedding)
+    assert delta.find_module(model, "name_b.1") == (model.name_b, "1", model.name_b[1])
+    assert delta.find_module(model.name_b, "1.name_a") == (
+        model.name_b[1],
+        "name_a",
+        model.name_b[1].name_a,
+    )
+
+
+@pytest.mark.parametrize("key", ["name_c", "name_b.2", "name_b.0.name_a.weight", "name_b..name_a"])
+def test_find_module_of_a_wrong_name(key: str) -> None:
+    model = backbones.build("toy")
+    delta = LoraModel(model, modified_modules=["name_a"])
+    with unchanged(model), pytest.raises(AddressingError, match=key.replace(".", r"\.")):
+        delta.find_module(model, key)

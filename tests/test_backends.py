@@ -14,8 +14,9 @@ import cases
 import placed
 import pytest
 import torch
-from cases import randomise
+from cases import METHODS, put, randomise
 from pieces import BF16, dtypes
+from placed import unchanged
 from torch import Tensor, nn
 
 import opendelta
@@ -292,3 +293,37 @@ def test_a_delta_on_quantised_weights_computes_as_the_backbone_does(
     randomise(delta)
     model(torch.randn(2, 16, dtype=computed)).sum().backward()
     assert all(p.grad is not None for p in delta.parameters())
+
+
+# --- engines that shard --------------------------------------------------------------------------
+
+
+def _flatten(model: nn.Module) -> None:
+    next(model.parameters())._fsdp_flattened = True  # type: ignore[attr-defined]
+
+
+def _initialise_zero3(model: nn.Module) -> None:
+    model.ds_inflight_param_registry = object()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("engine", "says"), [(_flatten, "FSDP1.*fully_shard"), (_initialise_zero3, "ZeRO-3.*first")]
+)
+def test_engines_that_take_no_more_parameters(method: str, engine: Any, says: str) -> None:
+    model = backbones.build("bert")
+    engine(model)
+    with unchanged(model), pytest.raises(InsertionError, match=says):
+        put(method, "bert", model)
+
+
+@pytest.mark.parametrize("act", ["save_finetuned", "save_checkpoint", "load_checkpoint"])
+def test_a_flattened_backbone_saves_and_loads_nothing(act: str, tmp_path: Path) -> None:
+    model = backbones.build("bert")
+    delta = LoraModel(model)
+    delta.save_finetuned(tmp_path / "saved")
+    before = {file: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+    _flatten(model)
+    with pytest.raises(InsertionError, match="FSDP1"):
+        getattr(delta, act)(tmp_path / "saved")
+    assert before == {file: file.read_bytes() for file in (tmp_path / "saved").iterdir()}

@@ -8,7 +8,7 @@ import backbones
 import pytest
 import torch
 import transformers
-from placed import METHODS, unchanged
+from placed import PLACED_METHODS, unchanged
 from torch import Tensor, nn
 
 import opendelta
@@ -214,7 +214,7 @@ def test_experts_have_no_linear_and_no_bias(method: type[opendelta.DeltaBase]) -
         method(model, modified_modules=["ff"], common_structure=True)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PLACED_METHODS)
 def test_every_method_has_defaults_on_a_mixture_of_experts(method: str) -> None:
     model = mixtral()
     with torch.no_grad():

@@ -15,7 +15,7 @@ from cases import built, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pieces import part_and_whole
-from placed import METHODS, PLACED, place, trainable, unchanged
+from placed import PLACED, PLACED_METHODS, place, trainable, unchanged
 from torch import nn
 
 import opendelta
@@ -23,7 +23,7 @@ from opendelta import AdapterModel, AutoDeltaModel, BitFitModel, DeltaWarning, L
 from opendelta.exceptions import UnmatchedPatternWarning
 
 placed = pytest.mark.parametrize(("method", "backbone"), PLACED)
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", PLACED_METHODS)
 
 
 def delta_names(model: nn.Module) -> set[str]:

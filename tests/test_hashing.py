@@ -15,7 +15,7 @@ import torch
 import weights
 from cases import built, randomise
 from pieces import linears, parameter_names
-from placed import METHODS, PLACED, place, unchanged
+from placed import PLACED, PLACED_METHODS, place, unchanged
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +30,7 @@ from opendelta import (
 )
 
 placed = pytest.mark.parametrize(("method", "backbone"), PLACED)
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", PLACED_METHODS)
 
 
 def by_hand(
@@ -421,7 +421,7 @@ def test_a_warning_made_an_error_leaves_the_backbone_alone(tmp_path: Path) -> No
 def test_a_backbone_that_carries_other_deltas_is_compared_bare(tmp_path: Path) -> None:
     saved("LoraModel", "bert_cls", tmp_path)
     model = backbones.build("bert_cls")
-    for method in METHODS:
+    for method in PLACED_METHODS:
         randomise(place(method, "bert_cls", model))
     quiet(lambda: AutoDeltaModel.from_finetuned(tmp_path, model))
 

@@ -21,11 +21,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from placed import place, unchanged
 from rich.console import Console
 from rich.text import Text
 from torch import nn
 
 import opendelta
+from opendelta import DeltaBase
 from opendelta.exceptions import DeltaWarning
 from opendelta.inspection import (
     Visualization,
@@ -788,3 +790,54 @@ def test_fold_names_says_each_name_once(names: list[str]) -> None:
     folded = fold_names(names)
     assert all(unfold(pattern) == set(found) for pattern, found in folded.items())
     assert sorted(name for found in folded.values() for name in found) == sorted(names)
+
+
+# --- what log prints -----------------------------------------------------------------------------
+
+
+def logged(delta: DeltaBase, capsys: pytest.CaptureFixture[str], **flags: Any) -> str:
+    capsys.readouterr()
+    delta.log(**flags)
+    return capsys.readouterr().out
+
+
+def test_log_shows_the_tree_and_the_ratios(capsys: pytest.CaptureFixture[str]) -> None:
+    delta = place("LoraModel", "bert_cls")
+    delta.freeze_module()
+    text = logged(delta, capsys)
+    assert "lora" in text and "query" in text
+    own = sum(p.numel() for p in delta.parameters())
+    total = sum(p.numel() for p in delta.backbone_model.parameters())
+    assert text.count(f"{own}/{total}") == 2  # trainable and delta
+
+
+@pytest.mark.parametrize("flag", ["delta_ratio", "trainable_ratio", "visualization", "cuda_memory"])
+def test_each_part_of_log_can_be_left_out(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    delta = place("LoraModel", "bert_cls")
+    every = ("delta_ratio", "trainable_ratio", "visualization", "cuda_memory")
+    signs = {
+        "delta_ratio": "Delta Parameter Ratio",
+        "trainable_ratio": "Trainable Ratio",
+        "visualization": "query",
+        "cuda_memory": "CUDA Memory",
+    }
+    without = logged(delta, capsys, **{flag: False})
+    assert [name for name in every if signs[name] not in without] == [flag]
+    alone = logged(delta, capsys, **{name: name == flag for name in every})
+    assert [name for name in every if signs[name] in alone] == [flag]
+
+
+def test_log_of_a_part_and_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    delta = place("LoraModel", "bert_cls")
+    model: Any = delta.backbone_model
+    part = logged(delta, capsys, module=model.bert.encoder.layer[0])
+    assert "lora" in part and "classifier" not in part
+    nothing = {
+        "delta_ratio": False,
+        "trainable_ratio": False,
+        "visualization": False,
+        "cuda_memory": False,
+    }
+    assert logged(delta, capsys, **nothing) == ""
+    with unchanged(model):
+        logged(delta, capsys)

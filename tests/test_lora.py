@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import backbones
 import pytest
 import torch
 import transformers
@@ -390,3 +391,19 @@ def test_lora_in_half_precision_keeps_no_second_input(dropout: float, autocast: 
         model(x)
     large = {t.untyped_storage().data_ptr() for t in saved if t.numel() >= x.numel() // 2}
     assert large == {x.untyped_storage().data_ptr()}
+
+
+# --- fused projections ---------------------------------------------------------------------------
+
+
+def test_a_fused_projection_gets_one_lora_over_its_whole_output() -> None:
+    """GPT2's c_attn is reached by both of LoRA's default roles."""
+    model: Any = backbones.build("gpt2")
+    delta = LoraModel(model)
+    assert {n: tuple(p.shape) for n, p in delta.named_parameters()} == {
+        f"transformer.h.{i}.attn.c_attn.lora.{name}": shape
+        for i in range(2)
+        for name, shape in (("lora_A", (8, 64)), ("lora_B", (192, 8)))
+    }
+    again = LoraModel(backbones.build("gpt2"), modified_modules=["attn.v"], common_structure=True)
+    assert [n for n, _ in again.named_parameters()] == [n for n, _ in delta.named_parameters()]

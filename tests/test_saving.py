@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import weights
 from cases import built, randomise
 from pieces import part_and_whole
-from placed import METHODS, PLACED, place, trainable, unchanged
+from placed import PLACED, PLACED_METHODS, place, told, trainable, unchanged
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ from opendelta import (
 )
 from opendelta.exceptions import CheckpointError
 
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", PLACED_METHODS)
 placed = pytest.mark.parametrize(("method", "backbone"), PLACED)
 CLASSIFIER = {"classifier.weight", "classifier.bias"}
 
@@ -179,7 +179,7 @@ def test_the_config_says_what_the_delta_is_and_where_it_was(tmp_path: Path) -> N
 
 
 def test_saving_changes_nothing_about_the_backbone(tmp_path: Path) -> None:
-    for method in METHODS:
+    for method in PLACED_METHODS:
         delta = trained(method, "bert_cls", exclude=["deltas", "classifier"])
         with unchanged(delta.backbone_model):
             delta.save_finetuned(tmp_path / method)
@@ -877,3 +877,40 @@ def test_a_file_holds_of_the_backbone_only_what_its_config_lists(tmp_path: Path)
     with pytest.raises(CheckpointError, match=name):
         delta.load_checkpoint(tmp_path)
     assert weight.abs().sum() > 0
+
+
+# --- places that are refused ---------------------------------------------------------------------
+
+
+def listing(folder: Path) -> Iterator[tuple[str, bytes]]:
+    return ((path.name, path.read_bytes()) for path in sorted(folder.iterdir()) if path.is_file())
+
+
+def test_saving_into_a_file(tmp_path: Path, model: Any) -> None:
+    delta = place("LoraModel", "bert_cls", model)
+    delta.freeze_module()
+    (tmp_path / "x").write_text("x")
+    before = list(listing(tmp_path))
+    with unchanged(model), pytest.raises(OpenDeltaError, match="x is a file"):
+        delta.save_finetuned(tmp_path / "x")
+    assert list(listing(tmp_path)) == before
+
+
+def test_saving_into_another_models_folder(tmp_path: Path, model: Any) -> None:
+    delta = place("LoraModel", "bert_cls", model)
+    delta.freeze_module()
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").write_bytes(b"weights of a backbone")
+    before = list(listing(tmp_path))
+    with unchanged(model), pytest.raises(OpenDeltaError) as caught:
+        delta.save_finetuned(tmp_path)
+    told(caught.value, (str(tmp_path), "'bert' backbone", "overwrite=True"))
+    assert list(listing(tmp_path)) == before
+
+
+def test_an_unknown_argument_of_saving(tmp_path: Path, model: Any) -> None:
+    delta = place("LoraModel", "bert_cls", model)
+    delta.freeze_module()
+    with unchanged(model), pytest.raises(TypeError):
+        delta.save_finetuned(tmp_path, overwrit=True)
+    assert list(listing(tmp_path)) == []

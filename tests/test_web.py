@@ -21,7 +21,7 @@ import backbones
 import pytest
 import torch
 from flask.testing import FlaskClient
-from placed import METHODS
+from placed import PLACED_METHODS
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from web_selection import Backbone, Selection, selecting
@@ -125,7 +125,7 @@ def test_a_delta_goes_on_what_was_selected(capsys: pytest.CaptureFixture[str]) -
     assert delta.modified_modules == chosen
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "SoftPromptModel"])
+@pytest.mark.parametrize("method", [m for m in PLACED_METHODS if m != "SoftPromptModel"])
 def test_the_live_count_is_what_the_method_will_add(
     method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
