@@ -1,4 +1,4 @@
-"""The six methods with their modules named, and a backbone's whole state as one comparable dict."""
+"""Methods with their modules named, and a backbone's whole state as one comparable dict."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import backbones
 import torch
-from cases import randomise
+from cases import METHODS, randomise
 from torch import Tensor, nn
 
 import opendelta
@@ -48,7 +48,10 @@ TARGETS: dict[str, dict[str, list[str]]] = {
 TARGETS["LowRankAdapterModel"] = TARGETS["CompacterModel"] = {  # placed as adapters are
     backbone: TARGETS["AdapterModel"][backbone] for backbone in ("bert_cls", "gpt2", "mlp")
 }
-PLACED_METHODS = tuple(TARGETS)
+# Prefixes and prompts go where attention and embeddings are, whatever those are called.
+PLACED_METHODS = tuple(m for m in METHODS if m not in ("PrefixModel", "SoftPromptModel"))
+for _method in PLACED_METHODS:  # a method that is not named above: on linears
+    TARGETS.setdefault(_method, TARGETS["LoraModel"])
 PLACED = tuple((method, backbone) for method in PLACED_METHODS for backbone in TARGETS[method])
 _NARROW = {
     "LowRankAdapterModel": {"reduction_factor": 2},
@@ -79,6 +82,16 @@ def classifier(carrying: bool) -> Any:
         opendelta.BitFitModel(model, modified_modules=["0.output"])
         lora.freeze_module(exclude=["deltas", "classifier"])
     return model
+
+
+def hosts(delta: DeltaBase) -> list[str]:
+    """Names of the backbone's modules that hold a module of the delta now, in module order."""
+    own = set(delta.modules())
+    return [
+        name
+        for name, module in delta.backbone_model.named_modules()
+        if module not in own and any(child in own for child in module.children())
+    ]
 
 
 def trainable(model: nn.Module) -> set[str]:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 import opendelta
 from opendelta import AdapterModel, CommonStructureMap, DeltaBase, LoraModel
 from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
-from opendelta.ground.walk import every_module
 
 IDS = torch.arange(8).view(2, 4) + 3
 
@@ -30,7 +29,7 @@ IDS = torch.arange(8).view(2, 4) + 3
 # --- BMTrain ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("method", placed.PLACED_METHODS)
 def test_bmt_without_bmtrain_leaves_the_backbone_alone(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,9 +117,10 @@ def test_deltas_in_blocks_act_as_in_plain_layers(method: str) -> None:
     model.encoder.layer = nn.ModuleList(map(Block, model.encoder.layer))
     for one in (plain, model):
         cases.randomise(cases.put(method, "bert", one))
-    assert [i.host_name for i in opendelta.deltas(model)[0].insertions] == [
-        i.host_name for i in opendelta.deltas(plain)[0].insertions
+    added = [
+        [name for name, _ in opendelta.deltas(one)[0].named_parameters()] for one in (model, plain)
     ]
+    assert added[0] == added[1]
     torch.testing.assert_close(cases.output(model, "bert"), cases.output(plain, "bert"))
 
 
@@ -138,7 +138,10 @@ def test_a_delta_on_a_layer_in_a_block_is_found() -> None:
     model.encoder.layer = nn.ModuleList(map(Block, model.encoder.layer))
     delta = opendelta.LoraModel(layer, modified_modules=["query"])
     assert opendelta.deltas(model) == [delta]
-    assert set(every_module(model)) >= {layer, *layer.modules()}
+    opendelta.deltas(model)[0].freeze_module()
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {
+        n for n, _ in delta.named_parameters()
+    }
 
 
 # --- quantised layers -----------------------------------------------------------------------------

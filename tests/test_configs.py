@@ -34,7 +34,7 @@ from opendelta import (
 from opendelta.exceptions import ConfigError, UnknownArgumentError
 
 GOLDEN = Path(__file__).parent / "golden"
-TYPES = {
+TYPES = {  # of the methods that the specification names
     "LoraModel": "lora",
     "AdapterModel": "adapter",
     "LowRankAdapterModel": "low_rank_adapter",
@@ -42,6 +42,7 @@ TYPES = {
     "ParallelAdapterModel": "parallel_adapter",
     "BitFitModel": "bitfit",
 }
+TYPES |= {m: getattr(opendelta, m).delta_type for m in PLACED_METHODS if m not in TYPES}
 CHECKPOINTS = [  # what 0.3.2 wrote of these methods
     folder
     for folder in sorted((GOLDEN / "checkpoints").iterdir())
@@ -92,6 +93,18 @@ METHOD_FIELDS: dict[str, dict[str, Any]] = {  # specification 1.21
     },
     "ParallelAdapterModel": {"bottleneck_dim": 24, "non_linearity": "gelu_new", "scaled": 1.0},
     "BitFitModel": {},
+}
+
+
+BASE_ARGUMENTS = {"backbone_model", "interactive_modify", "backend", *BASE_FIELDS}
+METHOD_FIELDS |= {  # of any other method: what its constructor takes beyond the base arguments
+    method: {
+        name: parameter.default
+        for name, parameter in inspect.signature(getattr(opendelta, method)).parameters.items()
+        if name not in BASE_ARGUMENTS
+    }
+    for method in PLACED_METHODS
+    if method not in METHOD_FIELDS
 }
 
 

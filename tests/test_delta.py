@@ -112,7 +112,7 @@ def test_the_base_constructor() -> None:
     )
 
 
-@each_method
+@pytest.mark.parametrize("method", CONSTRUCTORS)
 def test_constructors(method: str) -> None:
     assert text_of(getattr(opendelta, method)) == CONSTRUCTORS[method]
 
@@ -154,7 +154,7 @@ DEFAULTS = {
 }
 
 
-@each_method
+@pytest.mark.parametrize("method", DEFAULTS)
 def test_default_modified_modules_is_a_public_class_attribute(method: str) -> None:
     cls = getattr(opendelta, method)
     assert cls.default_modified_modules == DEFAULTS[method]

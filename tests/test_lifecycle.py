@@ -12,6 +12,7 @@ import backbones
 import pytest
 import torch
 import weights
+from cases import METHODS, OWN_LAYERS
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -37,6 +38,10 @@ SITES: list[tuple[str, dict[str, Any]]] = [
     ("PrefixModel", {"prefix_token_num": 2, "reparameterize": False}),
     ("SoftPromptModel", {"soft_token_num": 2}),
 ]
+# A method that is not named above acts where no other does, once at a time.
+ALONE = [method for method in METHODS if method not in {name for name, _ in SITES}]
+FREE = ("0.intermediate.dense", "0.output.dense", "1.output.dense")
+SITES += [(m, {"modified_modules": [FREE[i % len(FREE)]]}) for i, m in enumerate(ALONE)]
 NONLINEAR = ("AdapterModel", "CompacterModel", "LowRankAdapterModel")
 
 
@@ -82,6 +87,8 @@ class Lives(RuleBasedStateMachine):
     @rule(site=st.sampled_from(SITES), freeze=st.booleans())
     def construct(self, site: tuple[str, dict[str, Any]], freeze: bool) -> None:
         method, arguments = site
+        if method in ALONE and any(life.method == method for life in self.lives):
+            return
         delta = make(method, self.model, arguments)
         self.made += 1
         with torch.no_grad():
@@ -124,9 +131,9 @@ class Lives(RuleBasedStateMachine):
     def can_merge(self, life: Life) -> bool:
         """Not below an earlier bias, nor behind an earlier delta that is not linear."""
         earlier = self.lives[: self.lives.index(life)]
-        rivals = {"LoraModel": NONLINEAR, "BitFitModel": ("BitFitModel",)}.get(life.method)
-        if rivals is None or life.state != "attached":
+        if life.method in OWN_LAYERS or life.state != "attached":
             return False
+        rivals = {"LoraModel": NONLINEAR, "BitFitModel": ("BitFitModel",)}.get(life.method, ())
         return not any(
             other.method in rivals and {AFTER, "attention"} & other.sites & self.covers(life)
             for other in earlier
