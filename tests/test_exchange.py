@@ -304,7 +304,7 @@ import sys; sys.modules["peft"] = None
 import torch, opendelta
 def made(): return torch.nn.Sequential(torch.nn.Linear(4, 4))
 opendelta.LoraModel(made(), modified_modules=["0"]).export_peft(sys.argv[1])
-assert opendelta.LoraModel.from_peft(sys.argv[1], made()).is_attached
+assert opendelta.AutoDeltaModel.from_peft(sys.argv[1], made()).is_attached
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
