@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+
+# What random inputs are tried on the properties: some half a minute in all, the same each time.
+settings.register_profile("fixed", max_examples=500, deadline=None, derandomize=True, database=None)
+settings.load_profile("fixed")
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))

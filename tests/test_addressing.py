@@ -10,7 +10,7 @@ from typing import Any
 
 import backbones
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pieces import linears, parameter_names
 from placed import PLACED_METHODS, TARGETS, place, trainable, unchanged
@@ -269,7 +269,6 @@ grove_pattern = st.one_of(
 )
 
 
-@settings(max_examples=60)
 @given(
     st.lists(grove_pattern, min_size=1, max_size=2), st.lists(grove_pattern, min_size=0, max_size=2)
 )

@@ -11,7 +11,7 @@ from typing import Any
 import backbones
 import pytest
 from cases import built
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from placed import PLACED_METHODS, TARGETS, place, told, unchanged
 from torch import nn
@@ -203,7 +203,6 @@ def fields_of(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return method, {name: draw(fields[name]) for name in sorted(chosen)}
 
 
-@settings(max_examples=60)
 @given(fields_of())
 def test_property_round_trips(chosen: tuple[str, dict[str, Any]]) -> None:
     method, fields = chosen

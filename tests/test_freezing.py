@@ -12,7 +12,7 @@ import backbones
 import pytest
 import torch
 from cases import built, randomise
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pieces import part_and_whole
 from placed import PLACED, PLACED_METHODS, place, trainable, unchanged
@@ -147,7 +147,6 @@ PATTERNS = [
 OWN = bare_names("bert_cls")
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.sets(st.sampled_from(PATTERNS), max_size=3), st.booleans())
 def test_property_trainable_set(patterns: set[str], with_deltas: bool) -> None:
     delta = LoraModel(

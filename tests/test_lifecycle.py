@@ -229,15 +229,11 @@ class TestLives(Lives.TestCase):
     """Enough to walk through every pair of steps."""
 
 
-QUICK = {"max_examples": 25, "stateful_step_count": 12}
+# A minute in `make test`, some minutes more in `make test-all`.
+QUICK = {"max_examples": 90, "stateful_step_count": 12}
 SLOW = {"max_examples": 120, "stateful_step_count": 25}
-COMMON = {
-    "deadline": None,
-    "derandomize": True,
-    "database": None,
-    "suppress_health_check": [HealthCheck.too_slow],
-}
-TestLives.settings = settings(**QUICK, **COMMON)  # type: ignore[arg-type]
+COMMON: dict[str, Any] = {"suppress_health_check": [HealthCheck.too_slow]}
+TestLives.settings = settings(**QUICK, **COMMON)
 
 
 @pytest.mark.slow
@@ -245,7 +241,7 @@ class TestLongLives(Lives.TestCase):
     """The same for longer."""
 
 
-TestLongLives.settings = settings(**SLOW, **COMMON)  # type: ignore[arg-type]
+TestLongLives.settings = settings(**SLOW, **COMMON)
 
 
 @pytest.mark.parametrize("method", ["LoraModel", "BitFitModel"])
