@@ -32,6 +32,11 @@ def forward_hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
+def hook_counts(module: nn.Module) -> dict[str, int]:
+    """How many hooks of each kind a module has."""
+    return {name: len(value) for name, value in vars(module).items() if name.endswith("_hooks")}
+
+
 def replicate(model: nn.Module) -> nn.Module:
     """What `nn.parallel.replicate` makes: parameters of a copy are plain attributes."""
     modules = list(model.modules())

@@ -106,6 +106,11 @@ def digest(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} {content}"
 
 
+def contents(model: nn.Module) -> dict[str, str]:
+    """A model's state dict, each tensor as its digest."""
+    return {name: digest(tensor) for name, tensor in model.state_dict().items()}
+
+
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Everything about a backbone that a failed call must leave alone.
 

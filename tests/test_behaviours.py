@@ -12,12 +12,12 @@ import backbones
 import pytest
 import torch
 from cases import (
+    BACKBONES,
     FOLDING,
     IMPOSSIBLE,
     METHODS,
     OWN_LAYERS,
     PAIRS,
-    QUICK_BACKBONES,
     REENTRANT,
     built,
     loss,
@@ -25,7 +25,8 @@ from cases import (
     put,
     randomise,
 )
-from placed import digest, unchanged
+from pieces import hook_counts
+from placed import contents, unchanged
 from torch import nn
 
 import opendelta
@@ -93,9 +94,11 @@ def is_key_bias(name: str) -> bool:
     return name.endswith((".key.bias", ".k_proj.bias", ".k.bias", ".key_proj.bias"))
 
 
-@pytest.mark.parametrize("backbone", QUICK_BACKBONES)
-def test_lora_b_moves_first_then_a(backbone: str) -> None:
-    model, delta = built("LoraModel", backbone)
+@pytest.mark.parametrize(
+    ("method", "backbone"), marked(("LoraModel", backbone) for backbone in BACKBONES)
+)
+def test_lora_b_moves_first_then_a(method: str, backbone: str) -> None:
+    model, delta = built(method, backbone)
     delta.freeze_module()
     optimizer = torch.optim.SGD(delta.parameters(), lr=1.0)
     moved = []
@@ -222,17 +225,17 @@ torch.save(results, sys.argv[2] + ".out")
 """
 
 
-def test_pickle_in_a_new_process_that_adds_another_delta(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backbone", ["bert", "t5", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_pickle_in_a_new_process_that_adds_another_delta(backbone: str, tmp_path: Path) -> None:
     files, expected = [], {}
     for method in METHODS:
-        for backbone in ("bert", "t5"):
-            model, delta = built(method, backbone)
-            randomise(delta)
-            files.append(str(tmp_path / f"{method}@{backbone}.pt"))
-            torch.save(model, files[-1])
-            one = backbones.run(model, backbone)
-            randomise(put(method, backbone, model), 0.3)
-            expected[files[-1]] = (one, backbones.run(model, backbone))
+        model, delta = built(method, backbone)
+        randomise(delta)
+        files.append(str(tmp_path / f"{method}@{backbone}.pt"))
+        torch.save(model, files[-1])
+        one = backbones.run(model, backbone)
+        randomise(put(method, backbone, model), 0.3)
+        expected[files[-1]] = (one, backbones.run(model, backbone))
     here = Path(__file__).parent
     script = [sys.executable, "-c", _IN_A_NEW_PROCESS, f"{here}|{here / 'golden'}", *files]
     subprocess.run(script, check=True, cwd=here.parent)
@@ -284,10 +287,6 @@ def test_remove_leaves_no_trace(method: str, backbone: str) -> None:
     assert all(p.requires_grad for p in model.parameters() if p.is_floating_point())
     assert opendelta.deltas(model) == []
     assert str(model) == str(plain)
-
-
-def hook_counts(module: nn.Module) -> dict[str, int]:
-    return {name: len(value) for name, value in vars(module).items() if name.endswith("_hooks")}
 
 
 @everywhere
@@ -373,7 +372,3 @@ def test_merged_into_the_weights_or_refused_in_words(method: str, backbone: str)
     delta.unmerge()
     assert contents(model) == before
     assert torch.equal(backbones.run(model, backbone), with_delta)
-
-
-def contents(model: nn.Module) -> dict[str, str]:
-    return {name: digest(tensor) for name, tensor in model.state_dict().items()}

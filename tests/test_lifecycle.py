@@ -16,7 +16,7 @@ from cases import METHODS, OWN_LAYERS
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from placed import digest
+from placed import contents, digest
 from torch import Tensor, nn
 
 import opendelta
@@ -63,10 +63,6 @@ class Life:
 def make(method: str, model: nn.Module, arguments: dict[str, Any]) -> DeltaBase:
     delta: DeltaBase = getattr(opendelta, method)(model, **arguments)
     return delta
-
-
-def contents(model: nn.Module) -> dict[str, str]:
-    return {name: digest(tensor) for name, tensor in model.state_dict().items()}
 
 
 class Lives(RuleBasedStateMachine):

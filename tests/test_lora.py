@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from cases import built, loss, randomise
-from pieces import BF16, linears
+from pieces import BF16, Host, linears
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -18,18 +18,6 @@ from opendelta import LoraModel
 from opendelta.delta_models.lora import LoraLayer
 from opendelta.delta_models.low_rank_add import fused_applies
 from opendelta.exceptions import AddressingError, InsertionError
-
-
-class Host(nn.Module):
-    """A model of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.layer(x)
-        return out
 
 
 def randomised(layer: nn.Module, **kwargs: Any) -> tuple[Host, LoraModel]:

@@ -14,7 +14,8 @@ import pytest
 import torch
 import transformers
 from cases import BACKBONES, FOLDING, METHODS, OWN_LAYERS, built, marked, output, put, randomise
-from placed import digest, unchanged
+from pieces import Host, forward_hooks
+from placed import contents, digest, unchanged
 from torch import nn
 
 import opendelta
@@ -50,14 +51,6 @@ def mergeable(method: str, backbone: str, model: nn.Module | None = None) -> Del
     return delta
 
 
-def contents(model: nn.Module) -> dict[str, str]:
-    return {name: digest(tensor) for name, tensor in model.state_dict().items()}
-
-
-def forward_hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     assert (actual - expected).abs().max() < tolerance * max(1, expected.abs().max())
 
@@ -91,16 +84,6 @@ def test_merged_computes_the_same_without_hooks_and_keys(method: str, backbone: 
     delta.remove()
     assert contents(model) == bare
     assert forward_hooks(model) == 0
-
-
-class Host(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.layer(x)
-        return out
 
 
 def convolution(dimensions: int, groups: int) -> nn.Module:
