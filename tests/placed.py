@@ -1,4 +1,4 @@
-"""The six methods with their modules named, and a backbone's whole state as one comparable dict."""
+"""Methods with their modules named, and a backbone's whole state as one comparable dict."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import backbones
 import torch
+from cases import METHODS, randomise
 from torch import Tensor, nn
 
 import opendelta
-from opendelta import DeltaBase
+from opendelta import DeltaBase, OpenDeltaError
 
 # Where each method goes, by the backbone's own names.
 TARGETS: dict[str, dict[str, list[str]]] = {
@@ -47,8 +48,11 @@ TARGETS: dict[str, dict[str, list[str]]] = {
 TARGETS["LowRankAdapterModel"] = TARGETS["CompacterModel"] = {  # placed as adapters are
     backbone: TARGETS["AdapterModel"][backbone] for backbone in ("bert_cls", "gpt2", "mlp")
 }
-METHODS = tuple(TARGETS)
-PLACED = tuple((method, backbone) for method in METHODS for backbone in TARGETS[method])
+# Prefixes and prompts go where attention and embeddings are, whatever those are called.
+PLACED_METHODS = tuple(m for m in METHODS if m not in ("PrefixModel", "SoftPromptModel"))
+for _method in PLACED_METHODS:  # a method that is not named above: on linears
+    TARGETS.setdefault(_method, TARGETS["LoraModel"])
+PLACED = tuple((method, backbone) for method in PLACED_METHODS for backbone in TARGETS[method])
 _NARROW = {
     "LowRankAdapterModel": {"reduction_factor": 2},
     "CompacterModel": {"reduction_factor": 2},
@@ -67,6 +71,29 @@ def place(method: str, backbone: str, model: nn.Module | None = None, **kwargs: 
     return delta
 
 
+def classifier(carrying: bool) -> Any:
+    """A classifier in train mode with a frozen parameter, bare or with three deltas on it."""
+    model: Any = backbones.build("bert_cls").train()
+    model.bert.pooler.dense.bias.requires_grad = False
+    if carrying:
+        lora = opendelta.LoraModel(model, modified_modules=["key"], lora_r=2)
+        randomise(lora)
+        opendelta.AdapterModel(model, modified_modules=["intermediate"], bottleneck_dim=2).detach()
+        opendelta.BitFitModel(model, modified_modules=["0.output"])
+        lora.freeze_module(exclude=["deltas", "classifier"])
+    return model
+
+
+def hosts(delta: DeltaBase) -> list[str]:
+    """Names of the backbone's modules that hold a module of the delta now, in module order."""
+    own = set(delta.modules())
+    return [
+        name
+        for name, module in delta.backbone_model.named_modules()
+        if module not in own and any(child in own for child in module.children())
+    ]
+
+
 def trainable(model: nn.Module) -> set[str]:
     """Names of the parameters that require grad, one per tied parameter."""
     return {name for name, p in model.named_parameters() if p.requires_grad}
@@ -77,6 +104,11 @@ def digest(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     content = hashlib.md5(flat.numpy().tobytes(), usedforsecurity=False).hexdigest()[:12]
     return f"{tensor.dtype} {tuple(tensor.shape)} {content}"
+
+
+def contents(model: nn.Module) -> dict[str, str]:
+    """A model's state dict, each tensor as its digest."""
+    return {name: digest(tensor) for name, tensor in model.state_dict().items()}
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -119,3 +151,10 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     after = fingerprint(model)
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     assert not changed, f"changed: {changed[:10]}"
+
+
+def told(error: BaseException, words: tuple[str, ...]) -> None:
+    """Check that the library itself speaks, and that its message holds the words."""
+    assert isinstance(error, OpenDeltaError), repr(error)
+    missing = [word for word in words if word not in str(error)]
+    assert not missing, f"{missing} not in {error}"

@@ -6,19 +6,22 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import backbones
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from placed import METHODS, TARGETS, place, trainable, unchanged
-from torch import nn
+from pieces import linears, parameter_names
+from placed import PLACED_METHODS, TARGETS, place, trainable, unchanged
+from torch import Tensor, nn
 
 import opendelta
 from opendelta import (
     AdapterModel,
     AutoDeltaModel,
     BitFitModel,
+    DeltaBase,
     DeltaWarning,
     LoraModel,
     OpenDeltaError,
@@ -266,7 +269,6 @@ grove_pattern = st.one_of(
 )
 
 
-@settings(max_examples=60)
 @given(
     st.lists(grove_pattern, min_size=1, max_size=2), st.lists(grove_pattern, min_size=0, max_size=2)
 )
@@ -313,7 +315,7 @@ def test_exclude_modules_takes_out_what_it_matches_and_all_inside(
     assert adapted("bert12", ["output.dense"], [pattern]) == left
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PLACED_METHODS)
 def test_every_method_honours_exclude_modules(method: str) -> None:
     model = backbones.build("bert_cls")
     delta = place(method, "bert_cls", model, exclude_modules=["encoder.layer.0"])
@@ -440,7 +442,7 @@ def test_a_pattern_without_match_raises_and_names_the_nearest(pattern: str, near
     assert nearest in str(caught.value)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PLACED_METHODS)
 def test_each_given_pattern_must_match(method: str) -> None:
     model = backbones.build("bert_cls")
     patterns = [*TARGETS[method]["bert_cls"], "nowhere", "nowhere"]
@@ -568,3 +570,80 @@ def test_exclude_modules_without_modified_modules_keeps_the_defaults() -> None:
     assert hosts(model, "lora") == {
         f"encoder.layer.1.attention.self.{q}" for q in ("query", "value")
     }
+
+
+# --- replacements and blocks ---------------------------------------------------------------------
+
+
+def test_patterns_do_not_reach_inside_what_replaced_a_module() -> None:
+    """A replacement is a delta: neither other deltas nor names in `exclude` go into it."""
+    model = linears()
+    delta = DeltaBase(model)
+    delta.replace_module(model, "0", model[0], nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    for pattern in ("0.0", "[r]0\\.\\d"):
+        with pytest.raises(AddressingError):
+            LoraModel(model, modified_modules=[pattern])
+    lora = LoraModel(model, modified_modules=["[r]\\d"])
+    assert parameter_names(lora) == ["1.lora.lora_A", "1.lora.lora_B"]
+
+
+class Wide(nn.Module):
+    """Holds linears, and says how wide it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 8
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+def test_lora_reaches_the_linears_of_a_block_that_tells_its_widths() -> None:
+    """A module that holds linears stands for them, whatever attributes it has."""
+    delta = LoraModel(nn.Sequential(Wide()), modified_modules=["0"])
+    assert parameter_names(delta) == [
+        f"0.{part}.lora.lora_{x}" for part in ("up", "down") for x in "AB"
+    ]
+
+
+# --- find_key and find_module --------------------------------------------------------------------
+
+
+def test_find_key() -> None:
+    delta = LoraModel(backbones.build("toy"), modified_modules=["name_a"])
+    assert delta.find_key("name_b.0.name_a", ["name_a"])
+    assert delta.find_key("name_b.0.name_a", ["elsewhere", "0.name_a"])
+    assert delta.find_key("name_b.0.name_a", "name_b.0.name_a")
+    assert delta.find_key("model.encoder.layer.0.attention", ["attention"])
+    assert delta.find_key("name_b.0.name_a", [r"[r]\d\.name_a"])
+    assert not delta.find_key("name_b.0.name_a", ["name_b", "ame_a", "1.name_a"])
+    assert not delta.find_key("name_b.0.name_a", [])
+
+
+def test_find_key_by_common_names() -> None:
+    delta = LoraModel(backbones.build("bert"))
+    assert delta.find_key("encoder.layer.0.attention.self.query", ["attn.q"])
+    assert not delta.find_key("encoder.layer.0.attention.self.query", ["attn.v"])
+
+
+def test_find_module() -> None:
+    model: Any = backbones.build("toy")
+    delta = LoraModel(model, modified_modules=["name_a"])
+    parent, name, child = delta.find_module(model, "name_b.0.name_a")
+    assert (parent, name, child) == (model.name_b[0], "name_a", model.name_b[0].name_a)
+    assert delta.find_module(model, "embedding") == (model, "embedding", model.embedding)
+    assert delta.find_module(model, "name_b.1") == (model.name_b, "1", model.name_b[1])
+    assert delta.find_module(model.name_b, "1.name_a") == (
+        model.name_b[1],
+        "name_a",
+        model.name_b[1].name_a,
+    )
+
+
+@pytest.mark.parametrize("key", ["name_c", "name_b.2", "name_b.0.name_a.weight", "name_b..name_a"])
+def test_find_module_of_a_wrong_name(key: str) -> None:
+    model = backbones.build("toy")
+    delta = LoraModel(model, modified_modules=["name_a"])
+    with unchanged(model), pytest.raises(AddressingError, match=key.replace(".", r"\.")):
+        delta.find_module(model, key)

@@ -20,7 +20,7 @@ import torch
 import yaml
 from cases import randomise
 from center_deltas import NAME, content, saved
-from placed import METHODS, place, unchanged
+from placed import PLACED_METHODS, place, unchanged
 from transformers import BertConfig, BertForSequenceClassification
 
 import opendelta
@@ -63,7 +63,7 @@ def metadata(folder: Path) -> dict[str, Any]:
 # --- there and back -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PLACED_METHODS)
 def test_there_and_back(method: str, tmp_path: Path) -> None:
     delta = place(method, "bert_cls")
     randomise(delta)

@@ -26,7 +26,7 @@ from center_deltas import NAME, content, saved
 from hub_client import hurry, set_apart
 from hub_server import serving
 from huggingface_hub import constants
-from placed import METHODS, place
+from placed import PLACED_METHODS, place
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -116,7 +116,7 @@ IDS = torch.tensor([[5, 9, 3, 2]])
 # --- info -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PLACED_METHODS)
 def test_info_counts_what_a_delta_holds(method: str, run: Run) -> None:
     delta = place(method, "bert_cls")
     delta.freeze_module(exclude=["deltas", "classifier"])
@@ -296,7 +296,7 @@ def test_nothing_is_overwritten(run: Run, fail: Fail, bert: PreTrainedModel) -> 
 # --- convert --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PLACED_METHODS)
 def test_to_torch_and_back(method: str, run: Run) -> None:
     delta = place(method, "bert_cls")
     delta.freeze_module(exclude=["deltas", "classifier"])

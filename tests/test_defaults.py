@@ -8,7 +8,7 @@ import backbones
 import pytest
 import torch
 import transformers
-from placed import METHODS, unchanged
+from placed import PLACED_METHODS, hosts, unchanged
 from torch import Tensor, nn
 
 import opendelta
@@ -21,7 +21,6 @@ from opendelta import (
     ParallelAdapterModel,
 )
 from opendelta.exceptions import AddressingError, InsertionError
-from opendelta.mechanism.insertion import ModuleInsertion
 
 TEXT: dict[str, Any] = {
     "vocab_size": 40,
@@ -52,10 +51,6 @@ def mixtral() -> nn.Module:
         **TEXT, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2
     )
     return transformers.MixtralModel(config).eval()
-
-
-def places(delta: nn.Module) -> list[str]:
-    return [i.host_name for i in delta.insertions if isinstance(i, ModuleInsertion)]
 
 
 def changed_by_training(model: nn.Module, delta: nn.Module, **inputs: Tensor) -> bool:
@@ -89,7 +84,7 @@ TOWERS = {
 def test_other_towers_are_reached_by_name(pattern: str, towers: set[str]) -> None:
     delta = LoraModel(clip(), modified_modules=[pattern], common_structure=True)
     layers = (0,) if ".0." in pattern else (0, 1)
-    assert places(delta) == [
+    assert hosts(delta) == [
         f"{tower}.encoder.layers.{layer}.self_attn.q_proj"
         for tower in sorted(towers)
         for layer in layers
@@ -103,7 +98,7 @@ def test_a_tower_can_be_excluded_and_its_roles_too() -> None:
         common_structure=True,
         exclude_modules=["vision.1.attn"],
     )
-    assert [n for n in places(delta) if n.startswith("vision")] == [
+    assert [n for n in hosts(delta) if n.startswith("vision")] == [
         "vision_model.encoder.layers.0.self_attn.q_proj"
     ]
 
@@ -120,7 +115,7 @@ def test_methods_that_need_widths_reach_other_towers(method: str, tower: str) ->
     model = clip()
     patterns = [f"{tower}.attn"] * (2 if method == "ParallelAdapterModel" else 1)
     delta = getattr(opendelta, method)(model, modified_modules=patterns, common_structure=True)
-    found = {n.split(".")[0] for n in places(delta)}
+    found = {n.split(".")[0] for n in hosts(delta)}
     assert found == ({"vision_model", "text_model"} if tower == "all" else {"vision_model"})
     image = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
@@ -139,7 +134,7 @@ def test_widths_of_another_tower_are_read_without_a_forward() -> None:
 
     model.register_forward_pre_hook(refuse)
     delta = ParallelAdapterModel(model, modified_modules=["vision.attn"] * 2, common_structure=True)
-    assert {n.split(".")[0] for n in places(delta)} == {"vision_model"}
+    assert {n.split(".")[0] for n in hosts(delta)} == {"vision_model"}
 
 
 def test_hints_where_names_are_of_the_other_kind() -> None:
@@ -171,7 +166,7 @@ def test_lora_goes_on_the_feed_forward_where_there_is_no_attention() -> None:
     sizes = {k: v for k, v in TEXT.items() if k != "num_attention_heads"}
     model = transformers.FNetModel(transformers.FNetConfig(**sizes)).eval()
     delta = LoraModel(model)
-    assert places(delta) == [
+    assert hosts(delta) == [
         f"encoder.layer.{layer}.{part}.dense"
         for layer in (0, 1)
         for part in ("intermediate", "output")
@@ -192,7 +187,7 @@ def test_lora_on_queries_that_the_backbone_scales_in_place() -> None:
 def test_fused_experts_take_one_adapter(method: type[opendelta.DeltaBase]) -> None:
     model = mixtral()
     delta = method(model)
-    assert places(delta) == [
+    assert hosts(delta) == [
         f"layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn.o_proj", "mlp.experts")
     ]
     assert changed_by_training(model, delta, input_ids=IDS)
@@ -201,7 +196,7 @@ def test_fused_experts_take_one_adapter(method: type[opendelta.DeltaBase]) -> No
 def test_fused_experts_take_a_parallel_adapter() -> None:
     model = mixtral()
     delta = ParallelAdapterModel(model)
-    assert set(places(delta)) == {
+    assert set(hosts(delta)) == {
         f"layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn", "mlp.experts")
     }
     assert changed_by_training(model, delta, input_ids=IDS)
@@ -214,7 +209,7 @@ def test_experts_have_no_linear_and_no_bias(method: type[opendelta.DeltaBase]) -
         method(model, modified_modules=["ff"], common_structure=True)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PLACED_METHODS)
 def test_every_method_has_defaults_on_a_mixture_of_experts(method: str) -> None:
     model = mixtral()
     with torch.no_grad():

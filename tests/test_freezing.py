@@ -11,10 +11,11 @@ from typing import Any
 import backbones
 import pytest
 import torch
-from cases import randomise
-from hypothesis import given, settings
+from cases import built, randomise
+from hypothesis import given
 from hypothesis import strategies as st
-from placed import METHODS, PLACED, place, trainable, unchanged
+from pieces import part_and_whole
+from placed import PLACED, PLACED_METHODS, place, trainable, unchanged
 from torch import nn
 
 import opendelta
@@ -22,7 +23,7 @@ from opendelta import AdapterModel, AutoDeltaModel, BitFitModel, DeltaWarning, L
 from opendelta.exceptions import UnmatchedPatternWarning
 
 placed = pytest.mark.parametrize(("method", "backbone"), PLACED)
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", PLACED_METHODS)
 
 
 def delta_names(model: nn.Module) -> set[str]:
@@ -146,7 +147,6 @@ PATTERNS = [
 OWN = bare_names("bert_cls")
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.sets(st.sampled_from(PATTERNS), max_size=3), st.booleans())
 def test_property_trainable_set(patterns: set[str], with_deltas: bool) -> None:
     delta = LoraModel(
@@ -682,3 +682,66 @@ def test_bitfit_frees_what_it_set_aside() -> None:
     assert not bias.requires_grad
     delta.remove()
     assert bias.requires_grad and not other.requires_grad
+
+
+# --- parts and wholes ----------------------------------------------------------------------------
+
+
+def test_another_deltas_freeze_sees_assigned_biases_too() -> None:
+    """Whichever delta freezes, biases that were assigned remain BitFit's."""
+    model, bitfit = built("BitFitModel", "bert")
+    lora = LoraModel(model)
+    loaded = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(loaded, assign=True)
+    lora.freeze_module()
+    both = {name for delta in (bitfit, lora) for name, _ in delta.named_parameters()}
+    assert trainable(model) == both
+    lora.freeze_module(exclude=["deltas", "bias"])
+    assert not set(lora.left_trainable or ()) & {name for name, _ in bitfit.named_parameters()}
+
+
+def ids(module: nn.Module) -> set[int]:
+    return {id(p) for p in module.parameters()}
+
+
+def test_freezing_the_whole_knows_the_deltas_of_its_parts() -> None:
+    """``"deltas"`` and delta objects in `exclude` reach those put on a part of the backbone."""
+    model, adapter, lora = part_and_whole()
+    assert set(opendelta.deltas(model)) == {adapter, lora}
+    for exclude, kept in (
+        (["deltas"], ids(adapter) | ids(lora)),
+        ([adapter], ids(adapter)),
+        ([lora], ids(lora)),
+    ):
+        lora.freeze_module(exclude=exclude)
+        assert {id(p) for p in model.parameters() if p.requires_grad} == kept
+        assert lora.left_trainable == []
+    lora.freeze_module(exclude=["deltas", "pooler"])
+    assert lora.left_trainable == ["pooler.dense.weight", "pooler.dense.bias"]
+
+
+def test_a_model_with_a_frozen_part_takes_its_own_state_dict() -> None:
+    """``load_state_dict(state_dict())`` works though one part's entries are left out."""
+    model, adapter, lora = part_and_whole()
+    expected = backbones.run(model, "bert")
+    adapter.freeze_module()
+    whole = len(list(model.parameters()))
+    assert len(model.state_dict()) < whole
+    model.load_state_dict(model.state_dict())
+    lora.freeze_module(module=model.embeddings)
+    assert not any(name.startswith("embeddings") for name in model.state_dict())
+    model.load_state_dict(model.state_dict())
+    assert torch.equal(backbones.run(model, "bert"), expected)
+
+
+@pytest.mark.parametrize("more", [[], ["pooler"]])
+def test_a_dict_that_stays_reduced_can_be_loaded_again(more: list[str]) -> None:
+    """With ``reset_state_dict=False`` a detached model still takes what it gives."""
+    model, delta = built("LoraModel", "bert")
+    delta.freeze_module(exclude=["deltas", *more])
+    delta.detach(reset_state_dict=False)
+    reduced = model.state_dict()
+    assert set(reduced) == {f"{part}.dense.{p}" for part in more for p in ("weight", "bias")}
+    model.load_state_dict(reduced)
+    delta.attach()
+    assert len(model.state_dict()) == len(reduced) + len(list(delta.parameters()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import backbones
 import pytest
 import torch
 import weights
-from cases import randomise
-from placed import METHODS, PLACED, place, unchanged
+from cases import built, randomise
+from pieces import linears, parameter_names
+from placed import PLACED, PLACED_METHODS, place, unchanged
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +30,7 @@ from opendelta import (
 )
 
 placed = pytest.mark.parametrize(("method", "backbone"), PLACED)
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", PLACED_METHODS)
 
 
 def by_hand(
@@ -419,7 +421,7 @@ def test_a_warning_made_an_error_leaves_the_backbone_alone(tmp_path: Path) -> No
 def test_a_backbone_that_carries_other_deltas_is_compared_bare(tmp_path: Path) -> None:
     saved("LoraModel", "bert_cls", tmp_path)
     model = backbones.build("bert_cls")
-    for method in METHODS:
+    for method in PLACED_METHODS:
         randomise(place(method, "bert_cls", model))
     quiet(lambda: AutoDeltaModel.from_finetuned(tmp_path, model))
 
@@ -455,3 +457,43 @@ def test_a_config_without_hash_is_not_compared() -> None:
     quiet(
         lambda: LoraModel.from_config({"delta_type": "lora", "modified_modules": ["first"]}, model)
     )
+
+
+# --- a hash only looks ---------------------------------------------------------------------------
+
+
+def test_hashing_does_not_disturb_a_running_model() -> None:
+    """The hash of a model that another thread runs: the deltas stay where they are meanwhile."""
+    model, delta = built("LoraModel", "bert")
+    randomise(delta)
+    expected = backbones.run(model, "bert")
+    digest = gen_model_hash(model)
+    stop = threading.Event()
+    digests: set[str] = set()
+
+    def hash_on() -> None:
+        while not stop.is_set():
+            digests.add(gen_model_hash(model))
+
+    thread = threading.Thread(target=hash_on)
+    thread.start()
+    try:
+        for _ in range(60):
+            assert torch.equal(backbones.run(model, "bert"), expected)
+    finally:
+        stop.set()
+        thread.join()
+    assert digests == {digest}
+
+
+def test_hashing_changes_neither_the_deltas_mode_nor_any_order() -> None:
+    """A hash only looks: ``delta.eval()`` holds, and parameters keep the order of optimizers."""
+    model = linears(1)
+    delta = LoraModel(model, modified_modules=["0"], lora_dropout=0.1)
+    model[0].extra = nn.Linear(2, 2)
+    model.train()
+    delta.eval()
+    before = parameter_names(model)
+    gen_model_hash(model)
+    assert parameter_names(model) == before
+    assert not any(module.training for module in delta.modules())

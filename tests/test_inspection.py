@@ -21,11 +21,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from placed import place, unchanged
 from rich.console import Console
 from rich.text import Text
 from torch import nn
 
 import opendelta
+from opendelta import DeltaBase
 from opendelta.exceptions import DeltaWarning
 from opendelta.inspection import (
     Visualization,
@@ -38,9 +40,6 @@ from opendelta.inspection import (
     print_log,
     summary,
 )
-from opendelta.inspection.folding import fold_names, number_ranges
-from opendelta.mechanism.dispatch import AfterDispatcher, after
-from opendelta.mechanism.insertion import ModuleInsertion
 
 Line = tuple[int, str]  # depth, text
 MANIFEST = json.loads((Path(backbones.__file__).parent / "manifest.json").read_text())
@@ -203,24 +202,23 @@ def stack(layers: int, width: int = 4) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
 
 
-def put(model: nn.Module, name: str, delta: nn.Module | None = None) -> ModuleInsertion:
+def put(model: nn.Module, name: str) -> DeltaBase:
     """Put a delta on the module `name`."""
-    host = model.get_submodule(name)
-    insertion = ModuleInsertion(host, name, delta or Small(), "small", AfterDispatcher, after)
-    insertion.insert()
-    return insertion
+    delta = DeltaBase(model, modified_modules=[name])
+    delta.insert_sequential_module(model.get_submodule(name), Small(), "small")
+    return delta
 
 
 def test_blocks_fold_also_when_some_carry_a_delta() -> None:
     model = stack(6)
-    insertion = put(model, "1")
+    delta = put(model, "1")
     assert ours(model) == [
         (0, "root"),
         (1, "0,2-5(Linear) weight:[4, 4] bias:[4]"),
         (1, "1 (Linear) weight:[4, 4] bias:[4]"),
         (2, "small (Small) scale:[4]"),
     ]
-    insertion.detach()
+    delta.detach()
     assert ours(model) == [(0, "root"), (1, "0-5(Linear) weight:[4, 4] bias:[4]")]
 
 
@@ -540,9 +538,9 @@ def test_shared_and_tied_parameters_count_once() -> None:
     assert num_total_parameters(model) == 24
     assert num_trainable_parameters(model) == 12
     assert num_frozen_parameters(model) == 12
-    delta = Small()
-    put(model, "first", delta)
-    put(model, "lone", delta)
+    delta, shared = DeltaBase(model), Small()
+    for part in (model.first, model.lone):
+        delta.insert_sequential_module(part, shared, "small")
     assert num_delta_parameters(model) == 4
     assert num_total_parameters(model) == 28
 
@@ -747,13 +745,20 @@ def test_each_part_of_the_log_can_be_left_out(
     ],
 )
 def test_number_ranges(numbers: list[int], text: str) -> None:
-    assert number_ranges(numbers) == text
+    assert list(folded([str(number) for number in numbers])) == ([text] if text else [])
 
 
-def test_fold_names() -> None:
+def folded(names: list[str]) -> dict[str, int]:
+    """The rows that a table has for deltas on the modules `names`, and how many each counts."""
+    table = summary([(name, "small", Small()) for name in names], 0)
+    assert len({row.pattern for row in table.rows}) == len(table.rows)
+    return {row.pattern: row.count for row in table.rows}
+
+
+def test_names_that_differ_in_numbers_alone_fold() -> None:
     names = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.1.blocks.1"]
     names += [f"layers.2.blocks.{i}" for i in range(6)] + ["head", "01.x", "2.x"]
-    assert {pattern: len(found) for pattern, found in fold_names(names).items()} == {
+    assert folded(names) == {
         "layers.0-1.blocks.0-1": 4,
         "layers.2.blocks.0-5": 6,
         "head": 1,
@@ -784,7 +789,58 @@ def unfold(pattern: str) -> set[str]:
         unique=True,
     )
 )
-def test_fold_names_says_each_name_once(names: list[str]) -> None:
-    folded = fold_names(names)
-    assert all(unfold(pattern) == set(found) for pattern, found in folded.items())
-    assert sorted(name for found in folded.values() for name in found) == sorted(names)
+def test_folding_says_each_name_once(names: list[str]) -> None:
+    rows = folded(names)
+    assert all(len(unfold(pattern)) == count for pattern, count in rows.items())
+    assert sorted(name for pattern in rows for name in unfold(pattern)) == sorted(names)
+
+
+# --- what log prints -----------------------------------------------------------------------------
+
+
+def logged(delta: DeltaBase, capsys: pytest.CaptureFixture[str], **flags: Any) -> str:
+    capsys.readouterr()
+    delta.log(**flags)
+    return capsys.readouterr().out
+
+
+def test_log_shows_the_tree_and_the_ratios(capsys: pytest.CaptureFixture[str]) -> None:
+    delta = place("LoraModel", "bert_cls")
+    delta.freeze_module()
+    text = logged(delta, capsys)
+    assert "lora" in text and "query" in text
+    own = sum(p.numel() for p in delta.parameters())
+    total = sum(p.numel() for p in delta.backbone_model.parameters())
+    assert text.count(f"{own}/{total}") == 2  # trainable and delta
+
+
+@pytest.mark.parametrize("flag", ["delta_ratio", "trainable_ratio", "visualization", "cuda_memory"])
+def test_each_part_of_log_can_be_left_out(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    delta = place("LoraModel", "bert_cls")
+    every = ("delta_ratio", "trainable_ratio", "visualization", "cuda_memory")
+    signs = {
+        "delta_ratio": "Delta Parameter Ratio",
+        "trainable_ratio": "Trainable Ratio",
+        "visualization": "query",
+        "cuda_memory": "CUDA Memory",
+    }
+    without = logged(delta, capsys, **{flag: False})
+    assert [name for name in every if signs[name] not in without] == [flag]
+    alone = logged(delta, capsys, **{name: name == flag for name in every})
+    assert [name for name in every if signs[name] in alone] == [flag]
+
+
+def test_log_of_a_part_and_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    delta = place("LoraModel", "bert_cls")
+    model: Any = delta.backbone_model
+    part = logged(delta, capsys, module=model.bert.encoder.layer[0])
+    assert "lora" in part and "classifier" not in part
+    nothing = {
+        "delta_ratio": False,
+        "trainable_ratio": False,
+        "visualization": False,
+        "cuda_memory": False,
+    }
+    assert logged(delta, capsys, **nothing) == ""
+    with unchanged(model):
+        logged(delta, capsys)

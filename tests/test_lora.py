@@ -5,28 +5,19 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import backbones
 import pytest
 import torch
 import transformers
-from torch import nn
+from cases import built, loss, randomise
+from pieces import BF16, Host, linears
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from opendelta import LoraModel
 from opendelta.delta_models.lora import LoraLayer
 from opendelta.delta_models.low_rank_add import fused_applies
 from opendelta.exceptions import AddressingError, InsertionError
-
-
-class Host(nn.Module):
-    """A model of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.layer(x)
-        return out
 
 
 def randomised(layer: nn.Module, **kwargs: Any) -> tuple[Host, LoraModel]:
@@ -318,3 +309,89 @@ def test_backward_keeps_no_more_than_input_and_low_rank_activation(
         model(x)
     assert kept.pop(x.data_ptr()) == x.nbytes
     assert sum(kept.values()) == 64 * 4 * 4  # z in float32
+
+
+# --- dropout -------------------------------------------------------------------------------------
+
+
+def test_dropout_is_the_same_with_and_without_checkpointing() -> None:
+    """One seed, one mask: a recomputed block drops what its first forward dropped."""
+    model, delta = built("LoraModel", "bert", lora_dropout=0.3)
+    randomise(delta)
+    delta.freeze_module()
+    model.train()
+    seen: list[tuple[float, Tensor]] = []
+    for reentrant in (None, False, True):
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(1)
+        model.zero_grad()
+        value = loss(model, "bert")
+        value.backward()
+        grads = [p.grad.flatten() for p in delta.parameters() if p.grad is not None]
+        seen.append((value.item(), torch.cat(grads)))
+    (plain, grad), *others = seen
+    assert len(grad) == sum(p.numel() for p in delta.parameters())
+    assert grad.abs().sum() > 0
+    for value, other in others:
+        assert value == plain
+        assert torch.equal(other, grad)
+
+
+def test_dropout_is_the_same_with_and_without_gradients() -> None:
+    """Whether gradients are wanted does not change what a seed drops."""
+    model = linears(1)
+    delta = LoraModel(model, modified_modules=["0"], lora_dropout=0.5)
+    randomise(delta)
+    model.train()
+    x = torch.randn(3, 8)
+    outputs = []
+    for enabled in (True, False):
+        torch.manual_seed(7)
+        with torch.set_grad_enabled(enabled):
+            outputs.append(model(x))
+    assert torch.equal(*outputs)
+    delta.eval()
+    assert not torch.equal(outputs[0], model(x))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_lora_in_half_precision_keeps_no_second_input(dropout: float, autocast: bool) -> None:
+    """For backward it keeps the input that there is, no cast or dropped copy of that size."""
+    model = linears(1, 64)
+    if not autocast:
+        model.to(BF16)
+    delta = LoraModel(model, modified_modules=["0"], lora_dropout=dropout)
+    delta.freeze_module()
+    model.train()
+    x = torch.randn(64, 64, 64, dtype=BF16, requires_grad=True)
+    saved: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with (
+        torch.autocast("cpu", BF16, enabled=autocast),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+    ):
+        model(x)
+    large = {t.untyped_storage().data_ptr() for t in saved if t.numel() >= x.numel() // 2}
+    assert large == {x.untyped_storage().data_ptr()}
+
+
+# --- fused projections ---------------------------------------------------------------------------
+
+
+def test_a_fused_projection_gets_one_lora_over_its_whole_output() -> None:
+    """GPT2's c_attn is reached by both of LoRA's default roles."""
+    model: Any = backbones.build("gpt2")
+    delta = LoraModel(model)
+    assert {n: tuple(p.shape) for n, p in delta.named_parameters()} == {
+        f"transformer.h.{i}.attn.c_attn.lora.{name}": shape
+        for i in range(2)
+        for name, shape in (("lora_A", (8, 64)), ("lora_B", (192, 8)))
+    }
+    again = LoraModel(backbones.build("gpt2"), modified_modules=["attn.v"], common_structure=True)
+    assert [n for n, _ in again.named_parameters()] == [n for n, _ in delta.named_parameters()]

@@ -13,8 +13,9 @@ import backbones
 import pytest
 import torch
 import transformers
-from cases import BACKBONES, METHODS, built, output, put, randomise
-from placed import digest, unchanged
+from cases import BACKBONES, FOLDING, METHODS, OWN_LAYERS, built, marked, output, put, randomise
+from pieces import Host, forward_hooks
+from placed import contents, digest, unchanged
 from torch import nn
 
 import opendelta
@@ -24,9 +25,6 @@ from opendelta import (
     BitFitModel,
     DeltaBase,
     LoraModel,
-    ParallelAdapterModel,
-    PrefixModel,
-    SoftPromptModel,
 )
 from opendelta.exceptions import InsertionError
 
@@ -41,7 +39,7 @@ BIASED = {
     "opt": ["self_attn", "fc1", "fc2"],
     "mlp": ["first"],
 }
-MERGEABLE = [("LoraModel", b) for b in BACKBONES] + [("BitFitModel", b) for b in BIASED]
+MERGEABLE = marked((m, b) for m in FOLDING for b in (BIASED if m == "BitFitModel" else BACKBONES))
 
 
 def mergeable(method: str, backbone: str, model: nn.Module | None = None) -> DeltaBase:
@@ -51,14 +49,6 @@ def mergeable(method: str, backbone: str, model: nn.Module | None = None) -> Del
     delta = put(method, backbone, model, **({"modified_modules": where} if where else {}))
     randomise(delta)
     return delta
-
-
-def contents(model: nn.Module) -> dict[str, str]:
-    return {name: digest(tensor) for name, tensor in model.state_dict().items()}
-
-
-def forward_hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -94,16 +84,6 @@ def test_merged_computes_the_same_without_hooks_and_keys(method: str, backbone: 
     delta.remove()
     assert contents(model) == bare
     assert forward_hooks(model) == 0
-
-
-class Host(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.layer(x)
-        return out
 
 
 def convolution(dimensions: int, groups: int) -> nn.Module:
@@ -369,21 +349,13 @@ def test_a_tied_bias_changes_in_all_its_places() -> None:
 # --- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda model: AdapterModel(model),
-        lambda model: ParallelAdapterModel(model),
-        lambda model: PrefixModel(model),
-        lambda model: SoftPromptModel(model),
-    ],
-)
-def test_a_method_that_cannot_be_merged(make: Callable[[nn.Module], DeltaBase]) -> None:
+@pytest.mark.parametrize("method", sorted(OWN_LAYERS))
+def test_a_method_that_cannot_be_merged(method: str) -> None:
     model = backbones.build("bert")
-    delta = make(model)
+    delta = put(method, "bert", model)
     with unchanged(model):
         for call in (delta.merge, delta.merge_and_remove):
-            with pytest.raises(InsertionError, match="cannot be merged.*LoraModel.*can be"):
+            with pytest.raises(InsertionError, match=f"{method} cannot be merged"):
                 call()
 
 
@@ -646,21 +618,21 @@ def test_training_goes_on_after_unmerging() -> None:
 
 def test_compiled_code_follows() -> None:
     torch.compiler.reset()
-    model = backbones.build("bert")
+    model = backbones.build("mlp")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    bare = backbones.run(model, "bert")
-    close(output(compiled, "bert"), bare)
-    delta, other = (mergeable("LoraModel", "bert", model) for _ in "12")
-    with_both = backbones.run(model, "bert")
-    close(output(compiled, "bert"), with_both)
+    bare = backbones.run(model, "mlp")
+    close(output(compiled, "mlp"), bare)
+    delta, other = (mergeable("LoraModel", "mlp", model) for _ in "12")
+    with_both = backbones.run(model, "mlp")
+    close(output(compiled, "mlp"), with_both)
     delta.merge()
-    close(output(compiled, "bert"), with_both)
+    close(output(compiled, "mlp"), with_both)
     delta.unmerge()
-    close(output(compiled, "bert"), with_both)
+    close(output(compiled, "mlp"), with_both)
     other.remove()
-    with_one = backbones.run(model, "bert")
+    with_one = backbones.run(model, "mlp")
     assert (with_one - with_both).abs().max() > 1e-3
-    close(output(compiled, "bert"), with_one)
+    close(output(compiled, "mlp"), with_one)
     delta.merge_and_remove()
-    close(output(compiled, "bert"), with_one)
+    close(output(compiled, "mlp"), with_one)
     torch.compiler.reset()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,25 @@ import torch
 import transformers
 import weights
 from cases import REENTRANT, output, randomise
+from pieces import hook_counts, replicate
+from prefixes import (
+    DECODERS,
+    DEPTH,
+    FAMILIES,
+    HEADS,
+    LOOKED_UP,
+    PROJECTIONS,
+    SMALL,
+    TOKENS,
+    OwnAttention,
+    OwnNetwork,
+    build,
+    close,
+    hosts,
+    prefixed,
+    prompt,
+    run,
+)
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
@@ -23,423 +41,9 @@ import opendelta
 from opendelta import AdapterModel, AutoDeltaModel, LoraModel, PrefixModel
 from opendelta.exceptions import CheckpointError, ConfigError, DeltaWarning, InsertionError
 
-TOKENS = 3
-SMALL = {"prefix_token_num": TOKENS, "embed_dim": 8, "mid_dim": 8}
-FAMILIES = ("bert", "roberta", "distilbert", "deberta", "gpt2", "opt", "llama", "t5", "bart", "vit")
-LOOKED_UP = tuple(family for family in FAMILIES if family != "deberta")
-DECODERS = ("gpt2", "opt", "llama", "t5", "bart_lm")
-
-
-def build(family: str, implementation: str = "sdpa") -> nn.Module:
-    """A tiny backbone; ``bart_lm`` is one with a head, which can generate."""
-    if family == "bart_lm":
-        config = backbones.build("bart").config
-        model = transformers.BartForConditionalGeneration(config)
-        weights.fill(model).eval()
-    else:
-        model = backbones.build(family)
-    if family != "deberta":
-        model.set_attn_implementation(implementation)
-    return model
-
-
-def prefixed(
-    family: str, implementation: str = "sdpa", **kwargs: Any
-) -> tuple[nn.Module, PrefixModel]:
-    model = build(family, implementation)
-    delta = PrefixModel(model, **{**SMALL, "reparameterize": False, **kwargs})
-    randomise(delta, 0.5)
-    return model, delta
-
-
-def run(model: nn.Module, family: str) -> Tensor:
-    return backbones.run(model, "bart" if family == "bart_lm" else family)
-
-
-def hosts(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in model.named_modules() if "prefix" in m._modules}
-
-
-def close(actual: Tensor, expected: Tensor, within: float = 1e-4) -> None:
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() < within * max(1.0, float(expected.detach().abs().max()))
-
-
 # --- by hand --------------------------------------------------------------------------------------
 # What the projections gave and what came to the output projection are watched by hooks; the
 # attention between them is summed up here, head by head.
-
-PROJECTIONS = {  # q, k, v, output below the attention module
-    "bert": ("self.query", "self.key", "self.value", "output.dense"),
-    "roberta": ("self.query", "self.key", "self.value", "output.dense"),
-    "deberta": ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"),
-    "distilbert": ("q_lin", "k_lin", "v_lin", "out_lin"),
-    "gpt2": ("c_attn", "c_attn", "c_attn", "c_proj"),
-    "opt": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "llama": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "t5": ("q", "k", "v", "o"),
-    "bart": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "vit": ("q_proj", "k_proj", "v_proj", "o_proj"),
-}
-HEADS, DEPTH = 4, 16
-
-
-class Watch:
-    """Records queries, keys, values and the context of one attention module."""
-
-    def __init__(self, host: nn.Module, family: str) -> None:
-        self.seen: dict[str, Tensor] = {}
-        for role, name in zip("qkvo", PROJECTIONS[family], strict=True):
-            part = host.get_submodule(name)
-            if role == "o":
-                part.register_forward_pre_hook(self.note(role, lambda args: args[0]))
-            else:
-                hook = self.note(role, lambda args: args[1])
-                # DeBERTa projects its relative positions too, after queries, keys and values
-                part.register_forward_hook(lambda m, args, out, hook=hook: hook(m, (args, out)))
-
-    def note(self, role: str, pick: Callable[[Any], Tensor]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            self.seen.setdefault(role, pick(args).detach().double())
-
-        return hook
-
-    def parts(self, family: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, k, v, o = (self.seen[role] for role in "qkvo")
-        if family == "gpt2":
-            q, k, v = q.chunk(3, -1)
-        return q, k, v, o
-
-
-def by_hand(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix: nn.Module,
-    visible: Callable[[int, int, int], bool],
-    scale: float,
-    bias: Callable[[int, int, int], float] = lambda head, i, j: 0.0,
-    terms: Tensor | None = None,
-) -> Tensor:
-    """Attention of (batch, tokens, width) tensors with the prefix joined, head by head.
-
-    `visible(batch, i, j)` and `bias(head, i, j)` take positions of query and key in the text; the
-    prefix's last position is -1. `terms` (batch * heads, queries, keys) is added to the scores.
-    """
-    past_k, past_v = (p.detach().double() for p in (prefix.past_key, prefix.past_value))
-    kv_heads = k.shape[-1] // DEPTH
-    result = torch.zeros(*q.shape[:2], HEADS * DEPTH, dtype=torch.double)
-    for b in range(q.shape[0]):
-        for head in range(HEADS):
-            here = slice(head * DEPTH, (head + 1) * DEPTH)
-            shared = head * kv_heads // HEADS
-            there = slice(shared * DEPTH, (shared + 1) * DEPTH)
-            for i in range(q.shape[1]):
-                keys = [(j - TOKENS, past_k[j, there], past_v[j, there]) for j in range(TOKENS)]
-                keys += [
-                    (j, k[b, j, there], v[b, j, there])
-                    for j in range(k.shape[1])
-                    if visible(b, i, j)
-                ]
-                logits = []
-                for j, key, _ in keys:
-                    logit = float(q[b, i, here] @ key) * scale + bias(head, i, j)
-                    if terms is not None and j >= 0:
-                        logit += float(terms[b * HEADS + head, i, j])
-                    logits.append(logit)
-                chances = torch.tensor(logits, dtype=torch.double).softmax(0)
-                result[b, i, here] = sum(
-                    (p * value for p, (_, _, value) in zip(chances, keys, strict=True)),
-                    torch.zeros(DEPTH, dtype=torch.double),
-                )
-    return result
-
-
-def rotate(x: Tensor) -> Tensor:
-    """Rotary positions, pair by pair: dimension n turns with n + half."""
-    result = x.clone()
-    half = DEPTH // 2
-    for start in range(0, x.shape[-1], DEPTH):
-        for n in range(half):
-            for t in range(x.shape[1]):
-                angle = t * 10000 ** (-n / half)
-                a, b = x[:, t, start + n], x[:, t, start + n + half]
-                result[:, t, start + n] = a * math.cos(angle) - b * math.sin(angle)
-                result[:, t, start + n + half] = b * math.cos(angle) + a * math.sin(angle)
-    return result
-
-
-def t5_bucket(distance: int, bidirectional: bool) -> int:
-    """T5's bucket of (key position - query position), for 8 buckets and a maximum of 16."""
-    buckets, first = (4, 4 if distance > 0 else 0) if bidirectional else (8, 0)
-    apart = abs(distance) if bidirectional else max(-distance, 0)
-    exact = buckets // 2
-    if apart < exact:
-        return first + apart
-    far = exact + int(math.log(apart / exact) / math.log(16 / exact) * (buckets - exact))
-    return first + min(far, buckets - 1)
-
-
-def relative_bias(model: Any, name: str) -> Callable[[int, int, int], float]:
-    """T5's bias of one attention: each stack's first block holds the table for all of it."""
-    if "EncDecAttention" in name:
-        return lambda head, i, j: 0.0
-    stack = model.encoder if name.startswith("encoder") else model.decoder
-    table = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.detach()
-    both_ways = stack is model.encoder
-    return lambda head, i, j: float(table[t5_bucket(j - i, both_ways), head])
-
-
-EXPECTED_HOSTS = {"t5": 6, "bart": 6}
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", LOOKED_UP)
-def test_attention_with_a_prefix_by_hand(family: str, implementation: str) -> None:
-    everywhere = {
-        "t5": ["SelfAttention", "EncDecAttention"],
-        "bart": ["self_attn", "encoder_attn"],
-    }.get(family)
-    model, _ = prefixed(family, implementation, modified_modules=everywhere)
-    watches = {name: Watch(host, family) for name, host in hosts(model).items()}
-    assert len(watches) == EXPECTED_HOSTS.get(family, 2)
-    run(model, family)
-    mask = backbones.inputs(family).get("attention_mask", torch.ones(2, 99))
-    for name, watch in watches.items():
-        q, k, v, context = watch.parts(family)
-        if family == "llama":
-            q, k = rotate(q), rotate(k)
-        in_decoder = family in ("gpt2", "opt", "llama") or name.startswith("decoder")
-        crossing = "encoder_attn" in name or "EncDec" in name
-        causal = in_decoder and not crossing
-        padded = family in ("gpt2", "opt", "llama") or crossing or not in_decoder
-
-        def visible(b: int, i: int, j: int, causal: bool = causal, padded: bool = padded) -> bool:
-            return not (causal and j > i) and not (padded and mask[b, j] == 0)
-
-        expected = by_hand(
-            q,
-            k,
-            v,
-            hosts(model)[name].prefix,
-            visible,
-            1.0 if family == "t5" else DEPTH**-0.5,
-            relative_bias(model, name) if family == "t5" else lambda head, i, j: 0.0,
-        )
-        close(context.flatten(2), expected, 1e-5)
-
-
-def test_deberta_with_a_prefix_by_hand() -> None:
-    """DeBERTa's relative terms are those of its own code for the text, and zero at the prefix."""
-    model, _ = prefixed("deberta")
-    watches = {name: Watch(host, "deberta") for name, host in hosts(model).items()}
-    run(model, "deberta")
-    table = model.encoder.get_rel_embedding()
-    assert len(watches) == 2
-    for name, watch in watches.items():
-        q, k, v, context = watch.parts("deberta")
-        attention = hosts(model)[name].get_submodule("self")
-        stacked = [attention.transpose_for_scores(t.float(), HEADS) for t in (q, k)]
-        terms = attention.disentangled_attention_bias(*stacked, None, table, 3)
-        expected = by_hand(
-            q,
-            k,
-            v,
-            hosts(model)[name].prefix,
-            lambda b, i, j: True,
-            (3 * DEPTH) ** -0.5,
-            terms=terms.detach().double(),
-        )
-        close(context, expected, 1e-5)
-
-
-class OwnAttention(nn.Module):
-    """Causal attention computed inline by a network of one's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj = nn.Linear(64, 64), nn.Linear(64, 64)
-        self.v_proj, self.o_proj = nn.Linear(64, 64), nn.Linear(64, 64)
-        self.style = "softmax"
-
-    def forward(self, x: Tensor) -> Tensor:
-        split = [
-            part(x).view(*x.shape[:2], HEADS, DEPTH).transpose(1, 2)
-            for part in (self.q_proj, self.k_proj, self.v_proj)
-        ]
-        q, k, v = split
-        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-        if self.style == "softmax":
-            scores = (q @ k.transpose(-1, -2)) / math.sqrt(DEPTH)
-            joined = scores.masked_fill(hidden, -1e9).softmax(-1) @ v
-        elif self.style == "scaled key":
-            scores = torch.matmul(q, (k * DEPTH**-0.5).transpose(-1, -2))
-            joined = torch.softmax(scores.masked_fill(hidden, -1e9), dim=-1).matmul(v)
-        elif self.style.startswith("stacked"):
-            q, k, v = (t.reshape(-1, x.shape[1], DEPTH) for t in split)
-            zero = torch.zeros(1, 1, 1).expand(len(q), x.shape[1], x.shape[1])
-            factors = {"beta": 1.0, "alpha": DEPTH**-0.5}
-            if self.style == "stacked, named":
-                scores = zero.baddbmm(batch1=q, batch2=k.transpose(1, 2), **factors)
-            else:
-                scores = zero.baddbmm(q, k.transpose(1, 2), **factors)
-            probabilities = nn.functional.softmax(scores.masked_fill(hidden, -1e9), -1)
-            joined = torch.bmm(probabilities, v).view(x.shape[0], HEADS, -1, DEPTH)
-        else:
-            options: dict[str, Any] = {
-                "fused": {"is_causal": True},
-                "fused, boolean": {"attn_mask": ~hidden},
-                "fused, additive": {
-                    "attn_mask": torch.zeros(hidden.shape).masked_fill(hidden, -9e9)
-                },
-            }[self.style]
-            joined = nn.functional.scaled_dot_product_attention(q, k, v, **options)
-        return self.o_proj(joined.transpose(1, 2).flatten(2))
-
-
-class OwnBlock(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = OwnAttention()
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(x)
-        return x + self.down(self.up(x).relu())
-
-
-class OwnNetwork(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, 64)
-        self.layers = nn.ModuleList([OwnBlock() for _ in range(2)])
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-STYLES = (
-    "softmax",
-    "scaled key",
-    "stacked",
-    "stacked, named",
-    "fused",
-    "fused, boolean",
-    "fused, additive",
-)
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_attention_of_ones_own_with_a_prefix_by_hand(style: str) -> None:
-    model = weights.fill(OwnNetwork()).eval()
-    for layer in model.layers:
-        layer.attn.style = style
-    delta = PrefixModel(model, **SMALL, reparameterize=False, modified_modules=["attn"])
-    randomise(delta, 0.5)
-    PROJECTIONS["own"] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    watches = [Watch(layer.attn, "own") for layer in model.layers]
-    model(torch.tensor([[3, 14, 15, 9], [2, 6, 5, 35]]))
-    for watch, layer in zip(watches, model.layers, strict=True):
-        q, k, v, context = watch.parts("own")
-        prefix = layer.attn.prefix
-        expected = by_hand(q, k, v, prefix, lambda b, i, j: j <= i, DEPTH**-0.5)
-        close(context, expected, 1e-5)
-
-
-# --- other attention ------------------------------------------------------------------------------
-
-_COMMON = {"vocab_size": 128, "hidden_size": 64, "pad_token_id": 0, "eos_token_id": 2}
-_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "multi-query": ("Falcon", {"num_attention_heads": 4}),
-    "grouped-query": (
-        "Falcon",
-        {"num_attention_heads": 4, "new_decoder_architecture": True, "num_kv_heads": 2},
-    ),
-    "stacked": ("Bloom", {"n_head": 4}),
-    "ALiBi": ("Mpt", {"d_model": 64, "n_heads": 4, "max_seq_len": 64}),
-    "latent": (
-        "DeepseekV3",
-        {
-            **_LATENT,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "v_head_dim": 12,
-            "intermediate_size": 64,
-            "first_k_dense_replace": 2,
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-        },
-    ),
-    "sliding": (
-        "Mistral",
-        {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 64,
-            "sliding_window": 4,
-        },
-    ),
-    "beside a state space": (
-        "Jamba",
-        {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 64,
-            "num_experts": 2,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "use_mamba_kernels": False,
-        },
-    ),
-}
-
-
-def other(kind: str, implementation: str) -> nn.Module:
-    name, sizes = OTHERS[kind]
-    config = getattr(transformers, name + "Config")(**{**_COMMON, **sizes})
-    config.num_hidden_layers = 2
-    config._attn_implementation = implementation
-    return weights.fill(getattr(transformers, name + "ForCausalLM")(config)).eval()
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_other_attention_in_both_implementations(kind: str) -> None:
-    """Eager and SDPA agree, with cache and without, and no token sees the future."""
-    ids = backbones.inputs("gpt2")["input_ids"]
-    outputs = []
-    name = OTHERS[kind][0]
-    for implementation in ("eager",) if name in ("Bloom", "Mpt") else ("eager", "sdpa"):
-        model = other(kind, implementation)
-        delta = PrefixModel(model, **SMALL, reparameterize=False)
-        assert len(hosts(model)) == (1 if name == "Jamba" else 2)
-        with torch.no_grad():
-            bare_and_acting = []
-            for scale in (0.0, 1.0):
-                randomise(delta, scale)
-                bare_and_acting.append(model(ids).logits)
-            outputs.append(bare_and_acting[1])
-            assert (bare_and_acting[1] - bare_and_acting[0]).abs().amax(-1).min() > 1e-4
-            close(model(ids[:, :4]).logits, outputs[-1][:, :4], 1e-5)
-            options = {"max_new_tokens": 6, "do_sample": False, **prompt("gpt2")}
-            cached = model.generate(**options)
-            assert torch.equal(cached, model.generate(**options, use_cache=False))
-    close(outputs[0], outputs[-1], 1e-5)
-
-
-def test_what_only_stands_beside_attention_gets_no_prefix() -> None:
-    model = other("beside a state space", "sdpa")
-    PrefixModel(model, **SMALL)
-    assert list(hosts(model)) == ["model.layers.1.self_attn"]
-    with pytest.raises(InsertionError, match="'model.layers.0.mamba' .* no attention module"):
-        PrefixModel(model, **SMALL, modified_modules=["mamba", "self_attn"])
-    config = transformers.MambaConfig(**_COMMON, num_hidden_layers=1, state_size=4)
-    with pytest.raises(InsertionError, match="MambaForCausalLM has no attention module"):
-        PrefixModel(transformers.MambaForCausalLM(config))
 
 
 # --- a prefix that gets no weight -----------------------------------------------------------------
@@ -496,13 +100,6 @@ def test_a_prefix_without_weight_changes_nothing(family: str, implementation: st
 
 
 # --- decoding -------------------------------------------------------------------------------------
-
-
-def prompt(family: str) -> dict[str, Any]:
-    ids = backbones.inputs("gpt2")["input_ids"]
-    mask = torch.ones_like(ids)
-    mask[1, :2] = 0  # left padding; for an encoder, padding anywhere
-    return {"input_ids": ids, "attention_mask": mask, "pad_token_id": 0}
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -906,10 +503,6 @@ def test_detach_attach_and_remove(family: str, reparameterize: bool) -> None:
     assert list(model.state_dict()) == list(bare.state_dict())
 
 
-def hook_counts(module: nn.Module) -> dict[str, int]:
-    return {name: len(value) for name, value in vars(module).items() if name.endswith("_hooks")}
-
-
 @pytest.mark.parametrize("reparameterize", [False, True])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("family", ["bert", "deberta", "t5", "llama"])
@@ -937,27 +530,12 @@ def test_a_copy_has_a_prefix_of_its_own(
     assert torch.equal(run(model, family), acting)
 
 
-def replica(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """What `nn.DataParallel` makes of a module: shallow copies with tensors for parameters."""
-    if id(module) in made:
-        return made[id(module)]
-    copied = made[id(module)] = module._replicate_for_data_parallel()
-    for name, child in module._modules.items():
-        copied._modules[name] = None if child is None else replica(child, made)
-    for name, p in module._parameters.items():
-        copied._parameters[name] = None
-        if p is not None:
-            del copied._parameters[name]
-            object.__setattr__(copied, name, p.detach().clone())
-    return copied
-
-
 @pytest.mark.parametrize("family", ["bert", "deberta", "t5", "llama"])
 def test_replicas_in_threads(family: str) -> None:
     """Replicas and another, bare model run at once, and none disturbs another."""
     model, _ = prefixed(family, reparameterize=True)
     bare = build(family)
-    jobs = [(replica(model, {}), run(model, family)) for _ in range(2)] + [
+    jobs = [(replicate(model), run(model, family)) for _ in range(2)] + [
         (model, run(model, family)),
         (bare, run(bare, family)),
     ]

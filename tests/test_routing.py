@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import backbones
+import cases
 import pytest
 import torch
 import weights
@@ -47,6 +48,11 @@ METHODS: dict[str, Callable[[nn.Module, int], DeltaBase]] = {
         model, prefix_token_num=2 + 3 * i, reparameterize=i == 0, embed_dim=8, mid_dim=8
     ),
     "soft_prompt": lambda model, i: SoftPromptModel(model, soft_token_num=3),
+}
+METHODS |= {  # and of any other method that is public
+    cls.delta_type: lambda model, i, cls=cls: cls(model)
+    for cls in (getattr(opendelta, name) for name in cases.METHODS)
+    if cls.delta_type not in METHODS
 }
 BACKBONES = ("bert", "gpt2", "llama", "t5")
 MIXED = [name for name in METHODS if name != "soft_prompt"]
@@ -204,8 +210,8 @@ def test_a_detached_delta_follows_its_backbone() -> None:
     inputs = batch("gpt2", 4)
     with opendelta.route(model, deltas):
         routed = run(model, inputs)
-    modules = [i.module for delta in deltas for i in delta.insertions if hasattr(i, "module")]
-    assert {p.dtype for module in modules for p in module.parameters()} == {torch.float64}
+    own = [p for delta in deltas if type(delta) is not BitFitModel for p in delta.parameters()]
+    assert {p.dtype for p in own} == {torch.float64}
     assert routed.dtype == torch.float64
     close(routed, torch.cat(alone(model, deltas, inputs)))
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import backbones
 import pytest
 import torch
-import weights
-from cases import randomise
-from placed import METHODS, PLACED, place, trainable, unchanged
+from cases import built, randomise
+from pieces import part_and_whole
+from placed import PLACED, PLACED_METHODS, place, told, trainable, unchanged
 from safetensors.torch import load_file, save_file
-from torch import nn
+from saved import content, loaded, names, output, trained
+from torch import Tensor, nn
 
 import opendelta
 from opendelta import (
@@ -31,44 +32,11 @@ from opendelta import (
     OpenDeltaError,
     ParallelAdapterModel,
 )
+from opendelta.exceptions import CheckpointError
 
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", PLACED_METHODS)
 placed = pytest.mark.parametrize(("method", "backbone"), PLACED)
 CLASSIFIER = {"classifier.weight", "classifier.bias"}
-
-
-def trained(method: str, backbone: str, exclude: Any = None, **kwargs: Any) -> DeltaBase:
-    """A delta with weights of its own, after `freeze_module`; so has what it left trainable."""
-    delta = place(method, backbone, **kwargs)
-    randomise(delta)
-    delta.freeze_module(exclude=exclude)
-    own = {id(p) for p in delta.parameters()}
-    with torch.no_grad():
-        for name, p in delta.backbone_model.named_parameters():
-            if p.requires_grad and id(p) not in own:
-                p.copy_(weights.uniform("trained:" + name, p.shape, 0.25))
-    return delta
-
-
-def output(delta: DeltaBase, backbone: str) -> torch.Tensor:
-    return backbones.run(delta.backbone_model.eval(), backbone)
-
-
-def names(delta: DeltaBase) -> set[str]:
-    return {name for name, _ in delta.named_parameters()}
-
-
-def loaded(path: Path, backbone: str, **kwargs: Any) -> DeltaBase:
-    """The delta in a folder on a fresh backbone; any warning is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return AutoDeltaModel.from_finetuned(
-            path, backbone_model=backbones.build(backbone), **kwargs
-        )
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() if p.is_file() else b"a folder" for p in folder.iterdir()}
 
 
 # --- two files ------------------------------------------------------------------------------------
@@ -177,7 +145,7 @@ def test_the_config_says_what_the_delta_is_and_where_it_was(tmp_path: Path) -> N
 
 
 def test_saving_changes_nothing_about_the_backbone(tmp_path: Path) -> None:
-    for method in METHODS:
+    for method in PLACED_METHODS:
         delta = trained(method, "bert_cls", exclude=["deltas", "classifier"])
         with unchanged(delta.backbone_model):
             delta.save_finetuned(tmp_path / method)
@@ -481,179 +449,6 @@ def test_beside_others_load_checkpoint_fills_the_right_one(tmp_path: Path) -> No
     )
 
 
-# --- weights alone --------------------------------------------------------------------------------
-
-
-@each_method
-@pytest.mark.parametrize("file", ["x.safetensors", "x.bin", "x.pt", "folder", "folder/new/x.bin"])
-def test_checkpoints_round_trip(method: str, file: str, tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    delta = trained(method, "bert_cls", exclude=["deltas", "classifier"])
-    delta.save_checkpoint(tmp_path / file)
-    target = place(method, "bert_cls")
-    target.freeze_module(exclude=["deltas", "classifier"])
-    assert not torch.equal(output(target, "bert_cls"), output(delta, "bert_cls"))
-    target.load_checkpoint(str(tmp_path / file))
-    assert torch.equal(output(target, "bert_cls"), output(delta, "bert_cls"))
-
-
-def test_the_suffix_decides_the_format(tmp_path: Path) -> None:
-    delta = trained("LoraModel", "mlp")
-    for file, read in (
-        ("x.safetensors", load_file),
-        ("x.bin", lambda path: torch.load(path, weights_only=True)),
-        ("x.pt", lambda path: torch.load(path, weights_only=True)),
-    ):
-        delta.save_checkpoint(tmp_path / file)
-        assert set(read(tmp_path / file)) == names(delta)
-    delta.save_checkpoint(tmp_path)
-    assert set(load_file(tmp_path / "model.safetensors")) == names(delta)
-    assert not (tmp_path / "config.json").exists()
-
-
-def test_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
-    delta = trained("LoraModel", "mlp")
-    delta.save_checkpoint(tmp_path / "new")
-    target = place("LoraModel", "mlp")
-    target.load_checkpoint(tmp_path / "new")
-    assert torch.equal(output(target, "mlp"), output(delta, "mlp"))
-
-
-def test_checkpoint_functions_of_ones_own(tmp_path: Path) -> None:
-    delta = trained("LoraModel", "mlp")
-    calls = []
-
-    def save(tensors: Any, path: str) -> None:
-        calls.append(set(tensors))
-        save_file(tensors, path)
-
-    def load(path: str) -> Any:
-        calls.append(path)
-        return load_file(path)
-
-    delta.save_checkpoint(tmp_path / "odd.name", save, delta.backbone_model)
-    target = place("LoraModel", "mlp")
-    target.load_checkpoint(tmp_path / "odd.name", load, target.backbone_model)
-    assert calls == [names(delta), str(tmp_path / "odd.name")]
-    assert torch.equal(output(target, "mlp"), output(delta, "mlp"))
-
-
-def test_load_checkpoint_reads_what_save_finetuned_wrote(tmp_path: Path) -> None:
-    for save_function in (None, torch.save):
-        delta = trained("LoraModel", "bert_cls", exclude=["deltas", "classifier"])
-        delta.save_finetuned(tmp_path / str(save_function is None), save_function=save_function)
-        target = place("LoraModel", "bert_cls")
-        target.load_checkpoint(tmp_path / str(save_function is None))
-        assert torch.equal(output(target, "bert_cls"), output(delta, "bert_cls"))
-
-
-def test_load_checkpoint_leaves_the_train_mode(tmp_path: Path) -> None:
-    trained("LoraModel", "mlp").save_checkpoint(tmp_path)
-    target = place("LoraModel", "mlp")
-    target.backbone_model.train()
-    target.load_checkpoint(tmp_path)
-    assert target.backbone_model.training
-
-
-# --- loading --------------------------------------------------------------------------------------
-
-
-@each_method
-@pytest.mark.parametrize("loader", ["own", "auto", "base"])
-def test_who_may_load(method: str, loader: str, tmp_path: Path) -> None:
-    delta = trained(method, "bert_cls")
-    delta.save_finetuned(tmp_path)
-    cls: Any = {"own": type(delta), "auto": AutoDeltaModel, "base": DeltaBase}[loader]
-    model = backbones.build("bert_cls").train()
-    again = cls.from_finetuned(str(tmp_path), model)
-    assert type(again) is type(delta)
-    assert again.backbone_model is model
-    assert opendelta.deltas(model) == [again]
-    assert not any(module.training for module in model.modules())
-
-
-def test_from_finetuned_by_position(tmp_path: Path) -> None:
-    """path, backbone, config, cache_dir, state_dict, as the specification orders them."""
-    delta = trained("LoraModel", "mlp")
-    tensors = {name: p.detach() for name, p in delta.named_parameters()}
-    for cls in (LoraModel, AutoDeltaModel):
-        again = cls.from_finetuned(None, backbones.build("mlp"), delta.config, None, tensors)
-        assert torch.equal(output(again, "mlp"), output(delta, "mlp"))
-
-
-@pytest.mark.parametrize("form", [lambda c: c, lambda c: c.to_dict()], ids=["object", "dict"])
-@each_method
-def test_without_a_path(method: str, form: Callable[[Any], Any], tmp_path: Path) -> None:
-    delta = trained(method, "bert_cls", exclude=["deltas", "classifier"])
-    delta.save_finetuned(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    for cls in (type(delta), AutoDeltaModel):
-        again = cls.from_finetuned(
-            None, backbones.build("bert_cls"), delta_config=form(delta.config), state_dict=tensors
-        )
-        assert torch.equal(output(again, "bert_cls"), output(delta, "bert_cls"))
-
-
-@pytest.mark.parametrize("missing", ["delta_config", "state_dict"])
-def test_without_a_path_both_are_needed(missing: str) -> None:
-    delta = trained("LoraModel", "mlp")
-    both: dict[str, Any] = {"delta_config": delta.config, "state_dict": delta.state_dict()}
-    del both[missing]
-    model = backbones.build("mlp")
-    with unchanged(model), pytest.raises(OpenDeltaError, match="delta_config.*state_dict"):
-        AutoDeltaModel.from_finetuned(None, model, **both)
-
-
-def test_a_config_or_tensors_in_place_of_the_folders(tmp_path: Path) -> None:
-    delta = trained("LoraModel", "mlp", lora_alpha=16)
-    delta.save_finetuned(tmp_path)
-    config = LoraConfig.from_dict(delta.config.to_dict(), lora_alpha=32)
-    other = AutoDeltaModel.from_finetuned(tmp_path, backbones.build("mlp"), delta_config=config)
-    assert other.lora_alpha == 32
-    assert not torch.allclose(output(other, "mlp"), output(delta, "mlp"))
-    zeros = {name: torch.zeros_like(p) for name, p in delta.named_parameters()}
-    other = AutoDeltaModel.from_finetuned(tmp_path, backbones.build("mlp"), state_dict=zeros)
-    assert not any(p.any() for p in other.parameters())
-
-
-def test_keyword_arguments_override_the_files_config(tmp_path: Path) -> None:
-    delta = trained("LoraModel", "mlp")
-    delta.save_finetuned(tmp_path)
-    for cls in (LoraModel, AutoDeltaModel):
-        again = cls.from_finetuned(tmp_path, backbones.build("mlp"), lora_dropout=0.5)
-        assert again.lora_dropout == 0.5 and again.config.lora_dropout == 0.5
-        with pytest.raises(OpenDeltaError, match="'lora_droput'.*'lora_dropout'"):
-            cls.from_finetuned(tmp_path, backbones.build("mlp"), lora_droput=0.5)
-
-
-def test_arguments_of_downloads_are_accepted(tmp_path: Path) -> None:
-    delta = trained("LoraModel", "mlp")
-    delta.save_finetuned(tmp_path)
-    again = loaded(
-        tmp_path,
-        "mlp",
-        cache_dir=tmp_path,
-        force_download=True,
-        local_files_only=True,
-        check_hash=True,
-    )
-    assert torch.equal(output(again, "mlp"), output(delta, "mlp"))
-
-
-def test_the_loaded_delta_trains_on(tmp_path: Path) -> None:
-    """Its parameters are real leaves with fresh gradients, on which one step acts."""
-    trained("LoraModel", "mlp").save_finetuned(tmp_path)
-    again = loaded(tmp_path, "mlp")
-    assert all(p.is_leaf and p.requires_grad and p.grad is None for p in again.parameters())
-    again.freeze_module()
-    before = output(again, "mlp")
-    again.backbone_model(**backbones.inputs("mlp")).sum().backward()
-    with torch.no_grad():
-        for p in again.parameters():
-            p.sub_(p.grad)
-    assert not torch.equal(output(again, "mlp"), before)
-
-
 # --- other models' folders ------------------------------------------------------------------------
 
 
@@ -785,3 +580,126 @@ def test_an_adapter_of_another_width_on_the_same_names(tmp_path: Path) -> None:
     wide.save_finetuned(tmp_path)
     again = loaded(tmp_path, "mlp")
     assert {p.shape for n, p in again.named_parameters() if n.endswith("down_proj.bias")} == {(7,)}
+
+
+def test_a_delta_of_the_whole_is_saved_without_those_of_parts(tmp_path: Path) -> None:
+    """Its file holds it and the backbone's own, and is known to fit a fresh backbone."""
+    _, adapter, lora = part_and_whole()
+    lora.freeze_module(exclude=["deltas", "encoder"])
+    lora.save_finetuned(tmp_path)
+    held = set(load_file(tmp_path / "model.safetensors"))
+    assert not any("adapter" in name for name in held)
+    fresh = backbones.build("bert")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoraModel.from_finetuned(tmp_path, backbone_model=fresh)
+    adapter.detach()
+    assert torch.equal(backbones.run(fresh, "bert"), backbones.run(lora.backbone_model, "bert"))
+
+
+# --- what a failed save leaves -------------------------------------------------------------------
+
+
+def saved_lora(folder: Path) -> tuple[nn.Module, DeltaBase, Tensor]:
+    """A delta that was saved into `folder`, with what the backbone computed then."""
+    model, delta = built("LoraModel", "bert")
+    delta.freeze_module()
+    randomise(delta)
+    delta.save_finetuned(folder)
+    return model, delta, backbones.run(model, "bert")
+
+
+def loaded_output(folder: Path) -> Tensor:
+    fresh = backbones.build("bert")
+    AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
+    return backbones.run(fresh, "bert")
+
+
+def test_a_save_function_that_writes_nothing_keeps_the_old_files(tmp_path: Path) -> None:
+    """As on ranks other than the first: what an earlier save left still loads."""
+    _, delta, expected = saved_lora(tmp_path)
+    before = content(tmp_path)
+    randomise(delta, 0.5)
+    delta.save_finetuned(tmp_path, save_function=lambda tensors, path: None)
+    delta.save_checkpoint(tmp_path, save_func=lambda tensors, path: None)
+    assert content(tmp_path) == before
+    assert torch.equal(loaded_output(tmp_path), expected)
+
+
+def test_a_save_function_that_writes_elsewhere_raises(tmp_path: Path) -> None:
+    """One that appends a suffix leaves nothing behind, and the old files as they were."""
+    _, delta, _ = saved_lora(tmp_path)
+    before = content(tmp_path)
+
+    def appends(tensors: dict[str, Tensor], path: str) -> None:
+        torch.save(tensors, path + ".part")
+
+    with pytest.raises(CheckpointError, match=r"\.part"):
+        delta.save_finetuned(tmp_path, save_function=appends)
+    with pytest.raises(CheckpointError, match=r"\.part"):
+        delta.save_checkpoint(tmp_path / "w.bin", save_func=appends)
+    assert content(tmp_path) == before
+
+
+def test_a_config_that_json_cannot_hold_leaves_the_old_files(tmp_path: Path) -> None:
+    """Weights are replaced only together with a config that can be written."""
+    _, delta, expected = saved_lora(tmp_path)
+    before = content(tmp_path)
+    randomise(delta, 0.5)
+    delta.config.lora_alpha = object()
+    with pytest.raises(opendelta.OpenDeltaError, match="cannot be saved"):
+        delta.save_finetuned(tmp_path)
+    assert content(tmp_path) == before
+    assert torch.equal(loaded_output(tmp_path), expected)
+
+
+def test_a_file_holds_of_the_backbone_only_what_its_config_lists(tmp_path: Path) -> None:
+    """A parameter of the backbone that the config does not list would overwrite it unseen."""
+    _, delta, _ = saved_lora(tmp_path)
+    name = "embeddings.word_embeddings.weight"
+    weight = delta.backbone_model.get_parameter(name)
+    tensors = {**load_file(tmp_path / "model.safetensors"), name: torch.zeros_like(weight)}
+    fresh = backbones.build("bert")
+    with unchanged(fresh), pytest.raises(CheckpointError, match=name):
+        AutoDeltaModel.from_finetuned(tmp_path, backbone_model=fresh, state_dict=tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=name):
+        delta.load_checkpoint(tmp_path)
+    assert weight.abs().sum() > 0
+
+
+# --- places that are refused ---------------------------------------------------------------------
+
+
+def listing(folder: Path) -> Iterator[tuple[str, bytes]]:
+    return ((path.name, path.read_bytes()) for path in sorted(folder.iterdir()) if path.is_file())
+
+
+def test_saving_into_a_file(tmp_path: Path, model: Any) -> None:
+    delta = place("LoraModel", "bert_cls", model)
+    delta.freeze_module()
+    (tmp_path / "x").write_text("x")
+    before = list(listing(tmp_path))
+    with unchanged(model), pytest.raises(OpenDeltaError, match="x is a file"):
+        delta.save_finetuned(tmp_path / "x")
+    assert list(listing(tmp_path)) == before
+
+
+def test_saving_into_another_models_folder(tmp_path: Path, model: Any) -> None:
+    delta = place("LoraModel", "bert_cls", model)
+    delta.freeze_module()
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").write_bytes(b"weights of a backbone")
+    before = list(listing(tmp_path))
+    with unchanged(model), pytest.raises(OpenDeltaError) as caught:
+        delta.save_finetuned(tmp_path)
+    told(caught.value, (str(tmp_path), "'bert' backbone", "overwrite=True"))
+    assert list(listing(tmp_path)) == before
+
+
+def test_an_unknown_argument_of_saving(tmp_path: Path, model: Any) -> None:
+    delta = place("LoraModel", "bert_cls", model)
+    delta.freeze_module()
+    with unchanged(model), pytest.raises(TypeError):
+        delta.save_finetuned(tmp_path, overwrit=True)
+    assert list(listing(tmp_path)) == []

@@ -13,6 +13,22 @@ import torch
 import transformers
 import weights
 from cases import output, randomise
+from pieces import hook_counts
+from prompts import (
+    COUNT,
+    DECODERS,
+    FAMILIES,
+    GENERATING,
+    PAIRS,
+    build,
+    close,
+    first,
+    joined,
+    prompt_of,
+    prompted,
+    run,
+    the_prompt,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -20,60 +36,6 @@ from torch.nn.functional import cross_entropy
 import opendelta
 from opendelta import AutoDeltaModel, SoftPromptModel
 from opendelta.exceptions import ConfigError, InsertionError
-
-COUNT = 5
-ENCODERS = ("bert", "roberta", "distilbert", "deberta")
-DECODERS = ("gpt2", "opt", "llama")
-PAIRS = ("t5", "bart")
-FAMILIES = (*ENCODERS, *DECODERS, *PAIRS)
-GENERATING = (*DECODERS, "t5", "bart_lm")
-
-
-def build(family: str) -> nn.Module:
-    if family == "bart_lm":
-        config = backbones.build("bart").config
-        return weights.fill(transformers.BartForConditionalGeneration(config)).eval()
-    return backbones.build(family)
-
-
-def prompted(family: str, **kwargs: Any) -> tuple[nn.Module, SoftPromptModel]:
-    model = build(family)
-    delta = SoftPromptModel(model, soft_token_num=COUNT, **kwargs)
-    randomise(delta, 0.5)
-    return model, delta
-
-
-def the_prompt(delta: SoftPromptModel) -> Tensor:
-    (prompt,) = delta.parameters()
-    return prompt
-
-
-def run(model: nn.Module, family: str) -> Tensor:
-    return backbones.run(model, "bart" if family == "bart_lm" else family)
-
-
-def close(actual: Tensor, expected: Tensor, within: float = 1e-6) -> None:
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() < within * max(1.0, float(expected.detach().abs().max()))
-
-
-def joined(bare: Any, prompt: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-    """What the bare model must be given to compute what the prompted one does with `given`."""
-    given = dict(given)
-    ids = given.pop("input_ids")
-    source = bare.get_encoder() if bare.config.is_encoder_decoder else bare
-    embeds = source.get_input_embeddings()(ids)
-    front = prompt.detach().expand(len(ids), -1, -1)
-    given["inputs_embeds"] = torch.cat([front, embeds], 1)
-    for name, value in (("attention_mask", 1), ("token_type_ids", 0), ("labels", -100)):
-        if name in given:
-            new = torch.full((len(ids), COUNT), value)
-            given[name] = torch.cat([new, given[name]], 1)
-    return given
-
-
-def first(out: Any) -> Tensor:
-    return out.logits if "logits" in out else out.last_hidden_state
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -334,201 +296,6 @@ def test_a_file_of_0_3_2_fits_where_the_prompt_sits_deeper_now(tmp_path: Path) -
     save_file({"soft_prompt_layer.soft_embeds": new}, tmp_path / "old.safetensors")
     delta.load_checkpoint(tmp_path / "old.safetensors")
     assert torch.equal(the_prompt(delta), new)
-
-
-# --- generation -----------------------------------------------------------------------------------
-
-
-def prompt_of(family: str) -> dict[str, Any]:
-    ids = backbones.inputs("gpt2")["input_ids"]
-    mask = torch.ones_like(ids)
-    mask[1, :2] = 0
-    return {"input_ids": ids, "attention_mask": mask, "pad_token_id": 0, "do_sample": False}
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("family", GENERATING)
-def test_generation_with_cache_equals_without_and_the_bare_models(family: str, beams: int) -> None:
-    model, delta = prompted(family)
-    randomise(delta, 2.0)
-    options = {**prompt_of(family), "max_new_tokens": 8, "num_beams": beams}
-    cached = model.generate(**options, use_cache=True)
-    assert torch.equal(cached, model.generate(**options, use_cache=False))
-    bare = build(family)
-    assert not torch.equal(cached, bare.generate(**options))
-    given = joined(bare, the_prompt(delta), options)
-    by_hand = bare.generate(**given)
-    if family not in PAIRS and family != "bart_lm":  # without ids, only what is new is returned
-        by_hand = torch.cat([options["input_ids"], by_hand], 1)
-    assert torch.equal(cached, by_hand)
-
-
-@pytest.mark.parametrize("family", DECODERS)
-def test_left_padding_changes_nothing(family: str) -> None:
-    model, _ = prompted(family)
-    options = {**prompt_of(family), "max_new_tokens": 4}
-    options |= {"output_logits": True, "return_dict_in_generate": True}
-    together = model.generate(**options)
-    options["input_ids"] = options["input_ids"][1:, 2:]
-    options["attention_mask"] = options["attention_mask"][1:, 2:]
-    alone = model.generate(**options)
-    assert torch.equal(together.sequences[1, 7:], alone.sequences[0, 5:])
-    close(together.logits[0][1], alone.logits[0][0], 1e-5)
-
-
-@pytest.mark.parametrize("family", DECODERS)
-def test_generation_from_embeddings(family: str) -> None:
-    model, _ = prompted(family)
-    options = {**prompt_of(family), "max_new_tokens": 6}
-    expected = model.generate(**options)[:, 7:]
-    embeds = model.get_input_embeddings()(options.pop("input_ids"))
-    assert torch.equal(model.generate(inputs_embeds=embeds, **options), expected)
-
-
-@pytest.mark.parametrize("family", DECODERS)
-@torch.no_grad()
-def test_step_by_step_logits_equal_those_of_the_whole(family: str) -> None:
-    model, _ = prompted(family)
-    ids = backbones.inputs(family)["input_ids"]
-    whole = model(ids).logits
-    steps, cache = [], None
-    for start, stop in ((0, 3), (3, 4), (4, 7)):
-        out = model(
-            ids[:, start:stop],
-            attention_mask=torch.ones(2, stop).long(),
-            position_ids=torch.arange(start, stop)[None],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache = out.past_key_values
-        steps.append(out.logits)
-    close(torch.cat(steps, 1), whole, 1e-5)
-    assert cache.get_seq_length() == COUNT + 7
-
-
-@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "Jamba"])
-def test_generation_of_recurrent_models(kind: str) -> None:
-    """Their cache does not count positions: the prompt must join only once all the same."""
-    sizes: dict[str, Any] = {
-        "Mamba": {"state_size": 8},
-        "Mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 4},
-        "Jamba": {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 64,
-            "num_experts": 2,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "use_mamba_kernels": False,
-        },
-    }[kind]
-    config = getattr(transformers, kind + "Config")(
-        vocab_size=128, hidden_size=64, num_hidden_layers=2, pad_token_id=0, eos_token_id=2, **sizes
-    )
-    model = weights.fill(getattr(transformers, kind + "ForCausalLM")(config)).eval()
-    delta = SoftPromptModel(model, soft_token_num=COUNT)
-    randomise(delta, 2.0)
-    ids = backbones.inputs("gpt2")["input_ids"]
-    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    options |= {"output_logits": True, "return_dict_in_generate": True}
-    cached, plain = (model.generate(ids, use_cache=c, **options) for c in (True, False))
-    assert torch.equal(cached.sequences, plain.sequences)
-    for one, other in zip(cached.logits, plain.logits, strict=True):
-        close(one, other, 1e-4)
-
-
-def test_a_static_cache_is_refused_by_name() -> None:
-    model, delta = prompted("llama")
-    options = {**prompt_of("llama"), "max_new_tokens": 4, "disable_compile": True}
-    options["cache_implementation"] = "static"
-    with pytest.raises(InsertionError, match=r"attention_mask is not of shape .* Static caches"):
-        model.generate(**options)
-    delta.detach()
-    assert model.generate(**options).shape == (2, 11)
-
-
-# --- trimmed output -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_trimmed_outputs_have_the_length_of_the_text(family: str) -> None:
-    whole, _ = prompted(family)
-    model, _ = prompted(family, trim_output=True)
-    if family != "deberta":
-        whole.set_attn_implementation("eager")
-        model.set_attn_implementation("eager")
-    given = backbones.inputs(family)
-    ours = model(**given, output_hidden_states=True, output_attentions=True)
-    theirs = whole(**given, output_hidden_states=True, output_attentions=True)
-    assert list(ours) == list(theirs)
-    cut = {"last_hidden_state", "logits", "hidden_states"}
-    if family in PAIRS:
-        cut = {"encoder_last_hidden_state", "encoder_hidden_states"}
-    assert cut & set(ours)
-    for name in ours:
-        for one, other in zip(tensors(ours[name]), tensors(theirs[name]), strict=True):
-            assert torch.equal(one, other[:, COUNT:] if name in cut else other), name
-            assert name not in cut or one.shape[1] == 7
-    if family not in PAIRS:
-        out = model(**given, return_dict=False)
-        assert torch.equal(out[0], first(ours))
-
-
-def tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for part in value for t in tensors(part)] if isinstance(value, tuple) else []
-
-
-@pytest.mark.parametrize("family", ["t5", "bart"])
-@torch.no_grad()
-def test_states_that_the_caller_has_are_not_trimmed(family: str) -> None:
-    model, _ = prompted(family, trim_output=True)
-    given = backbones.inputs(family)
-    expected = first(model(**given))
-    ids, mask = given.pop("input_ids"), given["attention_mask"]
-    encoded = model.get_encoder()(ids, mask)
-    assert encoded.last_hidden_state.shape[1] == COUNT + 7
-    out = model(encoder_outputs=encoded, **given)
-    assert out.encoder_last_hidden_state.shape[1] == COUNT + 7
-    close(first(out), expected)
-
-
-@torch.no_grad()
-def test_trimming_goes_by_positions_alone() -> None:
-    """As many heads as positions, as many classes as positions: neither is cut."""
-    config = backbones.build("bert").config
-    config.num_labels = COUNT + 7
-    model = weights.fill(transformers.BertForSequenceClassification(config)).eval()
-    SoftPromptModel(model, soft_token_num=COUNT, trim_output=True)
-    assert model(**backbones.inputs("bert")).logits.shape == (2, COUNT + 7)
-    ids = torch.tensor([[7, 8, 9]])
-    model = build("bert")
-    model.set_attn_implementation("eager")
-    SoftPromptModel(model, soft_token_num=1, trim_output=True)  # four positions, four heads
-    out = model(ids, output_attentions=True)
-    assert out.last_hidden_state.shape[1] == 3
-    assert out.attentions[0].shape == (1, 4, 4, 4)
-
-
-@torch.no_grad()
-def test_trimming_leaves_what_follows_on_a_cache() -> None:
-    model, _ = prompted("gpt2", trim_output=True)
-    ids = torch.arange(40).view(2, 20) + 3
-    out = model(ids[:, :2], use_cache=True)
-    mask = torch.ones(2, 2 + COUNT + 2).long()  # as many new tokens as prompt and text before
-    out = model(ids[:, 2 : 4 + COUNT], past_key_values=out.past_key_values, attention_mask=mask)
-    assert out.logits.shape[1] == COUNT + 2
-
-
-@torch.no_grad()
-def test_generation_with_trimmed_output() -> None:
-    for family in GENERATING:
-        whole, _ = prompted(family)
-        model, _ = prompted(family, trim_output=True)
-        options = {**prompt_of(family), "max_new_tokens": 6}
-        assert torch.equal(model.generate(**options), whole.generate(**options))
 
 
 # --- where the prompt goes ------------------------------------------------------------------------
@@ -886,10 +653,6 @@ def test_detach_attach_and_remove(family: str) -> None:
     assert torch.equal(run(model, family), run(bare, family))
     assert {n: hook_counts(m) for n, m in model.named_modules()} == hooks
     assert str(model) == str(bare)
-
-
-def hook_counts(module: nn.Module) -> dict[str, int]:
-    return {name: len(value) for name, value in vars(module).items() if name.endswith("_hooks")}
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])

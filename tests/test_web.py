@@ -21,7 +21,7 @@ import backbones
 import pytest
 import torch
 from flask.testing import FlaskClient
-from placed import METHODS
+from placed import PLACED_METHODS, hosts
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from web_selection import Backbone, Selection, selecting
@@ -29,10 +29,8 @@ from web_selection import Backbone, Selection, selecting
 import opendelta
 from opendelta import AutoDeltaModel, BitFitModel, DeltaBase, LoraModel
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError
-from opendelta.mechanism.ownership import own_modules
 from opendelta.web import interactive, select_modules, selector
 from opendelta.web.app import selection_app
-from opendelta.web.tree import Node, folded_tree
 
 ROOT = Path(__file__).parent.parent
 Start = Callable[..., Selection]
@@ -48,7 +46,7 @@ def client(
     backbone: nn.Module, outcome: Future[list[str]] | None = None, **kwargs: Any
 ) -> FlaskClient:
     app = selection_app(
-        dict(own_modules(backbone)),
+        dict(backbone.named_modules()),
         outcome or Future(),
         token="secret",
         accepts_host=lambda header: header == "localhost",
@@ -125,7 +123,7 @@ def test_a_delta_goes_on_what_was_selected(capsys: pytest.CaptureFixture[str]) -
     assert delta.modified_modules == chosen
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "SoftPromptModel"])
+@pytest.mark.parametrize("method", PLACED_METHODS)
 def test_the_live_count_is_what_the_method_will_add(
     method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,7 +152,7 @@ def test_a_selection_is_kept_by_the_modules_own_names(
     delta.freeze_module()
     delta.save_finetuned(tmp_path)
     again = AutoDeltaModel.from_finetuned(tmp_path, backbone_model=backbones.build("bert"))
-    assert {i.host_name for i in again.insertions} == {"encoder.layer.1.attention.self.key"}
+    assert hosts(again) == ["encoder.layer.1.attention.self.key"]
 
 
 def test_a_cancelled_construction_leaves_the_backbone_as_it_was(
@@ -558,12 +556,17 @@ def test_a_method_that_refuses_the_modules_says_so_in_the_page() -> None:
 # --- the tree and the page ------------------------------------------------------------------------
 
 
-def outline(nodes: list[Node]) -> dict[str, Any]:
+Nodes = list[dict[str, Any]]
+
+
+def outline(nodes: Nodes) -> dict[str, Any]:
     return {node["label"]: outline(node["children"]) for node in nodes}
 
 
-def tree(backbone: nn.Module) -> list[Node]:
-    return folded_tree(dict(own_modules(backbone)))
+def tree(backbone: nn.Module) -> Nodes:
+    """The tree that the page is given."""
+    nodes: Nodes = json.loads(Page(page(backbone)).data)
+    return nodes
 
 
 BLOCK: dict[str, Any] = {"attention": {"q": {}, "v": {}}, "ff": {}}

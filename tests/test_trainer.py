@@ -1,55 +1,15 @@
-"""What needs no second process: which backbones are refused, and the Trainer's callback."""
+"""The callback for transformers' Trainer: what its checkpoints hold."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import backbones
-import pytest
 import torch
-from cases import METHODS, put
-from placed import unchanged
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import opendelta
 from opendelta import DeltaCallback, LoraModel
-from opendelta.exceptions import InsertionError
-
-
-def _flatten(model: nn.Module) -> None:
-    next(model.parameters())._fsdp_flattened = True  # type: ignore[attr-defined]
-
-
-def _initialise_zero3(model: nn.Module) -> None:
-    model.ds_inflight_param_registry = object()  # type: ignore[assignment]
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    ("engine", "says"), [(_flatten, "FSDP1.*fully_shard"), (_initialise_zero3, "ZeRO-3.*first")]
-)
-def test_engines_that_take_no_more_parameters(method: str, engine: Any, says: str) -> None:
-    model = backbones.build("bert")
-    engine(model)
-    with unchanged(model), pytest.raises(InsertionError, match=says):
-        put(method, "bert", model)
-
-
-@pytest.mark.parametrize("act", ["save_finetuned", "save_checkpoint", "load_checkpoint"])
-def test_a_flattened_backbone_saves_and_loads_nothing(act: str, tmp_path: Path) -> None:
-    model = backbones.build("bert")
-    delta = LoraModel(model)
-    delta.save_finetuned(tmp_path / "saved")
-    before = {file: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
-    _flatten(model)
-    with pytest.raises(InsertionError, match="FSDP1"):
-        getattr(delta, act)(tmp_path / "saved")
-    assert before == {file: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
-
-
-# --- the Trainer ----------------------------------------------------------------------------------
 
 
 def _trainer(folder: Path, steps: int) -> tuple[Trainer, opendelta.DeltaBase]:
@@ -76,6 +36,12 @@ def _trainer(folder: Path, steps: int) -> tuple[Trainer, opendelta.DeltaBase]:
     return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=callbacks), delta
 
 
+def _trained(delta: opendelta.DeltaBase) -> dict[str, torch.Tensor]:
+    """What the trainers above train: the delta and the classifier."""
+    delta.freeze_module(exclude=["deltas", "classifier"])
+    return delta.backbone_model.state_dict()
+
+
 def test_each_checkpoint_of_a_trainer_holds_the_delta_of_that_step(tmp_path: Path) -> None:
     trainer, delta = _trainer(tmp_path, steps=4)
     trainer.train()
@@ -83,8 +49,8 @@ def test_each_checkpoint_of_a_trainer_holds_the_delta_of_that_step(tmp_path: Pat
     loaded = []
     for folder in folders:
         model = backbones.build("bert_cls")
-        loaded.append(LoraModel.from_finetuned(folder, model).checkpoint_tensors())
-    trained = delta.checkpoint_tensors()
+        loaded.append(_trained(LoraModel.from_finetuned(folder, model)))
+    trained = _trained(delta)
     assert loaded[1].keys() == trained.keys() and "classifier.weight" in trained
     assert all(torch.equal(loaded[1][name], tensor) for name, tensor in trained.items())
     assert not any(torch.equal(loaded[0][n], tensor) for n, tensor in trained.items())
@@ -98,6 +64,6 @@ def test_a_resumed_trainer_ends_where_an_uninterrupted_one_does(tmp_path: Path) 
     second, resumed = _trainer(tmp_path / "parts", steps=4)
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == 4
-    expected = delta.checkpoint_tensors()
-    for name, tensor in resumed.checkpoint_tensors().items():
+    expected = _trained(delta)
+    for name, tensor in _trained(resumed).items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 import weights
-from cases import PAIRS, put
+from cases import OWN_LAYERS, PAIRS, marked, put
 from placed import unchanged
 from torch import nn
 
@@ -53,7 +53,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 # --- what is summed ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "backbone"), PAIRS)
+@pytest.mark.parametrize(("method", "backbone"), marked(PAIRS))
 def test_nothing_changes_until_the_sum_is_attached(method: str, backbone: str) -> None:
     model, pair = two(method, backbone)
     pair[1].freeze_module()
@@ -77,7 +77,7 @@ def test_nothing_changes_until_the_sum_is_attached(method: str, backbone: str) -
 
 
 @pytest.mark.parametrize(
-    ("method", "backbone"), [pair for pair in PAIRS if pair[0] not in ("LoraModel", "BitFitModel")]
+    ("method", "backbone"), marked(pair for pair in PAIRS if pair[0] in OWN_LAYERS)
 )
 def test_parameters_are_summed(method: str, backbone: str) -> None:
     _, pair = two(method, backbone)
@@ -209,7 +209,8 @@ def test_a_delta_minus_itself_does_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "backbone"), [pair for pair in PAIRS if pair[1] in ("bert", "gpt2", "t5", "mlp")]
+    ("method", "backbone"),
+    marked(pair for pair in PAIRS if pair[1] in ("bert", "gpt2", "t5", "mlp")),
 )
 def test_a_sum_is_saved_and_loaded(method: str, backbone: str, tmp_path: Path) -> None:
     model, pair = two(method, backbone)

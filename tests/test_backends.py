@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import cases
 import placed
 import pytest
 import torch
+from cases import METHODS, put, randomise
+from pieces import BF16, dtypes
+from placed import unchanged
 from torch import Tensor, nn
 
 import opendelta
-from opendelta import CommonStructureMap, LoraModel
+from opendelta import AdapterModel, CommonStructureMap, DeltaBase, LoraModel
 from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
-from opendelta.ground.walk import every_module
 
 IDS = torch.arange(8).view(2, 4) + 3
 
@@ -26,7 +29,7 @@ IDS = torch.arange(8).view(2, 4) + 3
 # --- BMTrain ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", cases.METHODS)
+@pytest.mark.parametrize("method", placed.PLACED_METHODS)
 def test_bmt_without_bmtrain_leaves_the_backbone_alone(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,9 +117,10 @@ def test_deltas_in_blocks_act_as_in_plain_layers(method: str) -> None:
     model.encoder.layer = nn.ModuleList(map(Block, model.encoder.layer))
     for one in (plain, model):
         cases.randomise(cases.put(method, "bert", one))
-    assert [i.host_name for i in opendelta.deltas(model)[0].insertions] == [
-        i.host_name for i in opendelta.deltas(plain)[0].insertions
+    added = [
+        [name for name, _ in opendelta.deltas(one)[0].named_parameters()] for one in (model, plain)
     ]
+    assert added[0] == added[1]
     torch.testing.assert_close(cases.output(model, "bert"), cases.output(plain, "bert"))
 
 
@@ -134,7 +138,10 @@ def test_a_delta_on_a_layer_in_a_block_is_found() -> None:
     model.encoder.layer = nn.ModuleList(map(Block, model.encoder.layer))
     delta = opendelta.LoraModel(layer, modified_modules=["query"])
     assert opendelta.deltas(model) == [delta]
-    assert set(every_module(model)) >= {layer, *layer.modules()}
+    opendelta.deltas(model)[0].freeze_module()
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {
+        n for n, _ in delta.named_parameters()
+    }
 
 
 # --- quantised layers -----------------------------------------------------------------------------
@@ -259,3 +266,67 @@ def test_bitfit_refuses_offloaded_modules(kind: str, place: str) -> None:
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(InsertionError, match="offloaded"):
         opendelta.BitFitModel(model, modified_modules=[place])
+
+
+# --- weights in eight bits -----------------------------------------------------------------------
+
+
+class Quantised(nn.Module):
+    """A linear whose weight is stored in 8 bits."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 16
+        self.weight = nn.Parameter(torch.ones(16, 16).to(dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.to(x.dtype).t()
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("computed", [torch.float32, BF16])
+@pytest.mark.parametrize("method", [LoraModel, AdapterModel])
+def test_a_delta_on_quantised_weights_computes_as_the_backbone_does(
+    method: Callable[..., DeltaBase], stored: torch.dtype, computed: torch.dtype
+) -> None:
+    """The 8 bits are how the weight is stored: the delta has the dtype of the rest and trains."""
+    model = nn.Sequential(Quantised(stored), nn.Linear(16, 16).to(computed))
+    delta = method(model, modified_modules=["0"])
+    assert dtypes(delta) == {computed}
+    randomise(delta)
+    model(torch.randn(2, 16, dtype=computed)).sum().backward()
+    assert all(p.grad is not None for p in delta.parameters())
+
+
+# --- engines that shard --------------------------------------------------------------------------
+
+
+def _flatten(model: nn.Module) -> None:
+    next(model.parameters())._fsdp_flattened = True  # type: ignore[attr-defined]
+
+
+def _initialise_zero3(model: nn.Module) -> None:
+    model.ds_inflight_param_registry = object()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("engine", "says"), [(_flatten, "FSDP1.*fully_shard"), (_initialise_zero3, "ZeRO-3.*first")]
+)
+def test_engines_that_take_no_more_parameters(method: str, engine: Any, says: str) -> None:
+    model = backbones.build("bert")
+    engine(model)
+    with unchanged(model), pytest.raises(InsertionError, match=says):
+        put(method, "bert", model)
+
+
+@pytest.mark.parametrize("act", ["save_finetuned", "save_checkpoint", "load_checkpoint"])
+def test_a_flattened_backbone_saves_and_loads_nothing(act: str, tmp_path: Path) -> None:
+    model = backbones.build("bert")
+    delta = LoraModel(model)
+    delta.save_finetuned(tmp_path / "saved")
+    before = {file: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+    _flatten(model)
+    with pytest.raises(InsertionError, match="FSDP1"):
+        getattr(delta, act)(tmp_path / "saved")
+    assert before == {file: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
