@@ -198,6 +198,14 @@ class DeltaBase(Delta):
         """
         freezing.freeze(self, module, exclude, set_state_dict, prefix)
 
+    @property
+    def left_trainable(self) -> list[str] | None:
+        """Names of the backbone's parameters that the last `freeze_module` left trainable.
+
+        They are saved with the delta. None before any freeze.
+        """
+        return record_of(self).left_trainable
+
     def set_active_state_dict(self, module: nn.Module) -> None:
         """Reduce ``module.state_dict()`` to what trains (and constants of deltas).
 

@@ -16,13 +16,14 @@ import copy
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from opendelta.basemodel import DeltaBase
 from opendelta.delta.plan import reads_without_calling
@@ -33,6 +34,7 @@ from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import deltas as deltas_of
 from opendelta.mechanism.changes import Changes, undone
 from opendelta.mechanism.dispatch import Dispatcher
+from opendelta.mechanism.hooks import add_forward_hook, take_off
 from opendelta.mechanism.insertion import acts_on_whole_batches, switch
 from opendelta.mechanism.ownership import own_modules
 from opendelta.mechanism.rows import Rows
@@ -75,20 +77,10 @@ def route(backbone: nn.Module, deltas: Sequence[DeltaBase | None]) -> Iterator[N
             "route() does not reach the replicas of nn.DataParallel. Route on the model inside, or "
             "use one process for each device."
         )
-    here = deltas_of(backbone)
-    made = Route(uncompiled(backbone), _checked(deltas, here))
-    with (
-        _held("dispatchers", _dispatchers_ask, made),
-        _held(made.backbone, partial(_only_modules, here), made),
-        made.hooks(),
-    ):
-        token = _ROUTES.set((*_ROUTES.get(), made))
-        _IN_FORCE.append(made)
-        try:
-            yield
-        finally:
-            _IN_FORCE.remove(made)
-            _ROUTES.reset(token)
+    made = Route(uncompiled(backbone), _checked(deltas, deltas_of(backbone)))
+    with undone(made.leave):
+        made.enter()
+        yield
 
 
 def _checked(deltas: Sequence[DeltaBase | None], here: list[DeltaBase]) -> list[DeltaBase | None]:
@@ -141,6 +133,8 @@ class Route:
         self.modules: dict[int, dict[str, tuple[DeltaBase, nn.Module]]] = {}
         self.parameters: dict[nn.Module, dict[Any, dict[DeltaBase, Any]]] = {}
         self._rows: dict[tuple[DeltaBase, ...], Rows] = {}
+        self.handles: list[RemovableHandle] = []
+        self.bared: list[Callable[[Changes], None]] = []  # what puts back what stands aside
         for delta in dict.fromkeys(delta for delta in deltas if delta is not None):
             for insertion in delta.insertions:
                 if insertion.fuses:
@@ -227,18 +221,45 @@ class Route:
     # Another thread may take these hooks off while one of torch's calls is about to run them, which
     # then hands them no keyword arguments.
 
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        """Hooks that are needed only while this route is in force."""
-        with ExitStack() as stack:
-            register = self.backbone.register_forward_pre_hook
-            stack.callback(register(self._check_batch, prepend=True, with_kwargs=True).remove)
-            for site in self.parameters:
-                handle = site.register_forward_hook(
-                    self._give_parameters, prepend=True, with_kwargs=True
-                )
-                stack.callback(handle.remove)
-            yield
+    def enter(self) -> None:
+        """Be in force in this thread: dispatchers and the hooks of this batch ask this route."""
+        with _locked():
+            changes = Changes()
+            options = {"first": True, "with_kwargs": True}
+            backbone, check, give = self.backbone, self._check_batch, self._give_parameters
+            made = [add_forward_hook(changes, backbone, check, before=True, **options)]
+            made += [add_forward_hook(changes, site, give, **options) for site in self.parameters]
+            changes.set(self, handles=made)
+            if all(other.backbone is not backbone for other in _IN_FORCE):
+                changes.set(self, bared=_hold_bare(changes, deltas_of(backbone)))
+            if not _STANCES and "torch._dynamo" in sys.modules:  # compiled code does not ask
+                _STANCES.append(torch.compiler.set_stance("force_eager"))
+            changes.do(setattr, Dispatcher, "router", find)
+            changes.do(_IN_FORCE.append, self)
+            changes.carry_out()
+        _ROUTES.set((*_ROUTES.get(), self))
+
+    def leave(self) -> None:
+        """Be in force no longer; may be called again."""
+        _ROUTES.set(tuple(other for other in _ROUTES.get() if other is not self))
+        with _locked():
+            left = [other for other in _IN_FORCE if other is not self]
+            if len(left) < len(_IN_FORCE):
+                changes = Changes()
+                for handle in self.handles:
+                    take_off(changes, handle)
+                heir = next((other for other in left if other.backbone is self.backbone), None)
+                if heir is not None:
+                    changes.set(heir, bared=[*heir.bared, *self.bared])
+                else:
+                    for put_back in self.bared:
+                        put_back(changes)
+                if not left:
+                    changes.do(setattr, Dispatcher, "router", None)
+                changes.do(_IN_FORCE.remove, self)
+                changes.carry_out()
+            if not _IN_FORCE and _STANCES:
+                _STANCES.pop().__exit__(None, None, None)
 
     def _check_batch(self, module: nn.Module, args: Args, kwargs: Kwargs = {}) -> None:  # noqa: B006
         """Before the backbone: compare the batch with the list."""
@@ -349,8 +370,23 @@ def _rebuilt(container: Any, item: Callable[[Any], Any]) -> Any:
 
 _ROUTES: ContextVar[tuple[Route, ...]] = ContextVar("opendelta_routes", default=())
 _IN_FORCE: list[Route] = []  # of all threads
+_STANCES: list[Any] = []  # that of torch.compile, while a route is in force
 _LOCK = threading.RLock()
-_HELD: dict[Any, tuple[ExitStack, list[Route]]] = {}  # what several routes need, and which
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """One thread at a time; let go whatever happens."""
+    mine: list[bool] = []
+    release: Callable[[], Any] = _LOCK.release
+
+    def let_go() -> None:
+        if mine:
+            _ = mine.pop(), release()
+
+    with undone(let_go):
+        mine.append(_LOCK.acquire())
+        yield
 
 
 def _innermost(holds: Callable[[Route], bool]) -> Route | None:
@@ -366,60 +402,19 @@ def find(host: nn.Module) -> Route | None:
     return _innermost(lambda made: id(host) in made.names)
 
 
-@contextmanager
-def _held(
-    key: Any, context: Callable[[], AbstractContextManager[None]], by: Route
-) -> Iterator[None]:
-    """A context that the first route of all threads to ask for `key` enters and the last leaves."""
-    with _LOCK:
-        if key not in _HELD:
-            stack = ExitStack()
-            stack.enter_context(context())
-            _HELD[key] = stack, []
-        stack, holders = _HELD[key]
-        holders.append(by)
-    try:
-        yield
-    finally:
-        with _LOCK:
-            holders.remove(by)
-            if not holders:
-                del _HELD[key]
-                stack.close()
+def _hold_bare(changes: Changes, deltas: list[DeltaBase]) -> list[Callable[[Changes], None]]:
+    """Set aside what deltas have in the place of a backbone's parameters and modules.
 
-
-@contextmanager
-def _dispatchers_ask() -> Iterator[None]:
-    """Dispatchers ask for a route; compiled code, which does not, is set aside."""
-    dynamo = "torch._dynamo" in sys.modules  # a process that never compiled has no such code
-    Dispatcher.router = find
-    try:
-        with torch.compiler.set_stance("force_eager") if dynamo else nullcontext():
-            yield
-    finally:
-        Dispatcher.router = None
-
-
-@contextmanager
-def _only_modules(deltas: list[DeltaBase]) -> Iterator[None]:
-    """A backbone with nothing of its deltas in the place of its own parameters and modules."""
+    Returns:
+        What puts it back.
+    """
     insertions = [i for delta in deltas for i in delta.insertions]
     slots = {id(i.slot): i.slot for i in insertions if i.slot is not None}.values()
     swapped = [i for i in insertions if i.slot is None and i.dispatcher is None and i.attached]
-    held: list[bool] = []
-
-    def hold(more: int) -> None:
-        changes = Changes()
-        for slot in slots:
-            slot.hold_bare(changes, more)
-        switch(changes, reversed(swapped) if more > 0 else swapped, more < 0)
-        changes.do(held.append if more > 0 else held.remove, True)
-        changes.carry_out()
-
-    def let_go() -> None:
-        if held:
-            hold(-1)
-
-    with undone(let_go):
-        hold(1)
-        yield
+    for slot in slots:
+        slot.hold_bare(changes, 1)
+    switch(changes, reversed(swapped), False)
+    return [
+        *(partial(slot.hold_bare, more=-1) for slot in slots),
+        lambda changes: switch(changes, swapped, True),
+    ]

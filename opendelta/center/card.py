@@ -35,8 +35,8 @@ class Config(Protocol):
 class SavedDelta(Protocol):
     """What a card asks of a delta that was saved."""
 
-    backbone_model: nn.Module
-
+    @property
+    def backbone_model(self) -> nn.Module: ...
     @property
     def delta_type(self) -> str: ...
     @property

@@ -38,7 +38,8 @@ class Call:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments by name, without those that were left at their defaults."""
-        names, spread = _parameters(type(self.root))
+        root: Any = self.root
+        names, spread = _parameters(type(root))
         given = dict(zip(names, self.args, strict=False))
         if len(self.args) > len(names):
             given[spread or "args"] = self.args[len(names) :]
