@@ -78,7 +78,7 @@ ALLOWED: set[tuple[str, str]] = {
     ("opendelta.delta_models.bitfit", "opendelta.auto_delta"),
     ("opendelta.delta_models.compacter", "opendelta.auto_delta"),
     ("opendelta.delta_models.lora", "opendelta.auto_delta"),
-    ("opendelta.delta_models.lora", "opendelta.construction"),
+    ("opendelta.delta_models.low_rank", "opendelta.construction"),
     ("opendelta.delta_models.low_rank_adapter", "opendelta.auto_delta"),
     ("opendelta.delta_models.parallel_adapter", "opendelta.auto_delta"),
     ("opendelta.delta_models.prefix", "opendelta.auto_delta"),
@@ -97,6 +97,7 @@ ALLOWED: set[tuple[str, str]] = {
     ("opendelta.saving.conversion", "opendelta.delta_configs"),
     ("opendelta.saving.conversion", "opendelta.delta_models.lora"),
     ("opendelta.saving.exchange", "opendelta.basemodel"),
+    ("opendelta.saving.exchange", "opendelta.delta_models.host_kinds"),
     ("opendelta.saving.exchange", "opendelta.delta_models.lora"),
     ("opendelta.saving.exchange", "opendelta.freezing"),
 }

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 # (input width, output width) attributes: Linear and quantised linears, transformers' Conv1D,
 # convolutions, embeddings.
@@ -36,3 +40,24 @@ def is_embedding(module: nn.Module) -> bool:
     return hasattr(module, "num_embeddings") or (
         hasattr(module, "padding_idx") and "weight" in module._parameters
     )
+
+
+def example_inputs(module: Any) -> Tensor | None:
+    """An input by which to tell what a layer computes, None where its attributes name none.
+
+    Two rows for linears and norms, one image for convolutions, ids for embeddings; float32.
+    """
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+    widths = read_widths(module)
+    if hasattr(module, "num_embeddings"):
+        return torch.arange(min(4, module.num_embeddings), device=device)
+    if hasattr(module, "kernel_size") and hasattr(module, "in_channels"):
+        sizes = [2 * d * k for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        shape = (1, module.in_channels, *sizes)
+    elif hasattr(module, "normalized_shape"):
+        shape = (2, *module.normalized_shape)
+    elif widths is not None:
+        shape = (2, widths[0])
+    else:
+        return None
+    return torch.linspace(-1, 1, math.prod(shape), device=device).view(shape)

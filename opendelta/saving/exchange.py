@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.addressing.patterns import REGEX_MARK, matches
-from opendelta.delta_models.lora import LoraConfig, LoraEmbeddingLayer, LoraLayer, LoraModel
+from opendelta.delta_models.host_kinds import Embedding
+from opendelta.delta_models.lora import LoraConfig, LoraLayer, LoraModel
 from opendelta.exceptions import CheckpointError, ConfigError, nearest
 from opendelta.freezing import EVERY_DELTA
 from opendelta.ground.files import read_tensors, write_atomically, write_tensors
@@ -93,7 +94,7 @@ def to_peft(delta: LoraModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         name, layer = insertion.host_name, insertion.module
         assert isinstance(layer, LoraLayer)
         _require_alike(name, insertion.host)
-        form = "lora_embedding_{}" if isinstance(layer, LoraEmbeddingLayer) else "lora_{}.weight"
+        form = "lora_embedding_{}" if isinstance(layer.kind, Embedding) else "lora_{}.weight"
         tensors[f"{PREFIX}{name}.{form.format('A')}"] = layer.lora_A
         tensors[f"{PREFIX}{name}.{form.format('B')}"] = layer.lora_B
         ranks[name] = layer.r
