@@ -26,6 +26,7 @@ from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.adapter import AdapterConfig, AdapterModel
 from opendelta.delta_models.bitfit import BitFitConfig, BitFitModel
 from opendelta.delta_models.compacter import CompacterConfig, CompacterModel
+from opendelta.delta_models.dora import DoraConfig, DoraModel
 from opendelta.delta_models.lora import LoraConfig, LoraModel
 from opendelta.delta_models.low_rank_adapter import LowRankAdapterConfig, LowRankAdapterModel
 from opendelta.delta_models.parallel_adapter import ParallelAdapterConfig, ParallelAdapterModel
@@ -66,6 +67,8 @@ __all__ = [
     "DeltaCenter",
     "DeltaCenterArguments",
     "DeltaWarning",
+    "DoraConfig",
+    "DoraModel",
     "LoraConfig",
     "LoraModel",
     "LowRankAdapterConfig",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opendelta.backends.quantised import compute_dtype
+from opendelta.backends.quantised import compute_dtype, execution_device, is_offloaded
 from opendelta.backends.sharding import full, is_shard
 from opendelta.exceptions import InsertionError
 from opendelta.ground.widths import read_widths
@@ -85,7 +85,8 @@ def _columns(host: nn.Module) -> Iterator[Tensor]:
     weight: Any = getattr(host, "weight", None)  # an attribute: BMTrain's are gathered by that
     sharded, shape = is_shard(weight), kernel_shape(host)
     weight = full(weight) if sharded else weight
-    if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point():
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    if plain and not is_offloaded(host):
         weight = weight.detach()
         yield (weight.t() if hasattr(host, "nf") else weight).flatten(1)
         return
@@ -95,6 +96,7 @@ def _columns(host: nn.Module) -> Iterator[Tensor]:
             "weight: construct the delta first, then shard the backbone with it."
         )
     device = next((t.device for t in (*host.parameters(), *host.buffers())), None)
+    device = execution_device(host) or device
     count = math.prod(shape)
     for start in range(0, count, CHUNK):
         units = torch.zeros(min(CHUNK, count - start), count, device=device)
@@ -103,11 +105,10 @@ def _columns(host: nn.Module) -> Iterator[Tensor]:
 
 
 def _computes_in(host: nn.Module) -> torch.dtype | None:
-    """The dtype in which a layer takes its input, None where any float will do."""
-    weight = getattr(host, "weight", None)
-    if compute_dtype(host) is not None or not isinstance(weight, Tensor):
-        return compute_dtype(host)
-    return weight.dtype if weight.is_floating_point() and weight.element_size() > 1 else None
+    """The dtype in which a layer takes its input: what it says, or that of its first floats."""
+    tensors = (*host.parameters(recurse=False), *host.buffers(recurse=False))
+    floats = (t.dtype for t in tensors if t.is_floating_point() and t.element_size() > 1)
+    return compute_dtype(host) or next(floats, None)
 
 
 def _window(host: Any) -> tuple[list[int], list[int]]:

@@ -64,17 +64,27 @@ class HostKind:
         """``B A`` in the layout of the layer's weight."""
         raise NotImplementedError
 
-    def scaled_rows(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """The layer's weight with what leads to each output feature times that of `scale`."""
-        return weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+    def rows(self, weight: Tensor) -> Tensor:
+        """A view (out, ...) of a weight in the layer's layout: what leads to each feature."""
+        return weight.flatten(1)
 
-    def product(self, host: nn.Module, a: Tensor) -> Tensor:
-        """``A W^T``, of shape (r, out), by a call of the layer itself."""
-        return dense.product(host, a)
+    def along_features(self, vector: Tensor, output: Tensor) -> Tensor:
+        """A vector (out,), seen so that it goes along the features of an output."""
+        return vector
+
+    # Of the layer's weight W as this process holds it: of all its rows, or of a slice of them.
+
+    def products(self, host: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
+        """``A W^T`` (r, out) by a call of the layer itself, and ``A A^T`` (r, r)."""
+        return dense.product(host, a), a.flatten(1) @ a.flatten(1).t()
 
     def row_squares(self, host: nn.Module) -> Tensor:
-        """The squared length of each row of W, of shape (out,)."""
+        """The squared length of each row of W, (out,)."""
         return dense.row_squares(host)
+
+    def held(self, b: Tensor) -> Tensor:
+        """The rows of B that belong to these rows of W, (out, r)."""
+        return b.flatten(1)
 
 
 class Linear(HostKind):
@@ -99,8 +109,8 @@ class Linear(HostKind):
     def update(self, a: Tensor, b: Tensor) -> Tensor:
         return (b @ a).t() if self.transposed else b @ a
 
-    def scaled_rows(self, weight: Tensor, scale: Tensor) -> Tensor:
-        return weight * scale if self.transposed else super().scaled_rows(weight, scale)
+    def rows(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.transposed else weight
 
 
 class Convolution(HostKind):
@@ -144,6 +154,9 @@ class Convolution(HostKind):
     def update(self, a: Tensor, b: Tensor) -> Tensor:
         return (b.flatten(1) @ a.flatten(1)).unflatten(1, self.kernel)
 
+    def along_features(self, vector: Tensor, output: Tensor) -> Tensor:
+        return vector.view(-1, *(1 for _ in self.kernel[1:]))
+
 
 class Embedding(HostKind):
     """An embedding: ``B A[:, ids]``.
@@ -171,8 +184,8 @@ class Embedding(HostKind):
     def update(self, a: Tensor, b: Tensor) -> Tensor:
         return (b @ a).t()
 
-    def scaled_rows(self, weight: Tensor, scale: Tensor) -> Tensor:
-        return weight * scale
+    def rows(self, weight: Tensor) -> Tensor:
+        return weight.t()
 
 
 # --- tensor parallelism ---------------------------------------------------------------------------
@@ -227,7 +240,7 @@ class SplitLinear(Linear):
         from torch.distributed.tensor import Replicate, distribute_tensor  # loaded by the host
 
         (placement,) = host.weight.placements
-        by_input = getattr(placement, "dim", 0) % 2 == 1
+        by_input = _splits_inputs(host)
         for name, p in list(module._parameters.items()):
             assert p is not None
             where = placement if by_input == (name == "lora_A") else Replicate()
@@ -252,6 +265,42 @@ class SplitLinear(Linear):
         else:
             term = F.linear(_Shared.apply(z, group), b.to_local())
         return output + (term * scaling).to(output.dtype)
+
+    def along_features(self, vector: Any, output: Tensor) -> Tensor:
+        if is_dtensor(output):
+            found: Tensor = vector
+        elif output.shape[-1] == vector.shape[0]:
+            found = vector.full_tensor()
+        else:
+            found = vector.to_local()
+        return found
+
+    def products(self, host: Any, a: Any) -> tuple[Tensor, Tensor]:
+        weight, a = host.weight.to_local(), a.to_local()
+        cross, gram = F.linear(a.to(weight.dtype), weight), F.linear(a, a)
+        self._sum_over_inputs(host, cross, gram)
+        return cross, gram
+
+    def row_squares(self, host: Any) -> Tensor:
+        squares: Tensor = host.weight.to_local().float().square().sum(1)
+        self._sum_over_inputs(host, squares)
+        return squares
+
+    def held(self, b: Any) -> Tensor:
+        rows: Tensor = b.to_local()
+        return rows
+
+    @staticmethod
+    def _sum_over_inputs(host: Any, *parts: Tensor) -> None:
+        """Make what is summed over this rank's input features a sum over all."""
+        if _splits_inputs(host):
+            for part in parts:
+                torch.distributed.all_reduce(part, group=host.weight.device_mesh.get_group())
+
+
+def _splits_inputs(host: Any) -> bool:
+    (placement,) = host.weight.placements
+    return bool(getattr(placement, "dim", 0) % 2 == 1)
 
 
 # --- which kind -----------------------------------------------------------------------------------
