@@ -27,6 +27,7 @@ from opendelta.delta_models.adapter import AdapterConfig, AdapterModel
 from opendelta.delta_models.bitfit import BitFitConfig, BitFitModel
 from opendelta.delta_models.compacter import CompacterConfig, CompacterModel
 from opendelta.delta_models.dora import DoraConfig, DoraModel
+from opendelta.delta_models.ia3 import IA3Config, IA3Model
 from opendelta.delta_models.lora import LoraConfig, LoraModel
 from opendelta.delta_models.low_rank_adapter import LowRankAdapterConfig, LowRankAdapterModel
 from opendelta.delta_models.parallel_adapter import ParallelAdapterConfig, ParallelAdapterModel
@@ -69,6 +70,8 @@ __all__ = [
     "DeltaWarning",
     "DoraConfig",
     "DoraModel",
+    "IA3Config",
+    "IA3Model",
     "LoraConfig",
     "LoraModel",
     "LowRankAdapterConfig",
