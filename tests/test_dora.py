@@ -23,13 +23,14 @@ from peft_reference import (
     same_values,
     wave,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import opendelta
 from opendelta import AutoDeltaModel, DoraModel, LoraModel
-from opendelta.exceptions import ConfigError, InsertionError
+from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
 
 
 def theirs_of(model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -231,6 +232,61 @@ def test_a_row_of_zeros_stays_its_bias() -> None:
 def randomise_b(delta: DoraModel) -> None:
     with torch.no_grad():
         delta.lin.dora.lora_B.normal_()
+
+
+# --- PEFT's files -----------------------------------------------------------------------------
+
+
+def trained_by_peft(seed: int, folder: Path) -> tuple[Tensor, Tensor]:
+    model, x = random_net(seed, KINDS)
+    theirs = theirs_of(model, r=3, lora_alpha=5, rank_pattern={"last": 2}).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.3 * torch.randn(p.shape) * p.requires_grad)
+    theirs.save_pretrained(folder)
+    return x, theirs(x)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_files_of_peft_both_ways(seed: int, tmp_path: Path) -> None:
+    x, expected = trained_by_peft(seed, tmp_path / "theirs")
+    model, _ = random_net(seed, KINDS)
+    delta = AutoDeltaModel.from_peft(tmp_path / "theirs", model)
+    assert type(delta) is DoraModel and delta.config.rank_pattern == {"last": 2}
+    close(model(x), expected)
+    delta.export_peft(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(random_net(seed, KINDS)[0], tmp_path / "ours")
+    close(back(x), expected)
+    ours, theirs = (load_file(tmp_path / n / FILE) for n in ("ours", "theirs"))
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+
+
+FILE = "adapter_model.safetensors"
+
+
+def test_the_newer_name_of_a_magnitude(tmp_path: Path) -> None:
+    x, expected = trained_by_peft(0, tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    old = [name for name in tensors if name.endswith("lora_magnitude_vector")]
+    assert len(old) == 2
+    save_file(
+        {f"{n}.weight" if n in old else n: tensor for n, tensor in tensors.items()}, tmp_path / FILE
+    )
+    model, _ = random_net(0, KINDS)
+    AutoDeltaModel.from_peft(tmp_path, model)
+    close(model(x), expected)
+
+
+def test_a_file_without_magnitudes_is_refused(tmp_path: Path) -> None:
+    trained_by_peft(0, tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    save_file({n: t for n, t in tensors.items() if "first.lora_mag" not in n}, tmp_path / FILE)
+    model, _ = random_net(0, KINDS)
+    with pytest.raises(CheckpointError, match=r"first\.dora\.magnitude"):
+        AutoDeltaModel.from_peft(tmp_path, model)
+    assert not opendelta.deltas(model)
 
 
 # --- behaviour --------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ import pytest
 import torch
 import transformers
 from peft_reference import Net, Opaque, Two, close, compare, fill, folded, random_net, rows
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import opendelta
 from opendelta import AutoDeltaModel, IA3Model
-from opendelta.exceptions import AddressingError, InsertionError
+from opendelta.exceptions import AddressingError, ConfigError, InsertionError
 
 
 def theirs_of(model: nn.Module, on_input: list[str]) -> nn.Module:
@@ -217,6 +218,73 @@ def test_a_layout_that_cannot_be_seen_is_refused() -> None:
     assert hooks == {n: (len(m._forward_hooks), m.training) for n, m in model.named_modules()}
     assert torch.is_grad_enabled()
     assert len(list(IA3Model(model, modified_modules=["query_key_value"]).parameters())) == 2
+
+
+# --- PEFT's files -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_input", [[], ["last"], ["first", "last"]])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_files_of_peft_both_ways(seed: int, on_input: list[str], tmp_path: Path) -> None:
+    model, x = random_net(seed, KINDS)
+    theirs = theirs_of(model, on_input).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.3 * torch.randn(p.shape) * p.requires_grad)
+    expected = theirs(x)
+    theirs.save_pretrained(tmp_path / "theirs")
+    delta = AutoDeltaModel.from_peft(tmp_path / "theirs", model)
+    assert type(delta) is IA3Model and delta.on_input == on_input
+    close(model(x), expected)
+    delta.save_finetuned(tmp_path / "saved")
+    again, _ = random_net(seed, KINDS)
+    AutoDeltaModel.from_finetuned(tmp_path / "saved", again)
+    assert torch.equal(again(x), model(x))
+    delta.export_peft(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(random_net(seed, KINDS)[0], tmp_path / "ours")
+    close(back(x), expected)
+    ours, written = (load_file(tmp_path / n / FILE) for n in ("ours", "theirs"))
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in written.items()}
+
+
+FILE = "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("backbone", ["bert", "gpt2", "t5", "llama"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_defaults_go_to_peft_and_come_back(backbone: str, tmp_path: Path) -> None:
+    model = backbones.build(backbone)
+    delta = IA3Model(model)
+    randomise(delta)
+    expected = backbones.run(model, backbone)
+    delta.export_peft(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(backbones.build(backbone), tmp_path).eval()
+    close(backbones.run(theirs, backbone), expected)
+    fresh = backbones.build(backbone)
+    AutoDeltaModel.from_peft(tmp_path, fresh)
+    close(backbones.run(fresh, backbone), expected)
+
+
+def test_an_input_whose_name_others_end_in(tmp_path: Path) -> None:
+    """PEFT finds inputs by the bare ends of names: ``last`` would be ``at_last`` too."""
+    model = nn.ModuleDict({"at_last": nn.Linear(4, 4), "last": nn.Linear(4, 4)})
+    delta = IA3Model(model, ["last"], ["at_last", "last"])
+    randomise(delta)
+    delta.export_peft(tmp_path)
+    again = nn.ModuleDict({"at_last": nn.Linear(4, 4), "last": nn.Linear(4, 4)})
+    again.load_state_dict(model.state_dict(), strict=False)
+    theirs = peft.PeftModel.from_pretrained(again, tmp_path).base_model.model
+    x = torch.randn(2, 4)
+    for name in model:
+        close(theirs[name](x), model[name](x))
+
+
+def test_what_peft_has_not_is_refused(tmp_path: Path) -> None:
+    delta = IA3Model(nn.Sequential(nn.Conv1d(4, 4, 3)), modified_modules=["0"])
+    with pytest.raises(ConfigError, match="of one dimension"):
+        delta.export_peft(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 # --- behaviour --------------------------------------------------------------------------------

@@ -77,10 +77,14 @@ ALLOWED: set[tuple[str, str]] = {
     ("opendelta.delta_models.attention_widths", "opendelta.sizes"),
     ("opendelta.delta_models.bitfit", "opendelta.auto_delta"),
     ("opendelta.delta_models.compacter", "opendelta.auto_delta"),
+    ("opendelta.delta_models.dora", "opendelta.auto_delta"),
+    ("opendelta.delta_models.fused_slices", "opendelta.sizes"),
+    ("opendelta.delta_models.ia3", "opendelta.auto_delta"),
     ("opendelta.delta_models.lora", "opendelta.auto_delta"),
     ("opendelta.delta_models.low_rank", "opendelta.construction"),
     ("opendelta.delta_models.low_rank_adapter", "opendelta.auto_delta"),
     ("opendelta.delta_models.parallel_adapter", "opendelta.auto_delta"),
+    ("opendelta.delta_models.peft_form", "opendelta.freezing"),
     ("opendelta.delta_models.prefix", "opendelta.auto_delta"),
     ("opendelta.delta_models.soft_prompt", "opendelta.auto_delta"),
     ("opendelta.mechanism.backbone_state", "opendelta.basemodel"),
@@ -95,11 +99,6 @@ ALLOWED: set[tuple[str, str]] = {
     ("opendelta.saving.checkpoint", "opendelta.sizes"),
     ("opendelta.saving.conversion", "opendelta.auto_delta"),
     ("opendelta.saving.conversion", "opendelta.delta_configs"),
-    ("opendelta.saving.conversion", "opendelta.delta_models.lora"),
-    ("opendelta.saving.exchange", "opendelta.basemodel"),
-    ("opendelta.saving.exchange", "opendelta.delta_models.host_kinds"),
-    ("opendelta.saving.exchange", "opendelta.delta_models.lora"),
-    ("opendelta.saving.exchange", "opendelta.freezing"),
 }
 
 

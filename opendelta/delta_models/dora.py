@@ -5,6 +5,7 @@ https://arxiv.org/abs/2402.09353
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from opendelta.delta_models.low_rank import LoraLayer, LowRankModel
 from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.containers import Args, Kwargs, first_hidden, map_hidden
 from opendelta.mechanism.dispatch import AfterDispatcher
+from opendelta.saving.peft_files import Fields
 
 
 def rescaled(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
@@ -150,7 +152,13 @@ class DoraModel(LowRankModel):
         ConfigError: for a rank below 1 or a dropout outside [0, 1).
     """
 
+    title: ClassVar[str] = "DoRA"
     delta_type: ClassVar[str] = "dora"
+    uses_dora: ClassVar[bool] = True
+    peft_key: ClassVar[re.Pattern[str]] = re.compile(
+        r"(.+)\.(lora_[AB]|lora_magnitude_vector)(?:\.weight)?"
+    )
+    peft_fields: ClassVar[Fields] = {**LowRankModel.peft_fields, "use_dora": (False, bool)}
     config_class = DoraConfig
 
     def __init__(

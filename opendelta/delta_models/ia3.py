@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +16,12 @@ from opendelta.basemodel import DeltaBase
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.fused_slices import fused_slices
 from opendelta.delta_models.host_kinds import Embedding, HostKind, host_kind, require_kind
-from opendelta.exceptions import AddressingError, InsertionError, nearest
+from opendelta.delta_models.peft_form import Layers, PeftForm, peft_targets
+from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
 from opendelta.ground.names import leaf_of
 from opendelta.mechanism.dispatch import AfterDispatcher, BeforeDispatcher, after, before
+from opendelta.mechanism.insertion import ModuleInsertion
+from opendelta.saving.peft_files import Fields, PeftConfig, patterns
 
 
 class IA3Layer(nn.Module):
@@ -55,7 +59,7 @@ class IA3Config(BaseDeltaConfig):
 
 
 @register
-class IA3Model(DeltaBase):
+class IA3Model(PeftForm):
     """Scales the features that linears and convolutions return, or those that they are given.
 
     By default keys and values, and what the last linear of each feed-forward is given. In a fused
@@ -74,7 +78,12 @@ class IA3Model(DeltaBase):
         AddressingError: if a pattern of `on_input` addresses none of the modified modules.
     """
 
+    title: ClassVar[str] = "(IA)³"
     delta_type: ClassVar[str] = "ia3"
+    peft_type: ClassVar[str] = "IA3"
+    peft_key: ClassVar[re.Pattern[str]] = re.compile(r"(.+)\.(ia3_l)")
+    peft_fields: ClassVar[Fields] = {"feedforward_modules": ([], (list, str))}
+    peft_immaterial: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights"})
     config_class = IA3Config
     default_modified_modules: ClassVar[list[str]] = ["attn.k", "attn.v", "ff.w2"]
 
@@ -119,7 +128,7 @@ class IA3Model(DeltaBase):
     def update_module(self, module: nn.Module, key: str) -> None:
         """Scale the output of the module called `key`, or its input."""
         _, _, target = self.find_module(module, key)
-        kind: Any = require_kind(target, key, "IA3")
+        kind: Any = require_kind(target, key, self.title)
         if isinstance(kind, Embedding):
             raise InsertionError(
                 f"{key!r} is an embedding ({type(target).__name__}): (IA)³ goes on linears and "
@@ -184,3 +193,50 @@ class IA3Model(DeltaBase):
         """What the scales differ from one by is summed."""
         sums = super().combined_tensors(deltas, weights)
         return {name: tensor + (1 - sum(weights)) for name, tensor in sums.items()}
+
+    # --- PEFT -------------------------------------------------------------------------------
+
+    def peft_layers(
+        self, layers: Mapping[str, ModuleInsertion], others: list[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Scales with a one for every feature that is not scaled, and PEFT's list of inputs."""
+        tensors = {}
+        on_input = [name for name, i in layers.items() if i.side is BeforeDispatcher]
+        for name, insertion in layers.items():
+            layer: Any = insertion.module
+            kernel = getattr(insertion.host, "kernel_size", ())
+            if len(kernel) == 1:
+                raise ConfigError(
+                    f"{name!r} is a convolution of one dimension, on which PEFT has no (IA)³. "
+                    "Leave it out with exclude_modules."
+                )
+            on_a_row = name in on_input or kernel
+            shape = (1, -1, *(1 for _ in kernel)) if on_a_row else (-1, 1)
+            tensors[f"{name}.ia3_l"] = layer.full().detach().reshape(shape)
+        targets = peft_targets(list(layers), others)
+        inputs: Any = peft_targets(on_input, [*others, *(n for n in layers if n not in on_input)])
+        # PEFT finds these by the bare ends of names, and wants each to be one of the targets.
+        strays = [n for n in layers if n not in on_input and n.endswith(tuple(inputs))]
+        if isinstance(inputs, list) and (strays or not set(inputs) <= set(targets)):
+            inputs = "|".join(map(re.escape, on_input))
+        return tensors, {"feedforward_modules": inputs if on_input else []}
+
+    @classmethod
+    def layers_from_peft(
+        cls,
+        config: PeftConfig,
+        settings: dict[str, Any],
+        layers: Layers,
+        modules: dict[str, nn.Module],
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        said = settings["feedforward_modules"]
+        if isinstance(said, str):
+            whole = config.expression("feedforward_modules", said)
+            on_input = [host for host in layers if whole.fullmatch(host)]
+        elif all(isinstance(end, str) for end in said):
+            on_input = [host for host in layers if host.endswith(tuple(said))]
+        else:
+            raise ConfigError(f"{config.file}: feedforward_modules={said!r}; expected names.")
+        rest = [host for host in layers if host not in on_input]
+        tensors = {f"{host}.ia3.scale": p["ia3_l"].reshape(-1) for host, p in layers.items()}
+        return {"on_input": patterns(on_input, rest)}, tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -48,6 +47,7 @@ class LoraModel(LowRankModel):
         ConfigError: for a rank below 1 or a dropout outside [0, 1).
     """
 
+    title: ClassVar[str] = "LoRA"
     delta_type: ClassVar[str] = "lora"
     config_class = LoraConfig
     merges_into: ClassVar[str | None] = "weight"
@@ -131,22 +131,3 @@ class LoraModel(LowRankModel):
             name: torch.cat([p.to(parts[0].device) for p in parts], int(name.endswith("B")))
             for name, parts in factors.items()
         }
-
-    def export_peft(self, path: str | os.PathLike[str]) -> None:
-        """Write this delta as a PEFT adapter: ``PeftModel.from_pretrained(backbone, path)``.
-
-        The folder gets ``adapter_config.json`` and ``adapter_model.safetensors``. They hold what
-        `save_finetuned` would save: this delta, and the backbone's parameters that were trained
-        with it (whole modules as PEFT's `modules_to_save`).
-
-        Args:
-            path: the folder; it is made if it does not exist.
-
-        Raises:
-            ConfigError: for a convolution with groups, dilation or padding other than zeros, or
-                an embedding with `max_norm`, where PEFT's LoRA computes something else.
-            CheckpointError: if `path` is a file.
-        """
-        from opendelta.saving.exchange import export_peft  # which needs this module first
-
-        export_peft(self, path)

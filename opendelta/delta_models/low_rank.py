@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.addressing.feed_forward import about_experts
 from opendelta.addressing.patterns import as_patterns, matches_any
-from opendelta.basemodel import DeltaBase
 from opendelta.construction import reads_without_calling
 from opendelta.delta_models.host_kinds import HostKind, Linear, SplitLinear, host_kind, require_kind
+from opendelta.delta_models.peft_lora import PeftLora
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
 from opendelta.ground.containers import Args, Kwargs, first_hidden, map_hidden
 from opendelta.mechanism.insertion import ModuleInsertion
@@ -108,7 +108,7 @@ class LoraLayer(nn.Module):
         return map_hidden(output, lambda hidden: hidden + term.to(hidden.dtype).view_as(hidden))
 
 
-class LowRankModel(DeltaBase):
+class LowRankModel(PeftLora):
     """Base of the methods that put a low-rank pair on layers, whose ranks go by patterns.
 
     A module that holds others stands for all linears inside it. A subclass defines `put_on`, and
@@ -166,17 +166,16 @@ class LowRankModel(DeltaBase):
                 and name != key
                 and not reads_without_calling(self.backbone_model, name)
             }
-        method = type(self).__name__.removesuffix("Model")
         if not parts:
             raise InsertionError(
-                f"{key!r} ({type(target).__name__}) holds no linear that {method} could be put on."
-                + about_experts(target)
+                f"{key!r} ({type(target).__name__}) holds no linear that {self.title} could be put "
+                "on." + about_experts(target)
             )
         for name, part in parts.items():
             if not self._mine_on(part) and not self.is_excluded(name):
                 r = self._by_pattern(self.rank_pattern, name, self.lora_r)
                 alpha = self._by_pattern(self.alpha_pattern, name, self.lora_alpha)
-                kind = require_kind(part, name, method)
+                kind = require_kind(part, name, self.title)
                 self.put_on(part, name, kind, r, alpha, self.lora_dropout)
 
     def _by_pattern(self, table: dict[str, Any] | None, name: str, default: Any) -> Any:

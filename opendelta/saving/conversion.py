@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel
+from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel, model_class_for
 from opendelta.center.contents import FILES, check_weights, expected_files
 from opendelta.delta_configs import BaseDeltaConfig
-from opendelta.delta_models.lora import LoraModel
 from opendelta.exceptions import CheckpointError, ConfigError
 from opendelta.ground.files import (
     SAFETENSORS_FILE,
@@ -21,8 +21,8 @@ from opendelta.ground.files import (
     weights_in,
     write_tensors,
 )
-from opendelta.saving.exchange import CONFIG_FILE as PEFT_CONFIG_FILE
 from opendelta.saving.model_folder import load_backbone
+from opendelta.saving.peft_files import CONFIG_FILE as PEFT_CONFIG_FILE
 
 FORMATS = ("safetensors", "bin", "peft")
 
@@ -61,10 +61,11 @@ def write_converted(
         delta.save_finetuned(target, save_function=torch.save if to == "bin" else None)
     elif to == "peft":
         config = AutoDeltaConfig.from_finetuned(resolve_folder(source))
-        if config.delta_type != LoraModel.delta_type:
-            raise ConfigError(f"{source} holds a {config.delta_type!r} delta; PEFT gets LoRA only.")
+        model_class: Any = model_class_for(config)
+        if not hasattr(model_class, "export_peft"):
+            raise ConfigError(f"{source} holds a {config.delta_type!r} delta, which PEFT has not.")
         backbone = _backbone(model, class_name or config.backbone_class)
-        LoraModel.from_finetuned(source, backbone).export_peft(target)
+        model_class.from_finetuned(source, backbone).export_peft(target)
     else:
         _save_anew(resolve_folder(source), target, TORCH_FILE if to == "bin" else SAFETENSORS_FILE)
 
