@@ -63,7 +63,8 @@ def dense_weight(host: nn.Module) -> Tensor:
     Returns:
         (out, in), or (out, in / groups, *kernel).
     """
-    return torch.cat(list(_columns(host)), 1).unflatten(1, kernel_shape(host))
+    first, *more = _columns(host)
+    return (torch.cat([first, *more], 1) if more else first).unflatten(1, kernel_shape(host))
 
 
 def row_squares(host: nn.Module) -> Tensor:
