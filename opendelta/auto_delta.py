@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 from opendelta.basemodel import DeltaBase
 from opendelta.center.resolve import resolve, source_arguments
 from opendelta.delta.config import ConfigFields
-from opendelta.delta.registry import REGISTRY, model_class_for, register
-from opendelta.delta_models.peft_files import from_peft
+from opendelta.delta.registry import REGISTRY, every_method, model_class_for, register
 from opendelta.exceptions import ConfigError
 from opendelta.ground.files import read_config
+from opendelta.ground.walk import uncompiled
+from opendelta.saving.peft_files import read_config as read_config_of_peft
+from opendelta.saving.peft_files import read_weights
 
 __all__ = ["REGISTRY", "AutoDeltaConfig", "AutoDeltaModel", "model_class_for", "register"]
 
@@ -120,9 +123,9 @@ class AutoDeltaModel(_ClassMethodsOnly):
 
     @classmethod
     def from_peft(cls, path: str | os.PathLike[str], backbone_model: nn.Module) -> DeltaBase:
-        """A LoRA that PEFT saved, as a `LoraModel` on `backbone_model` in eval mode.
+        """An adapter that PEFT saved (LoRA, DoRA, (IA)³), on `backbone_model` in eval mode.
 
-        Where LoRA is and of which rank is read off the tensors, whatever patterns PEFT was given.
+        Where it is and of which rank is read off the tensors, whatever patterns PEFT was given.
         What PEFT trained of the backbone itself (`modules_to_save`, biases) is loaded into it and
         becomes the delta's `unfrozen_modules`, which `freeze_module` leaves trainable.
 
@@ -131,11 +134,27 @@ class AutoDeltaModel(_ClassMethodsOnly):
             backbone_model: modified in place.
 
         Raises:
-            ConfigError: for the config of another method than LoRA, or of a variant of it (DoRA).
+            ConfigError: for the config of a method that is not read, or of a variant of one.
             CheckpointError: if a file is missing or damaged, or does not fit the backbone.
-            InsertionError: if LoRA of ours does not go on one of the modules.
+            InsertionError: if our method does not go on one of the modules.
 
         Example:
             >>> AutoDeltaModel.from_peft("peft_adapter", model).save_finetuned("my_delta")
         """
-        return from_peft(path, backbone_model)
+        if not isinstance(backbone_model, nn.Module):
+            raise ConfigError(
+                f"from_peft: backbone_model is a {type(backbone_model).__name__}; expected first "
+                "the folder, then the backbone, a torch nn.Module."
+            )
+        config = read_config_of_peft(Path(path))
+        methods = [m for m in every_method().values() if hasattr(m, "reads_peft")]
+        for method in methods:
+            if method.reads_peft(config.values):
+                tensors = read_weights(Path(path))
+                made, own = method.from_peft(config, tensors, uncompiled(backbone_model))
+                delta: DeltaBase = method.from_finetuned(None, backbone_model, made, state_dict=own)
+                return delta
+        raise ConfigError(
+            f"{config.file}: peft_type={config.values.get('peft_type')!r}; expected one of "
+            f"{', '.join(sorted({repr(m.peft_type) for m in methods}))}, those that are read."
+        )

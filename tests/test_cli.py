@@ -615,7 +615,7 @@ def test_what_convert_asks_for(bert: PreTrainedModel, run: Run, fail: Fail) -> N
         "convert peft e": "--model MODEL_DIR",
         "convert peft e --to peft --model bert": "PEFT's already",
         "convert lora e": "model.safetensors already",
-        "convert adapter e --to peft --model bert": "'adapter' delta; PEFT gets LoRA only",
+        "convert adapter e --to peft --model bert": "'adapter' delta, which PEFT has not",
         "convert peft e --model bert --class BertForMaskedLM": "classifier",
         "convert lora e --to peft --model nowhere": "nowhere/config.json",
     }.items():

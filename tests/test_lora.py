@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from opendelta import LoraModel
-from opendelta.delta_models.lora import LoraLayer
+from opendelta.delta_models.host_kinds import Linear
+from opendelta.delta_models.low_rank import LoraLayer
 from opendelta.delta_models.low_rank_add import fused_applies
 from opendelta.exceptions import AddressingError, InsertionError
 
@@ -132,7 +133,7 @@ def test_an_attention_that_reads_its_projection_is_refused_and_skipped() -> None
 
 
 def layer_of(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> LoraLayer:
-    layer = LoraLayer(5, 4, 2, 3, dropout).to(dtype)
+    layer = LoraLayer(Linear(5, 4), 2, 3, dropout).to(dtype)
     nn.init.normal_(layer.lora_B)
     return layer
 

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel
+from opendelta.auto_delta import AutoDeltaConfig, AutoDeltaModel, model_class_for
 from opendelta.cli.backbone import load_backbone
 from opendelta.cli.info import read_weights
 from opendelta.cli.shared import require_new
-from opendelta.delta_models.lora import LoraModel
-from opendelta.delta_models.peft_files import CONFIG_FILE as PEFT_CONFIG_FILE
 from opendelta.exceptions import CheckpointError, ConfigError
 from opendelta.ground.files import (
     SAFETENSORS_FILE,
@@ -23,6 +21,7 @@ from opendelta.ground.files import (
     resolve_folder,
     write_tensors,
 )
+from opendelta.saving.peft_files import CONFIG_FILE as PEFT_CONFIG_FILE
 
 
 def run_convert(asked: argparse.Namespace) -> None:
@@ -48,10 +47,11 @@ def run_convert(asked: argparse.Namespace) -> None:
         delta.save_finetuned(target, save_function=torch.save if to == "bin" else None)
     elif to == "peft":
         config = AutoDeltaConfig.from_finetuned(resolve_folder(source))
-        if config.delta_type != LoraModel.delta_type:
-            raise ConfigError(f"{source} holds a {config.delta_type!r} delta; PEFT gets LoRA only.")
+        method = model_class_for(config)
+        if not hasattr(method, "export_peft"):
+            raise ConfigError(f"{source} holds a {config.delta_type!r} delta, which PEFT has not.")
         backbone = _backbone(asked.model, asked.model_class or config.backbone_class)
-        LoraModel.from_finetuned(source, backbone).export_peft(target)
+        method.from_finetuned(source, backbone).export_peft(target)
     else:
         _save_anew(resolve_folder(source), target, TORCH_FILE if to == "bin" else SAFETENSORS_FILE)
     print(target)

@@ -15,7 +15,7 @@ from opendelta.backends import check_backend
 from opendelta.backends.sharding import agreeing, reshard
 from opendelta.delta.arguments import NOT_CONFIGURATION, checked, require_free_names
 from opendelta.delta.config import ConfigFields, fixed_since_construction
-from opendelta.delta.plan import Plan, label
+from opendelta.delta.plan import Plan, hold, label
 from opendelta.delta.pseudo_input import random_state_kept_on_error
 from opendelta.delta.record import KEY, Record, record_of
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError
@@ -149,7 +149,8 @@ class Delta(nn.Module):
     @property
     def plan(self) -> Plan:
         """What the delta is about to do; a new one while nothing is planned."""
-        return record_of(self).plan or Plan(self)
+        made: Plan = record_of(self).plan or Plan(self)
+        return made
 
     def __getattr__(self, name: str) -> Any:
         record = self.__dict__.get(KEY)
@@ -579,29 +580,13 @@ class Delta(nn.Module):
 
     # --- its tensors ------------------------------------------------------------------------
 
-    def hold(self, changes: Changes, insertions: Sequence[Insertion]) -> None:
-        """Have what was inserted under the name of its host in this module."""
-        held = {id(i.module) for i in self.insertions if i.module is not None}
-        for insertion in insertions:
-            content = insertion.content
-            if content is None or id(content) in held:
-                continue  # a second host of one module does not hold it
-            held.add(id(content))
-            node: nn.Module = self
-            for part in filter(None, insertion.host_name.split(".")):
-                children = changes.of(node._modules)
-                if children.get(part) is None:
-                    children[part] = nn.Module()
-                node = children[part]  # type: ignore[assignment]
-            changes.of(getattr(node, insertion.table))[insertion.file_name] = content
-
     def look_at_places(self) -> None:
         """Take up parameters that were put in the place of this delta's (``assign=True``)."""
         looked = [insertion for insertion in self.insertions if insertion.look()]
         if looked:
             label(looked)
             changes = Changes()
-            self.hold(changes, looked)
+            hold(self, changes, looked)
             changes.carry_out()
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -27,9 +27,6 @@ from opendelta.mechanism.insertion import EndInsertion, Insertion, ModuleInserti
 from opendelta.mechanism.ownership import inserted_names, own_modules
 from opendelta.mechanism.places import place_of
 from opendelta.mechanism.slot import ParameterInsertion, ParameterSlot
-
-if TYPE_CHECKING:
-    from opendelta.delta.delta import Delta
 
 # Plans that are made and not carried out, while somebody collects them.
 _HELD: ContextVar[list[Plan] | None] = ContextVar("opendelta_held_plans", default=None)
@@ -63,7 +60,7 @@ class Plan:
         targets: names of the modules that the patterns address.
     """
 
-    def __init__(self, delta: Delta) -> None:
+    def __init__(self, delta: nn.Module) -> None:
         self.delta = delta
         self.record = record_of(delta)
         self.targeting: Targeting = self.record.look_anew()
@@ -243,7 +240,7 @@ class Plan:
 
     def note(self, changes: Changes) -> None:
         """Let the delta hold what it is about to put on its backbone."""
-        self.delta.hold(changes, self.insertions)
+        hold(self.delta, changes, self.insertions)
         record = self.record
         changes.set(record, insertions=[*record.insertions, *self.insertions], plan=None)
         if record.config.backbone_class is None:
@@ -284,6 +281,23 @@ def reads_without_calling(backbone: nn.Module, name: str) -> bool:
     if child != "out_proj":
         return False
     return hasattr(backbone.get_submodule(parent_name), "in_proj_weight")
+
+
+def hold(delta: nn.Module, changes: Changes, insertions: Sequence[Insertion]) -> None:
+    """Have what was inserted under the name of its host in a delta."""
+    held = {id(i.module) for i in record_of(delta).insertions if i.module is not None}
+    for insertion in insertions:
+        content = insertion.content
+        if content is None or id(content) in held:
+            continue  # a second host of one module does not hold it
+        held.add(id(content))
+        node = delta
+        for part in filter(None, insertion.host_name.split(".")):
+            children: Any = changes.of(node._modules)
+            if children.get(part) is None:
+                children[part] = nn.Module()
+            node = children[part]
+        changes.of(getattr(node, insertion.table))[insertion.file_name] = content
 
 
 def label(insertions: list[Insertion]) -> None:

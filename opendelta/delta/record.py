@@ -6,16 +6,13 @@ method likes: neither can collide with what stands here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from opendelta.addressing.targeting import Targeting
 from opendelta.delta.config import ConfigFields
 from opendelta.mechanism.insertion import Insertion
-
-if TYPE_CHECKING:
-    from opendelta.delta.plan import Plan
 
 KEY = "_record"  # where it stands among a delta's attributes
 
@@ -35,7 +32,7 @@ class Record:
         left_trainable: names of the backbone's parameters that its last freeze left trainable.
         removed: whether it was taken off for good.
         from_file: whether its config was read from a file.
-        plan: what it is about to do, while that is being made.
+        plan: the `Plan` of what it is about to do, while that is being made.
     """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
@@ -50,7 +47,7 @@ class Record:
         self.left_trainable: list[str] | None = None
         self.removed = False
         self.from_file = False
-        self.plan: Plan | None = None
+        self.plan: Any = None
         self._targeting: Targeting | None = None
 
     @property

@@ -32,6 +32,8 @@ def example_input(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tens
     elif hasattr(layer, "num_features"):  # a batch norm, or one that norms each channel
         spatial = {"1d": 1, "2d": 2, "3d": 3}.get(type(layer).__name__[-2:], 0)
         shape = (2, layer.num_features, *[2] * spatial)
+    elif isinstance(getattr(layer, "normalized_shape", None), (tuple, list)):
+        shape = (2, *layer.normalized_shape)
     elif (known := read_widths(module)) is not None:
         shape = (2, known[0])
     else:

@@ -6,9 +6,9 @@ hooks, from where it is copied, pickled and found again together with the backbo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,17 +32,6 @@ from opendelta.mechanism.state_dict import TrimmedStateDict
 
 # Names of parameters that some freeze left trainable, of backbones whose last delta is gone.
 _trained: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-
-
-class Listed(Protocol):
-    """What is asked here of a delta."""
-
-    @property
-    def insertions(self) -> Sequence[Insertion]:
-        """What it has put on its backbone."""
-
-    def loss_term(self) -> Tensor | None:
-        """What it adds to the loss."""
 
 
 class BackboneState(TrimmedStateDict):
@@ -113,7 +102,7 @@ class BackboneState(TrimmedStateDict):
 
     # --- who is listed ----------------------------------------------------------------------
 
-    def enlist(self, changes: Changes, delta: Listed, backbone: nn.Module) -> None:
+    def enlist(self, changes: Changes, delta: Any, backbone: nn.Module) -> None:
         """List a delta, and watch the forwards to come."""
         listed = changes.get(self, "deltas")
         if not any(other is delta for other in listed):
@@ -123,7 +112,7 @@ class BackboneState(TrimmedStateDict):
         changes.set(self, is_new=True, is_unsettled=True, repacks=repacks)
         self.settle_hooks(changes, backbone)
 
-    def forget(self, changes: Changes, delta: Listed, backbone: nn.Module) -> None:
+    def forget(self, changes: Changes, delta: Any, backbone: nn.Module) -> None:
         """Strike `delta` off; with the last one restore `requires_grad` and take the hooks off."""
         changes.do_first(forget_compiled_code)
         left = [other for other in self.deltas if other is not delta]

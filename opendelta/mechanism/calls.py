@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import lru_cache
 from typing import Any
 from weakref import WeakSet, ref
@@ -38,8 +38,8 @@ class Call:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments by name, without those that were left at their defaults."""
-        root: Any = self.root
-        names, spread = _parameters(type(root))
+        kind: Any = type(self.root)
+        names, spread = _parameters(kind)
         given = dict(zip(names, self.args, strict=False))
         if len(self.args) > len(names):
             given[spread or "args"] = self.args[len(names) :]
@@ -47,9 +47,10 @@ class Call:
 
 
 @lru_cache(maxsize=256)
-def _parameters(root: Any) -> tuple[list[str], str | None]:
+def _parameters(root: Hashable) -> tuple[list[str], str | None]:
     """The positional arguments of a class's forward, and the name of its ``*args``."""
-    parameters = [*inspect.signature(root.forward).parameters.values()][1:]
+    forward: Any = root.forward  # type: ignore[attr-defined]
+    parameters = [*inspect.signature(forward).parameters.values()][1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     spread = (p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL)
     return [p.name for p in parameters if p.kind in kinds], next(spread, None)

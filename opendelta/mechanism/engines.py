@@ -141,7 +141,7 @@ def join_engine(
                 for group in groups:
                     torch.distributed.broadcast(p.data, group=group, group_src=0)
         for module, host in modules:
-            if hasattr(module, "split_like"):
+            if split_by(host) is not None:
                 module.split_like(host)
             elif _by_fsdp2(host):
                 _fully_shard_like(host, module, backbone)

@@ -58,8 +58,9 @@ def add_state_dict_hooks(
 
 def take_off(changes: Changes, handle: RemovableHandle | None) -> None:
     """As ``handle.remove()``; a hook that is off already, or none, is let be."""
-    refs = () if handle is None else (handle.hooks_dict_ref, *handle.extra_dict_ref)
-    for ref in refs:
+    if handle is None:
+        return
+    for ref in (handle.hooks_dict_ref, *handle.extra_dict_ref):
         table = ref()
         if table is not None:
             changes.of(table).pop(handle.id, None)
