@@ -27,6 +27,7 @@ _HOMES = {
     "delta_models.adapter": "AdapterConfig AdapterModel",
     "delta_models.bitfit": "BitFitConfig BitFitModel",
     "delta_models.compacter": "CompacterConfig CompacterModel",
+    "delta_models.dora": "DoraConfig DoraModel",
     "delta_models.lora": "LoraConfig LoraModel",
     "delta_models.low_rank_adapter": "LowRankAdapterConfig LowRankAdapterModel",
     "delta_models.parallel_adapter": "ParallelAdapterConfig ParallelAdapterModel",
@@ -78,6 +79,8 @@ if TYPE_CHECKING:
     from opendelta.delta_models.bitfit import BitFitModel as BitFitModel
     from opendelta.delta_models.compacter import CompacterConfig as CompacterConfig
     from opendelta.delta_models.compacter import CompacterModel as CompacterModel
+    from opendelta.delta_models.dora import DoraConfig as DoraConfig
+    from opendelta.delta_models.dora import DoraModel as DoraModel
     from opendelta.delta_models.lora import LoraConfig as LoraConfig
     from opendelta.delta_models.lora import LoraModel as LoraModel
     from opendelta.delta_models.low_rank_adapter import LowRankAdapterConfig as LowRankAdapterConfig
