@@ -28,6 +28,7 @@ _HOMES = {
     "delta_models.bitfit": "BitFitConfig BitFitModel",
     "delta_models.compacter": "CompacterConfig CompacterModel",
     "delta_models.dora": "DoraConfig DoraModel",
+    "delta_models.ia3": "IA3Config IA3Model",
     "delta_models.lora": "LoraConfig LoraModel",
     "delta_models.low_rank_adapter": "LowRankAdapterConfig LowRankAdapterModel",
     "delta_models.parallel_adapter": "ParallelAdapterConfig ParallelAdapterModel",
@@ -81,6 +82,8 @@ if TYPE_CHECKING:
     from opendelta.delta_models.compacter import CompacterModel as CompacterModel
     from opendelta.delta_models.dora import DoraConfig as DoraConfig
     from opendelta.delta_models.dora import DoraModel as DoraModel
+    from opendelta.delta_models.ia3 import IA3Config as IA3Config
+    from opendelta.delta_models.ia3 import IA3Model as IA3Model
     from opendelta.delta_models.lora import LoraConfig as LoraConfig
     from opendelta.delta_models.lora import LoraModel as LoraModel
     from opendelta.delta_models.low_rank_adapter import LowRankAdapterConfig as LowRankAdapterConfig
