@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from opendelta import LoraModel
-from opendelta.delta_models.host_kinds import Linear
-from opendelta.delta_models.low_rank import LoraLayer
-from opendelta.delta_models.low_rank_add import fused_applies
 from opendelta.exceptions import AddressingError, InsertionError
 
 
@@ -132,26 +129,45 @@ def test_an_attention_that_reads_its_projection_is_refused_and_skipped() -> None
 # --- the fused node against plain operations ---------------------------------------------------
 
 
-def layer_of(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> LoraLayer:
-    layer = LoraLayer(Linear(5, 4), 2, 3, dropout).to(dtype)
-    nn.init.normal_(layer.lora_B)
-    return layer
+class Given(nn.Module):
+    """A linear in name: it returns what it is given beside its input."""
+
+    in_features, out_features = 5, 4
+
+    def forward(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return output
+
+
+SCALING = 1.5
+
+
+def given(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> Any:
+    """A host that adds a low-rank term of its first argument to its second."""
+    model = nn.ModuleDict({"layer": Given()})
+    LoraModel(model, 2, 3, dropout, modified_modules=["layer"]).to(dtype)
+    nn.init.normal_(model["layer"].lora.lora_B)
+    return model["layer"]
+
+
+def is_fused(output: torch.Tensor) -> bool:
+    """Whether a node written in Python made it."""
+    return isinstance(output.grad_fn, torch.autograd.function.BackwardCFunction)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_first_and_second_derivatives(dropout: float) -> None:
-    layer = layer_of(dropout=dropout)
+    host = given(dropout=dropout)
     output = torch.randn(2, 17, 4, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 17, 5, dtype=torch.float64, requires_grad=True)
-    assert fused_applies(output, x, layer.lora_A)
+    assert is_fused(host(x, output))
 
     def run(*inputs: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(1)  # the same mask each time
-        a, b = inputs[2:]
-        result: torch.Tensor = functional_call(layer, {"lora_A": a, "lora_B": b}, inputs[:2])
+        values = {"lora.lora_A": inputs[2], "lora.lora_B": inputs[3]}
+        result: torch.Tensor = functional_call(host, values, inputs[:2])
         return result
 
-    inputs = (output, x, layer.lora_A, layer.lora_B)
+    inputs = (x, output, host.lora.lora_A, host.lora.lora_B)
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
 
@@ -161,7 +177,8 @@ def test_first_and_second_derivatives(dropout: float) -> None:
     "kind", ["many", "transposed", "broadcast", "no grad in", "few", "one", "none"]
 )
 def test_fused_equals_plain(factors: torch.dtype, kind: str) -> None:
-    layer = layer_of(factors)
+    host = given(factors)
+    layer = host.lora
     x = {
         "many": torch.randn(2, 17, 5),
         "transposed": torch.randn(2, 5, 17).transpose(1, 2),
@@ -178,10 +195,10 @@ def test_fused_equals_plain(factors: torch.dtype, kind: str) -> None:
         base = output.clone().requires_grad_()
         layer.zero_grad()
         if fused:
-            assert fused_applies(base, xi, layer.lora_A) == (kind not in ("few", "one", "none"))
-            y = layer(base, xi)
+            y = host(xi, base)
+            assert is_fused(y) == (kind not in ("few", "one", "none"))
         else:
-            term = xi.to(factors) @ layer.lora_A.t() @ layer.lora_B.t() * layer.scaling
+            term = xi.to(factors) @ layer.lora_A.t() @ layer.lora_B.t() * SCALING
             y = base + term.float()
         y.pow(2).sum().backward()
         results.append((y, base.grad, xi.grad, layer.lora_A.grad, layer.lora_B.grad))
@@ -192,46 +209,46 @@ def test_fused_equals_plain(factors: torch.dtype, kind: str) -> None:
 
 
 def test_dropout_redraws_the_mask_of_the_forward() -> None:
-    layer = layer_of(torch.float32, dropout=0.5)
-    x = torch.randn(64, 5, requires_grad=True)
-    layer(torch.zeros(64, 4), x).sum().backward()
+    host = given(torch.float32, dropout=0.5)
+    x, layer = torch.randn(64, 5, requires_grad=True), host.lora
+    host(x, torch.zeros(64, 4)).sum().backward()
     # Where the mask dropped an input, its gradient is zero; elsewhere it is doubled.
     kept = x.grad != 0
-    expected = 2 * (layer.lora_B.sum(0) @ layer.lora_A) * layer.scaling
+    expected = 2 * (layer.lora_B.sum(0) @ layer.lora_A) * SCALING
     torch.testing.assert_close(x.grad, kept * expected.expand_as(x))
     assert 0.3 < kept.float().mean() < 0.7
     torch.testing.assert_close(
-        layer.lora_A.grad, layer.scaling * torch.outer(layer.lora_B.sum(0), (2 * kept * x).sum(0))
+        layer.lora_A.grad, SCALING * torch.outer(layer.lora_B.sum(0), (2 * kept * x).sum(0))
     )
 
 
 @pytest.mark.parametrize("rows", [4, 64])
 def test_the_output_may_be_changed_in_place(rows: int) -> None:
     """Some backbones scale their queries so."""
-    layer = layer_of(torch.float32)
+    host = given(torch.float32)
     base, x = torch.randn(rows, 4, requires_grad=True), torch.randn(rows, 5, requires_grad=True)
-    (layer(base, x) * 2).pow(2).sum().backward()
-    expected = [base.grad, x.grad, *(p.grad for p in layer.parameters())]
+    (host(x, base) * 2).pow(2).sum().backward()
+    expected = [base.grad, x.grad, *(p.grad for p in host.parameters())]
     base.grad = x.grad = None
-    layer.zero_grad()
-    layer(base, x).mul_(2).pow(2).sum().backward()
-    actual = [base.grad, x.grad, *(p.grad for p in layer.parameters())]
+    host.zero_grad()
+    host(x, base).mul_(2).pow(2).sum().backward()
+    actual = [base.grad, x.grad, *(p.grad for p in host.parameters())]
     torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 40])
 def test_functional_transforms_use_plain_operations(rows: int) -> None:
-    layer = layer_of(torch.float32)
+    host = given(torch.float32)
     xs, base = torch.randn(6, rows, 5), torch.randn(6, rows, 4)
-    values = dict(layer.named_parameters())
+    values = dict(host.named_parameters())
 
     def squared(values: dict[str, torch.Tensor], o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = functional_call(layer, values, (o, x))
+        result: torch.Tensor = functional_call(host, values, (x, o))
         return result.pow(2).sum()
 
     per_row = vmap(grad(squared), in_dims=(None, 0, 0))(values, base, xs)
     squared(values, base, xs).backward()
-    for name, p in layer.named_parameters():
+    for name, p in host.named_parameters():
         torch.testing.assert_close(per_row[name].sum(0), p.grad)
 
 
@@ -242,9 +259,9 @@ def test_autocast_agrees(rows: int) -> None:
     x, layer = torch.randn(rows, 6), delta.layer.lora
     kept: list[torch.Tensor] = []
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert fused_applies(torch.zeros(rows, 5), x, layer.lora_A) == (rows > 32)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             low = model(x)
+        assert is_fused(low) == (rows > 32)
         assert {t.dtype for t in kept if t.numel() == 3 * rows} == {torch.bfloat16}
         with torch.no_grad():
             torch.testing.assert_close(model(x), low)

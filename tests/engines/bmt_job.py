@@ -153,7 +153,7 @@ def one(method: str, backbone: str, folder: Path, engine: Any) -> dict[str, Any]
     delta = put(method, model, plain)
     target = weights.uniform("target", bare.shape, 2.0)
     result |= {
-        "places": [i.host_name for i in delta.insertions],
+        "places": [name for name, _ in delta.named_parameters()],
         "values": opendelta.inspect_module_statistics(model)["delta_parameters"],
         "losses": trained(model, IDS[mine], target[mine], engine),
         "output": evaluated(model),

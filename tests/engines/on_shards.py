@@ -51,10 +51,11 @@ def fsdp2_precision(case: str, folder: Path) -> list[str]:
     fully_shard(model, mesh=mesh)
     delta = METHODS[case](model)
     seen = set()
-    for insertion in delta.insertions:
-        insertion.module.register_forward_hook(
-            lambda module, *_: seen.update(str(p.dtype) for p in module.parameters())
-        )
+    for part in delta.modules():
+        if not list(part.children()):
+            part.register_forward_hook(
+                lambda module, *_: seen.update(str(p.dtype) for p in module.parameters())
+            )
     model(**share(batches()[0]))
     return sorted(seen)
 
