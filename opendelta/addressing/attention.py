@@ -48,10 +48,8 @@ def find_attentions(graph: Graph) -> list[Attention]:
         if name in held or not _says_attention(name):
             continue
         fused = _nameless_fusion(graph, name)
-        own = [
-            p for p, value in module._parameters.items() if value is not None and value.dim() > 1
-        ]
-        raw = {letters_of(parameter) for parameter in own}
+        matrices = (n for n, p in module._parameters.items() if p is not None and p.dim() > 1)
+        raw = set(map(letters_of, matrices))
         if isinstance(module, nn.MultiheadAttention) or {"q", "v"} <= raw:
             held[name] = {}
         elif fused:
@@ -76,13 +74,10 @@ def _nameless_fusion(graph: Graph, holder: str) -> str | None:
     """The layer of an attention without named projections that computes q, k and v at once."""
     direct = (dotted(holder, child) for child in graph.children[holder])
     widths = {linear: graph.linears[linear] for linear in direct if linear in graph.linears}
-    for linear, (width_in, width_out) in widths.items():
-        if width_out == 3 * width_in:
-            return linear
-    for linear, (width_in, width_out) in widths.items():
-        if width_out > width_in and len(widths) > 1:  # grouped-query attention
-            return linear
-    return None
+    fused = [linear for linear, (inner, outer) in widths.items() if outer == 3 * inner]
+    if not fused and len(widths) > 1:  # grouped-query attention
+        fused = [linear for linear, (inner, outer) in widths.items() if outer > inner]
+    return fused[0] if fused else None
 
 
 def _second_factors(projections: Mapping[str, str]) -> dict[str, str]:

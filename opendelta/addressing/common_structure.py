@@ -73,9 +73,7 @@ class CommonStructureMap:
         self._naming = Naming(self._graph, scope)
         self._named, self.towers = self._naming.named, self._naming.towers
         self._scoped: dict[str, CommonStructureMap] = {}
-        self.matched_pairs: dict[str, str] = {
-            name: self._named[name].common for name in self._graph.modules if name in self._named
-        }
+        self.matched_pairs = {name: named.common for name, named in self._named.items()}
         if strict and not any(named.block for named in self._named.values()):
             raise AddressingError(self._nothing_found())
         if warning:
@@ -189,11 +187,9 @@ class CommonStructureMap:
     def blocks(self) -> dict[str, dict[str, list[str]]]:
         """Block -> role -> the modules that play it there, by common names."""
         found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-        for name in self.matched_pairs:
-            named = self._named[name]
-            if named.block:
-                for role in _played(named.role):
-                    found[named.block][role].append(name)
+        for name, named in self._named.items():
+            for role in _played(named.role) if named.block else ():
+                found[named.block][role].append(name)
         return found
 
     def outputs(self, role: str) -> list[str]:
@@ -208,9 +204,8 @@ class CommonStructureMap:
         """
         ends = {f"{role}.proj", f"{role}.w2"}
         found = {name for name, named in self._named.items() if named.role in ends}
-        parts: dict[str, set[str]] = {
-            name: set() for name, named in self._named.items() if named.role == role
-        }
+        wholes = [name for name, named in self._named.items() if named.role == role]
+        parts: dict[str, set[str]] = {name: set() for name in wholes}
         for name, named in self._named.items():
             if named.role.startswith(role + ".") and not named.role.endswith("layer_norm"):
                 owner = innermost(parent_of(name), parts)
@@ -249,7 +244,7 @@ class CommonStructureMap:
 
     def explain(self) -> Explanation:
         """A table of the modules that have common names: block, role, module, and why."""
-        named = ((name, self._named[name]) for name in self.matched_pairs)
+        named = self._named.items()
         return Explanation([(n.block, n.role or n.common, name, n.why) for name, n in named])
 
     # --- telling ----------------------------------------------------------------------------------

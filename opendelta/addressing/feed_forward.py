@@ -99,10 +99,8 @@ def _is_down(graph: Graph, linear: str, linears: Sequence[str], hidden: int | No
         if graph.linears[first][1] in (graph.linears[second][0], 2 * graph.linears[second][0]):
             return linear == second  # fc1 and fc2, and the like
     own = set(own_words(linear))
-    if not own & UP and own & DOWN:
-        return True
-    if own & UP and not own & DOWN:
-        return False
+    if bool(own & UP) != bool(own & DOWN):
+        return bool(own & DOWN)
     width_in, width_out = graph.linears[linear]
     if hidden is not None and width_out != width_in and hidden in (width_in, width_out):
         return width_out == hidden
@@ -112,12 +110,11 @@ def _is_down(graph: Graph, linear: str, linears: Sequence[str], hidden: int | No
 def name_feed_forward(block: Block, chains: Sequence[tuple[str, dict[str, Site]]]) -> None:
     """Give feed-forwards their roles; where some are called so, only they are."""
     called = [
-        any(not FEED_FORWARD.isdisjoint(block.words_of(linear)) for linear in chain)
-        for _, chain in chains
+        (place, chain)
+        for place, chain in chains
+        if any(not FEED_FORWARD.isdisjoint(block.words_of(linear)) for linear in chain)
     ]
-    for (place, chain), said in zip(chains, called, strict=True):
-        if any(called) and not said:
-            continue
+    for place, chain in called or chains:
         block.sites.update(chain)
         if place not in block.members or block.parts:
             block.sites.setdefault(place, Site("ff", "holds a feed-forward"))

@@ -40,7 +40,7 @@ class Naming:
         scope: which tower gets names, see `CommonStructureMap`.
 
     Attributes:
-        named: what has a common name.
+        named: what has a common name, in module order.
         towers: where each tower sits, by its short name.
 
     Raises:
@@ -77,6 +77,7 @@ class Naming:
             self._add_outer(embeddings, "embeddings", "get_input_embeddings() returns it")
         if head is not None and head not in self.named:
             self._add_outer(head, "lm_head.proj", "get_output_embeddings() returns it")
+        self.named = {name: self.named[name] for name in graph.modules if name in self.named}
 
     def around(self, name: str) -> str:
         """`name`, with the nearest module around that has a common name replaced by that."""

@@ -54,18 +54,16 @@ def run_list(asked: argparse.Namespace) -> None:
         for line in lines:
             print(line)
         return
-    rows = []
-    for name in found:
-        about = center.info(name)
-        rows.append(
-            {
-                "name": name,
-                "method": about.config.get("delta_type"),
-                "backbone": about.config.get("backbone_class"),
-                "bytes": sum(about.sizes.values()),
-                "revision": about.revision,
-            }
-        )
+    rows = [
+        {
+            "name": about.name,
+            "method": about.config.get("delta_type"),
+            "backbone": about.config.get("backbone_class"),
+            "bytes": sum(about.sizes.values()),
+            "revision": about.revision,
+        }
+        for about in map(center.info, found)
+    ]
     if asked.json:
         print(json.dumps(rows, indent=2))
         return

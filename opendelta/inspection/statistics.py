@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,13 @@ def counts(parameters: Iterable[Tensor]) -> dict[str, Any]:
     }
 
 
-def delta_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the deltas that are attached inside `module`, each once."""
-    found: dict[int, nn.Parameter] = {}
+def delta_parameters(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters of the deltas that are attached inside `module`, some of them repeatedly."""
     for inner in map(unblocked, module.modules()):
-        for name in inserted_names(inner):
-            delta = inner._modules.get(name)  # None while it is detached
-            if delta is not None:
-                found.update((id(p), p) for p in delta.parameters())
-        for name in inserted_parameters(inner):
-            p = inner._parameters[name]
-            if p is not None:
-                found[id(p)] = p
-    return list(found.values())
+        deltas = map(inner._modules.get, inserted_names(inner))  # None while it is detached
+        parts = map(inner._parameters.get, inserted_parameters(inner))
+        yield from (p for delta in deltas if delta is not None for p in delta.parameters())
+        yield from (p for p in parts if p is not None)
 
 
 def num_total_parameters(module: nn.Module) -> int:

@@ -187,8 +187,7 @@ def _is_ours(header: str, host: str) -> bool:
     name, bound = match[1], _address(host)
     address = _address(name)
     if bound is None or address is None:
-        everywhere = bound is not None and bound.is_unspecified
-        return name == (socket.gethostname() if everywhere else host).lower()
+        return name == _shown(host).lower()
     return bound.is_unspecified or bound == address or (bound.is_loopback and address.is_loopback)
 
 
