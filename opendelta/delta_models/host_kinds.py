@@ -29,11 +29,14 @@ class HostKind:
     """A kind of layer that adds a bias, or nothing, to what is linear in its weight.
 
     Attributes:
+        width_in, width_out: how many features the layer takes and returns.
         channels: the dimension of the output that holds the features.
         by_rows: whether each row of a batch may have factors of its own, in one batched product
             of matrices.
     """
 
+    width_in: int
+    width_out: int
     channels = -1
     by_rows = False
 
