@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import backbones
 import peft
 import pytest
@@ -115,6 +116,43 @@ def test_a_host_that_can_only_be_called() -> None:
         close(ours, other, 1e-6)  # the magnitudes, from calls of the host
     same_values(pairs, 0)
     compare(opaque, theirs, pairs, torch.randn(40, 300).double(), 1e-10)
+
+
+class Shifted(nn.Module):
+    """A linear whose bias is called otherwise."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.matrix, self.shift = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.t() + self.shift
+
+
+def test_a_bias_of_another_name_is_not_rescaled() -> None:
+    plain = Net()
+    foreign = nn.Sequential()
+    foreign.lin = Shifted(copy.deepcopy(plain.lin))
+    one, other = (DoraModel(model, 2, modified_modules=["lin"]) for model in (plain, foreign))
+    randomise(one)
+    other.load_state_dict(one.state_dict())
+    close(foreign(rows()), plain(rows()))
+
+
+def test_a_host_that_is_offloaded() -> None:
+    model, plain = random_net(0, ["linear"])[0], random_net(0, ["linear"])[0]
+    x = random_net(0, ["linear"])[1]
+    accelerate.cpu_offload(model, execution_device="cpu")
+    deltas = [DoraModel(m, 2, modified_modules=["first", "last"]) for m in (model, plain)]
+    for ours, theirs in zip(*(delta.parameters() for delta in deltas), strict=True):
+        assert ours.device.type == "cpu" and (ours.dim() > 1 or torch.equal(ours, theirs))
+    randomise(deltas[0])
+    deltas[1].load_state_dict(deltas[0].state_dict())
+    calls = []
+    model.first.forward = lambda v, f=model.first.forward: calls.append(len(v)) or f(v)
+    close(model(x), plain(x))
+    assert calls == [len(x), 3]  # the two rows of A and one of zeros, and no unit vectors again
 
 
 # --- convolutions -----------------------------------------------------------------------------
@@ -367,7 +405,7 @@ def test_in_16_bits_norms_are_those_of_32(dtype: torch.dtype) -> None:
     randomise(delta)
     twin.load_state_dict(delta.state_dict())
     layer, other = delta.get_submodule("0").dora, twin.get_submodule("0").dora
-    norms, expected = layer.norms(model[0]), other.norms(exact[0])
+    norms, expected = layer.norms_and_bias(model[0])[0], other.norms_and_bias(exact[0])[0]
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms, expected, rtol=1e-3, atol=0)
     x = torch.randn(40, 256).to(dtype)
@@ -384,9 +422,9 @@ def test_autocast_computes_norms_in_full() -> None:
     delta = DoraModel(model, modified_modules=["lin"])
     randomise(delta)
     layer = delta.lin.dora
-    expected = layer.norms(model.lin)
+    expected = layer.norms_and_bias(model.lin)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer.norms(model.lin), expected)
+        assert torch.equal(layer.norms_and_bias(model.lin)[0], expected)
         assert model(rows()).dtype == torch.bfloat16
 
 

@@ -11,6 +11,7 @@ import transformers
 from peft_reference import Opaque, close
 from torch import Tensor, nn
 
+import opendelta
 from opendelta import LoraModel
 from opendelta.backends import dense
 from opendelta.delta_models.host_kinds import (
@@ -186,3 +187,22 @@ def test_example_inputs_can_be_computed_with(norm: nn.Module) -> None:
     x = example_input(norm)
     assert x is not None and norm(x).isfinite().all()
     assert example_input(nn.Identity()) is None
+
+
+@pytest.mark.parametrize("case", ["embedding", "plane", "mirror", "Conv1D"])
+def test_rows_of_a_batch(case: str) -> None:
+    host = layers()[case]
+    model = nn.Sequential(host)
+    one, other = (LoraModel(model, r, modified_modules=["0"]) for r in (1, 3))
+    with torch.no_grad():
+        for p in (*one.parameters(), *other.parameters()):
+            p.normal_()
+    x: Any = example_input(host)
+    x = x if case == "embedding" else torch.cat([x[:1] * k for k in (1, 2, -1, 3)])
+    expected = []
+    for row, delta in enumerate((other, None, one, other)):
+        for each in (one, other):
+            each.attach() if each is delta else each.detach()
+        expected.append(model(x)[row])
+    with opendelta.route(model, [other, None, one, other]):
+        close(model(x), torch.stack(expected))

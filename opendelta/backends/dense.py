@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.backends.quantised import compute_dtype, execution_device, is_offloaded
-from opendelta.backends.sharding import full, is_shard
+from opendelta.backends.sharding import full, full_shape, is_dtensor, is_shard
 from opendelta.exceptions import InsertionError
 from opendelta.ground.widths import read_widths
 
@@ -44,6 +44,11 @@ def product(host: nn.Module, kernels: Tensor) -> Tensor:
     Returns:
         (n, out), in the dtype that the layer computes in.
     """
+    return product_and_bias(host, kernels)[0]
+
+
+def product_and_bias(host: nn.Module, kernels: Tensor) -> tuple[Tensor, Tensor]:
+    """`product`, and what the layer adds to it, (out,): its bias, whatever that is called."""
     rows = _as_input(host, kernels)
     dtype = _computes_in(host) or kernels.dtype
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
@@ -51,7 +56,7 @@ def product(host: nn.Module, kernels: Tensor) -> Tensor:
         output = host.forward(rows)
     for position in _window(host)[1]:
         output = output.select(2, position)
-    return output[:-1] - output[-1:]  # less the bias, which is what zeros give
+    return output[:-1] - output[-1:], output[-1]  # zeros give the bias
 
 
 def dense_weight(host: nn.Module) -> Tensor:
@@ -85,7 +90,8 @@ def _columns(host: nn.Module) -> Iterator[Tensor]:
     """The weight, (out, in) with all dimensions of a kernel in one, by parts of its columns."""
     weight: Any = getattr(host, "weight", None)  # an attribute: BMTrain's are gathered by that
     sharded, shape = is_shard(weight), kernel_shape(host)
-    weight = full(weight) if sharded else weight
+    if sharded and (is_dtensor(weight) or weight.shape != full_shape(weight)):
+        weight = full(weight)  # which ZeRO-3 would take away again while the layer runs
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
     if plain and not is_offloaded(host):
         weight = weight.detach()

@@ -29,11 +29,14 @@ class HostKind:
     """A kind of layer that adds a bias, or nothing, to what is linear in its weight.
 
     Attributes:
+        width_in, width_out: how many features the layer takes and returns.
         channels: the dimension of the output that holds the features.
         by_rows: whether each row of a batch may have factors of its own, in one batched product
             of matrices.
     """
 
+    width_in: int
+    width_out: int
     channels = -1
     by_rows = False
 
@@ -74,9 +77,10 @@ class HostKind:
 
     # Of the layer's weight W as this process holds it: of all its rows, or of a slice of them.
 
-    def products(self, host: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
-        """``A W^T`` (r, out) by a call of the layer itself, and ``A A^T`` (r, r)."""
-        return dense.product(host, a), a.flatten(1) @ a.flatten(1).t()
+    def products(self, host: nn.Module, a: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``A W^T`` (r, out) by a call of the layer itself, ``A A^T`` (r, r), and its bias."""
+        cross, bias = dense.product_and_bias(host, a)
+        return cross, a.flatten(1) @ a.flatten(1).t(), bias
 
     def row_squares(self, host: nn.Module) -> Tensor:
         """The squared length of each row of W, (out,)."""
@@ -275,11 +279,11 @@ class SplitLinear(Linear):
             found = vector.to_local()
         return found
 
-    def products(self, host: Any, a: Any) -> tuple[Tensor, Tensor]:
+    def products(self, host: Any, a: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         weight, a = host.weight.to_local(), a.to_local()
         cross, gram = F.linear(a.to(weight.dtype), weight), F.linear(a, a)
         self._sum_over_inputs(host, cross, gram)
-        return cross, gram
+        return cross, gram, None
 
     def row_squares(self, host: Any) -> Tensor:
         squares: Tensor = host.weight.to_local().float().square().sum(1)

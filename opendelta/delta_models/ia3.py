@@ -32,17 +32,23 @@ class IA3Layer(nn.Module):
 
     Args:
         kind: the kind of the host.
-        width: how many features the hidden state has.
+        on_input: whether the host's input is scaled, not its output.
         features: positions of those that are scaled; None for all.
     """
 
     features: Tensor | None
 
-    def __init__(self, kind: HostKind, width: int, features: Tensor | None = None) -> None:
+    def __init__(
+        self, kind: HostKind, on_input: bool = False, features: Tensor | None = None
+    ) -> None:
         super().__init__()
-        self.kind, self.width = kind, width
+        self.kind, self.on_input = kind, on_input
+        self.width = kind.width_in if on_input else kind.width_out
         self.register_buffer("features", features, persistent=False)
-        self.scale = nn.Parameter(torch.ones(width if features is None else len(features)))
+        self.scale = nn.Parameter(torch.ones(self.width if features is None else len(features)))
+
+    def extra_repr(self) -> str:
+        return f"on_input={self.on_input}"
 
     def full(self) -> Tensor:
         """The factor of every feature, (width,)."""
@@ -128,21 +134,20 @@ class IA3Model(PeftForm):
     def update_module(self, module: nn.Module, key: str) -> None:
         """Scale the output of the module called `key`, or its input."""
         _, _, target = self.find_module(module, key)
-        kind: Any = require_kind(target, key, self.title)
+        kind = require_kind(target, key, self.title)
         if isinstance(kind, Embedding):
             raise InsertionError(
                 f"{key!r} is an embedding ({type(target).__name__}): (IA)³ goes on linears and "
                 "convolutions. Leave it out with exclude_modules."
             )
         if self._is_on_input(key):
-            layer = IA3Layer(kind, kind.width_in)
-            self.insert_action(target, layer, "ia3", BeforeDispatcher, before)
+            self.insert_action(target, IA3Layer(kind, True), "ia3", BeforeDispatcher, before)
             return
         features = None
         if self._parts and self._slices and key in self._parts:
             found = [self._slices[key][letter] for letter in sorted(self._parts[key])]
             features = torch.cat(found).sort().values
-        layer = IA3Layer(kind, kind.width_out, features)
+        layer = IA3Layer(kind, features=features)
         self.insert_action(target, layer, "ia3", AfterDispatcher, after)
 
     def _is_on_input(self, name: str) -> bool:
@@ -178,7 +183,7 @@ class IA3Model(PeftForm):
         kind, scale = layer.kind, layer.full().detach().to(host.weight)
         weight = host.weight.detach().clone()
         rows = kind.rows(weight)
-        if insertion.side is AfterDispatcher:
+        if not layer.on_input:
             rows.mul_(scale.unsqueeze(1))
             bias = getattr(host, "bias", None)
             return {"weight": weight} | ({} if bias is None else {"bias": bias.detach() * scale})
@@ -201,7 +206,7 @@ class IA3Model(PeftForm):
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Scales with a one for every feature that is not scaled, and PEFT's list of inputs."""
         tensors = {}
-        on_input = [name for name, i in layers.items() if i.side is BeforeDispatcher]
+        on_input = [name for name, i in layers.items() if i.module.on_input]
         for name, insertion in layers.items():
             layer: Any = insertion.module
             kernel = getattr(insertion.host, "kernel_size", ())
