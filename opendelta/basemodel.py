@@ -51,6 +51,7 @@ class DeltaBase(Delta):
         config_class: the method's config.
         default_modified_modules: common names that are modified if the user names none.
         added_positions: how many positions each text gets longer by (soft prompts).
+        merges_into: in the style of 1.0, the parameter that `merged` gives.
 
     Args:
         backbone_model: the model to modify.
