@@ -389,7 +389,7 @@ def test_a_pattern_for_inputs_that_addresses_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "why"), [("embed_tokens", "is an embedding"), ("self_attn", "is no linear map")]
+    ("where", "why"), [("embed_tokens", "is an embedding"), ("act_fn", "is no linear map")]
 )
 def test_other_hosts_are_refused(where: str, why: str) -> None:
     model = backbones.build("llama")

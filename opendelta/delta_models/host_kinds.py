@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from opendelta.addressing.feed_forward import about_experts
 from opendelta.backends import dense
 from opendelta.backends.sharding import is_dtensor
+from opendelta.delta.plan import Plan, reads_without_calling
 from opendelta.delta_models.low_rank_add import low_rank_add
 from opendelta.exceptions import InsertionError
 from opendelta.ground.widths import read_widths
 from opendelta.mechanism.engines import split_by
+from opendelta.mechanism.ownership import own_children
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -326,6 +328,30 @@ def host_kind(host: Any) -> HostKind | None:
     if widths is None or not (hasattr(host, "in_features") or hasattr(host, "nf")):
         return None
     return Linear(*widths, transposed=hasattr(host, "nf"))
+
+
+def layers_of(plan: Plan, key: str, method: str) -> dict[str, nn.Module]:
+    """What the module called `key` stands for: itself, or all linears inside one that holds others.
+
+    Raises:
+        InsertionError: if it holds none.
+    """
+    target = plan.backbone.get_submodule(key)
+    if not own_children(target) or hasattr(target, "weight"):
+        return {key: target}
+    parts = {
+        name: part
+        for name, part in plan.targeting.named_inside(key)
+        if isinstance(host_kind(part), Linear)
+        and name != key
+        and not reads_without_calling(plan.backbone, name)
+    }
+    if not parts:
+        raise InsertionError(
+            f"{key!r} ({type(target).__name__}) holds no linear that {method} could be put on."
+            + about_experts(target)
+        )
+    return {name: part for name, part in parts.items() if not plan.targeting.is_excluded(name)}
 
 
 def require_kind(host: nn.Module, name: str, method: str) -> HostKind:

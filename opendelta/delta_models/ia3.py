@@ -16,7 +16,13 @@ from opendelta.delta.plan import Plan
 from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.fused_slices import fused_slices
-from opendelta.delta_models.host_kinds import Embedding, HostKind, host_kind, require_kind
+from opendelta.delta_models.host_kinds import (
+    Embedding,
+    HostKind,
+    host_kind,
+    layers_of,
+    require_kind,
+)
 from opendelta.delta_models.peft_form import Layers, PeftForm, peft_targets
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
 from opendelta.ground.names import leaf_of
@@ -71,7 +77,8 @@ class IA3Model(PeftForm):
 
     By default keys and values, and what the last linear of each feed-forward is given. In a fused
     projection that a common name addresses (``attn.k``), its part alone is scaled: which features
-    those are is seen in one forward of a pseudo input. Biases are scaled with the output.
+    those are is seen in one forward of a pseudo input. Biases are scaled with the output. A module
+    that holds others stands for all linears inside it.
 
     Args:
         backbone_model: the model to modify, in place.
@@ -132,23 +139,25 @@ class IA3Model(PeftForm):
         self._parts = self._slices = None
 
     def update_module(self, module: nn.Module, key: str) -> None:
-        """Scale the output of the module called `key`, or its input."""
-        _, _, target = self.find_module(module, key)
-        kind = require_kind(target, key, self.title)
-        if isinstance(kind, Embedding):
-            raise InsertionError(
-                f"{key!r} is an embedding ({type(target).__name__}): (IA)³ goes on linears and "
-                "convolutions. Leave it out with exclude_modules."
-            )
-        if self._is_on_input(key):
-            self.insert_action(target, IA3Layer(kind, True), "ia3", BeforeDispatcher, before)
-            return
-        features = None
-        if self._parts and self._slices and key in self._parts:
-            found = [self._slices[key][letter] for letter in sorted(self._parts[key])]
-            features = torch.cat(found).sort().values
-        layer = IA3Layer(kind, features=features)
-        self.insert_action(target, layer, "ia3", AfterDispatcher, after)
+        """Scale the output of the module called `key`, or its input, or those of linears in it."""
+        for name, target in layers_of(self.plan, key, self.title).items():
+            kind = require_kind(target, name, self.title)
+            if isinstance(kind, Embedding):
+                raise InsertionError(
+                    f"{name!r} is an embedding ({type(target).__name__}): (IA)³ goes on linears "
+                    "and convolutions. Leave it out with exclude_modules."
+                )
+            if self.plan.on(target):
+                continue
+            if self._is_on_input(name):
+                self.insert_action(target, IA3Layer(kind, True), "ia3", BeforeDispatcher, before)
+                continue
+            features = None
+            if self._parts and self._slices and name in self._parts:
+                found = [self._slices[name][letter] for letter in sorted(self._parts[name])]
+                features = torch.cat(found).sort().values
+            layer = IA3Layer(kind, features=features)
+            self.insert_action(target, layer, "ia3", AfterDispatcher, after)
 
     def _is_on_input(self, name: str) -> bool:
         if self.on_input is None:

@@ -10,14 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opendelta.addressing.common_structure import CommonStructureMap
-from opendelta.addressing.feed_forward import about_experts
 from opendelta.addressing.patterns import as_patterns, matches_any
-from opendelta.delta.plan import Plan, reads_without_calling
-from opendelta.delta_models.host_kinds import HostKind, Linear, SplitLinear, host_kind, require_kind
+from opendelta.delta.plan import Plan
+from opendelta.delta_models.host_kinds import (
+    HostKind,
+    SplitLinear,
+    layers_of,
+    require_kind,
+)
 from opendelta.delta_models.peft_lora import PeftLora
-from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
+from opendelta.exceptions import AddressingError, ConfigError, nearest
 from opendelta.ground.containers import Args, Kwargs, first_hidden, map_hidden
-from opendelta.mechanism.ownership import own_children
 
 if TYPE_CHECKING:
     from opendelta.mechanism.rows import Rows
@@ -153,23 +156,8 @@ class LowRankModel(PeftLora):
 
     def update_module(self, module: nn.Module, key: str) -> None:
         """Put the pair on the module called `key`, or on all linears inside it."""
-        _, _, target = self.find_module(module, key)
-        parts = {key: target}
-        if own_children(target) and not hasattr(target, "weight"):
-            parts = {
-                name: part
-                for name, part in self.plan.targeting.named_inside(key)
-                if isinstance(host_kind(part), Linear)
-                and name != key
-                and not reads_without_calling(self.backbone_model, name)
-            }
-        if not parts:
-            raise InsertionError(
-                f"{key!r} ({type(target).__name__}) holds no linear that {self.title} could be put "
-                "on." + about_experts(target)
-            )
-        for name, part in parts.items():
-            if not self.plan.on(part) and not self.plan.targeting.is_excluded(name):
+        for name, part in layers_of(self.plan, key, self.title).items():
+            if not self.plan.on(part):
                 r = self._by_pattern(self.rank_pattern, name, self.lora_r)
                 alpha = self._by_pattern(self.alpha_pattern, name, self.lora_alpha)
                 kind = require_kind(part, name, self.title)

@@ -80,11 +80,6 @@ def call_arguments() -> dict[str, Any]:
     Raises:
         InsertionError: outside of a forward of a backbone with deltas, in compiled code, and in a
             recomputation that may belong to several forwards.
-
-    Example:
-        >>> class LastToken(nn.Module):
-        ...     def forward(self, hidden):
-        ...         mask = opendelta.call_arguments().get("attention_mask")
     """
     if torch.compiler.is_compiling():
         raise InsertionError(
