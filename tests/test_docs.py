@@ -118,7 +118,8 @@ def test_the_example_of_a_docstring_runs(
 ) -> None:
     for step in example.examples:
         step.source = step.source.replace("file:///shared", (tmp_path / "share").as_uri())
-    example.globs = {**vars(opendelta), "opendelta": opendelta, **scene}
+    public = {name: getattr(opendelta, name) for name in opendelta.__all__}
+    example.globs = {**public, "opendelta": opendelta, "nn": torch.nn, **scene}
     told: list[str] = []
     runner = doctest.DocTestRunner(Checker(), verbose=False)
     runner.run(example, out=told.append)
@@ -127,3 +128,15 @@ def test_the_example_of_a_docstring_runs(
 
 def test_docstrings_hold_examples() -> None:
     assert len(EXAMPLES) >= 8
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    documented = set(re.findall(r"^\.\. auto\w+:: (\S+)", pages, re.MULTILINE))
+    of_every_delta = {n for n in dir(opendelta.DeltaBase) if not n.startswith("_")}
+    of_every_delta -= set(dir(torch.nn.Module))
+    said = opendelta.DeltaBase.__doc__ or ""  # its class attributes among others
+    of_every_delta -= set(re.findall(r"^ +(\w+): ", said, re.MULTILINE))
+    public = {*opendelta.__all__, *(f"DeltaBase.{name}" for name in of_every_delta)}
+    elsewhere = {"__version__", "BackboneMismatchWarning", "DeltaWarning", "OpenDeltaError"}
+    assert not public - documented - elsewhere

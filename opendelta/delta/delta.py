@@ -437,7 +437,8 @@ class Delta(nn.Module):
                 (``post_forward(output)``); ``"sequential"``: before if it has ``pre_forward``,
                 after if it has ``post_forward`` or neither; ``"parallel"``:
                 ``delta_module(*args, **kwargs)`` is added to the output; ``"onto"``: the output
-                becomes ``delta_module(output, input)``; ``"fuse"``: it becomes
+                becomes ``delta_module(output, input)``, a mere addition unless the module says
+                ``is_additive = False``; ``"fuse"``: it becomes
                 ``delta_module(output, others)``, where ``others`` maps the names of the deltas
                 before it on the module to callables of what they make of an output.
             delta_module: what to insert.
