@@ -21,7 +21,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["opendelta", "opendelta.*"]),
-    package_data={"opendelta": ["py.typed"], "opendelta.web": ["**/*.html", "**/*.css", "**/*.js"]},
+    package_data={
+        "opendelta": ["py.typed"],
+        "opendelta.mechanism": ["README.md"],
+        "opendelta.web": ["**/*.html", "**/*.css", "**/*.js"],
+    },
     install_requires=text("requirements.txt").splitlines(),
     entry_points={"console_scripts": ["opendelta = opendelta.cli:main"]},
     extras_require={

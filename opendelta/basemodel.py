@@ -31,6 +31,7 @@ from opendelta.exceptions import (
     UnmatchedPatternWarning,
 )
 from opendelta.inspection import Summary, num_total_parameters, print_log, summary
+from opendelta.mechanism.changes import within
 from opendelta.saving import checkpoint, loading
 from opendelta.saving.backbone_check import check_backbone
 from opendelta.verbs import arithmetic, freezing, merging
@@ -122,7 +123,7 @@ class DeltaBase(Delta):
             fields.pop("backend", None)  # what it was trained on; this backbone says where it is
         if "interactive_modify" in kwargs:
             fields["interactive_modify"] = kwargs["interactive_modify"]
-        with held_back() as plans, warnings.catch_warnings():
+        with held_back() as plans, within(warnings.catch_warnings()):
             if made.from_file:  # patterns that were checked when the delta was made
                 warnings.simplefilter("ignore", UnmatchedPatternWarning)
             delta: DeltaBase = model_class(backbone_model, **fields)
@@ -157,7 +158,8 @@ class DeltaBase(Delta):
         backbone = backbone_model
         if not cls.__module__.startswith("opendelta.") and isinstance(backbone, nn.Module):
             backbone = _on_meta(backbone)  # whatever it does besides planning, it does there
-        with held_back() as plans, torch.random.fork_rng(devices=[]), torch.device("meta"):
+        aside = within(torch.random.fork_rng(devices=[]), torch.device("meta"))
+        with held_back() as plans, aside:
             delta = cls(backbone, *args, **kwargs)
         if not plans:
             raise InsertionError(

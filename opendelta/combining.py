@@ -11,7 +11,7 @@ from opendelta.basemodel import DeltaBase
 from opendelta.delta.plan import held_back
 from opendelta.delta.record import record_of
 from opendelta.exceptions import ConfigError, InsertionError
-from opendelta.mechanism.changes import Changes
+from opendelta.mechanism.changes import Changes, within
 from opendelta.mechanism.insertion import switch
 
 
@@ -51,7 +51,7 @@ def combine(deltas: Sequence[DeltaBase], weights: Sequence[float]) -> DeltaBase:
     _check(deltas, weights)
     first = deltas[0]
     config = first.combined_config(deltas)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with within(torch.no_grad(), torch.random.fork_rng(devices=[])):
         values = first.combined_tensors(deltas, weights)
         with held_back() as plans:
             combined = type(first).from_config(config, first.backbone_model, check_hash=False)

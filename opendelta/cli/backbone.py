@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from opendelta.delta.registry import model_class_for
 from opendelta.exceptions import CheckpointError, ConfigError, nearest
 from opendelta.ground.files import CONFIG_FILE
 from opendelta.inspection import Visualization
@@ -31,8 +34,15 @@ def run_tree(asked: argparse.Namespace) -> None:
 
 
 def run_select(asked: argparse.Namespace) -> None:
-    """Choose modules in a web page."""
-    select_modules(build_backbone(asked.model, asked.model_class), asked.port)
+    """Choose modules in a web page, which counts what a method would add there."""
+    backbone = build_backbone(asked.model, asked.model_class)
+    method: Any = asked.method and model_class_for({"delta_type": asked.method})
+
+    def count(names: list[str]) -> tuple[int, float]:
+        plan = method.preview(backbone, modified_modules=[f"[r]^{re.escape(n)}" for n in names])
+        return plan.num_parameters, plan.share
+
+    select_modules(backbone, asked.port, method=asked.method, count=count if method else None)
 
 
 def build_backbone(folder: str, class_name: str | None) -> PreTrainedModel:

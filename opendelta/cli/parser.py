@@ -155,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
         _MODEL,
         _CLASS,
         _argument("--port", help="by default 8888; 0: any free one", type=int, default=8888),
+        _argument("--method", help="count what this method would add, such as lora"),
     )
     return whole
 

@@ -18,7 +18,7 @@ from opendelta.delta.config import ConfigFields, fixed_since_construction
 from opendelta.delta.plan import Plan, hold, label
 from opendelta.delta.pseudo_input import random_state_kept_on_error
 from opendelta.delta.record import KEY, Record, record_of
-from opendelta.exceptions import AddressingError, ConfigError, InsertionError
+from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
 from opendelta.ground.walk import child_of, named_tensors, uncompiled
 from opendelta.mechanism import dispatch
 from opendelta.mechanism.changes import Changes
@@ -179,7 +179,17 @@ class Delta(nn.Module):
         """For a method itself: let hyper-parameters be what training has made of them.
 
         Attribute, config and file say so from now on.
+
+        Raises:
+            ConfigError: for a name that is none of its hyper-parameters.
         """
+        fields = self.config.method_fields
+        strange = next((name for name in values if name not in fields), None)
+        if strange is not None:
+            raise ConfigError(
+                f"{type(self).__name__} has no hyper-parameter {strange!r}."
+                + nearest(strange, fields)
+            )
         self.config.put(**values)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -376,6 +386,11 @@ class Delta(nn.Module):
         found = targeting.find(patterns, self.default_targets if self.uses_defaults else None)
         if any(found):
             return found
+        if not self.default_modified_modules:
+            raise AddressingError(
+                f"{type(self).__name__} has no default places: name the modules to modify with "
+                f"modified_modules=[...]. {targeting.structure.offer()}"
+            )
         raise AddressingError(
             f"{type(self.backbone_model).__name__} has none of the default places of "
             f"{type(self).__name__}, {', '.join(map(repr, self.default_modified_modules))}. "

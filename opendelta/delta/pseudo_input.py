@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from opendelta.exceptions import InsertionError
 from opendelta.ground.containers import first_hidden, hidden_of
 from opendelta.mechanism.backbone_state import probing
-from opendelta.mechanism.changes import undone
+from opendelta.mechanism.changes import undone, within
 from opendelta.mechanism.ownership import own_modules
 
 
@@ -186,18 +186,15 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
 
+    @torch.no_grad()
     def put_back() -> None:
         for module, mode in modes:
             module.training = mode
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        for buffer, value in buffers:
+            buffer.copy_(value)
 
-    with (
-        undone(put_back),
-        torch.device("cpu"),  # also where a plan makes its layers on meta
-        torch.random.fork_rng(devices=list(devices)),
-        torch.no_grad(),
-    ):
+    device = torch.device("cpu")  # also where a plan makes its layers on meta
+    random = torch.random.fork_rng(devices=list(devices))
+    with undone(put_back), within(device, random, torch.no_grad()):
         model.eval()
         yield

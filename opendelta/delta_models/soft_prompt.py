@@ -29,6 +29,7 @@ from opendelta.delta_models.prompted_call import (
 from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.names import dotted, lineage, words
 from opendelta.ground.widths import is_embedding
+from opendelta.mechanism.changes import within
 from opendelta.mechanism.dispatch import AfterDispatcher, BeforeDispatcher
 from opendelta.mechanism.engines import require_unsplit
 from opendelta.mechanism.ownership import own_modules
@@ -163,7 +164,7 @@ class SoftPromptModel(DeltaBase):
                 "from token embeddings can be no longer; pass token_init=False."
             )
         ids = torch.arange(count, device=next(embedding.parameters()).device)
-        with torch.no_grad(), gathered(embedding.parameters()):
+        with within(torch.no_grad(), gathered(embedding.parameters())):
             embeds: Tensor = embedding.forward(ids)  # may scale them; a delta on it takes no part
         return embeds.clone()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache
 from typing import Any
 from weakref import WeakSet, ref
@@ -60,6 +60,7 @@ class _Running(threading.local):
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.resumed: list[Call | None] = []  # of blocks that are computed again
+        self.picked: list[Callable[[Tensor], Tensor]] = []  # which rows of a mixed batch run now
 
 
 _RUNNING = _Running()

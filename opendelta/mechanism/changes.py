@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -89,3 +89,13 @@ def undone(undo: Callable[[], None]) -> Iterator[None]:
             undo()
     finally:
         undo()
+
+
+@contextmanager
+def within(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    """A ``with`` block inside several contexts of others, all of which are left in any case."""
+    stack = ExitStack()
+    with undone(stack.close):
+        for context in contexts:
+            stack.enter_context(context)
+        yield

@@ -24,7 +24,7 @@ from opendelta.ground.names import dotted
 from opendelta.ground.seams import forget_compiled_code
 from opendelta.ground.walk import every_module, every_parameter, named_parameters_of, named_tensors
 from opendelta.mechanism.changes import Changes
-from opendelta.mechanism.dispatch import ADDITIVE, Dispatcher, Entry, Seat
+from opendelta.mechanism.dispatch import ADDITIVE, FUSING, Dispatcher, Entry, Seat
 from opendelta.mechanism.hooks import add_forward_hook, take_off
 from opendelta.mechanism.ownership import STANDS_FOR
 from opendelta.mechanism.places import Place, follow, place_of
@@ -41,6 +41,7 @@ class Insertion:
         table: which of the host's tables it stands in.
         is_additive: whether it only adds to what the host gives.
         fuses: whether it is handed the deltas before it on its host.
+        reads_host: whether what it computes depends on the host's own parameters.
         is_named_as_own: whether patterns for the backbone name it itself (BitFit's ``bias``).
     """
 
@@ -52,6 +53,7 @@ class Insertion:
     table: ClassVar[str] = "_modules"
     is_additive: bool = False
     fuses: bool = False
+    reads_host: bool = False
     is_named_as_own: ClassVar[bool] = False
 
     # --- on and off -------------------------------------------------------------------------
@@ -185,7 +187,8 @@ class ModuleInsertion(Insertion):
         self.seat = Seat.on(host, module)
         self.side, self.action = side, action
         self.is_additive = action in ADDITIVE and getattr(module, "is_additive", True)
-        self.fuses = action.__name__ == "fuse"
+        self.fuses = action in FUSING
+        self.reads_host = getattr(module, "reads_host", False)
         self.constant_names = _untrained(module)
         self.left_at: Place | None = None
         self.followers: list[str] = []
@@ -254,7 +257,7 @@ class ModuleInsertion(Insertion):
             self.module.train(self.host.training)
 
     def require_innermost(self, others: Iterable[Insertion]) -> None:
-        """Refuse where one that is no mere addition acts on the output first.
+        """Refuse where one acts on the output first, unless both only add to it.
 
         Attached or not does not matter, for it may be attached later.
 
@@ -264,7 +267,8 @@ class ModuleInsertion(Insertion):
         before = [name for name, _ in self.entries]
         before = before[: before.index(self.name)] if self.name in before else before
         for other in others:
-            if other.host is self.host and other.name in before and not other.is_additive:
+            commutes = other.is_additive and self.is_additive
+            if other.host is self.host and other.name in before and not commutes:
                 raise InsertionError(
                     f"{dotted(self.host_name, other.name)} was put on earlier and acts on the "
                     f"module's output before {self.name!r} does; merged, that would act "
@@ -382,10 +386,10 @@ def switch(changes: Changes, insertions: Iterable[Insertion], attached: bool) ->
 
 def acts_on_whole_batches(insertion: Insertion) -> InsertionError:
     """The refusal to route what cannot act row by row."""
+    what = "What this delta makes of others on" if insertion.fuses else "What this delta changes in"
     return InsertionError(
-        f"What this delta puts in the place of {insertion.name!r} in "
-        f"{insertion.host_name!r} acts on a whole batch, not row by row: such a delta "
-        "cannot be routed. Construct it with exclude_modules for that module."
+        f"{what} {insertion.host_name!r} ({insertion.name!r}) acts on a whole batch, not row by "
+        "row: such a delta cannot be routed. Construct it with exclude_modules for that module."
     )
 
 

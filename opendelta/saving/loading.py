@@ -166,8 +166,7 @@ def _load(
     _require_fit(delta, tensors, targets, [*own, *(carried or ())])
     if is_new:
         record_of(delta).left_trainable = [name for name in tensors if name not in own]
-    with torch.no_grad():
-        _carry_out(backbone, changes, {targets[name]: value for name, value in tensors.items()})
+    _carry_out(backbone, changes, {targets[name]: value for name, value in tensors.items()})
 
 
 def _require_fit(
@@ -203,6 +202,7 @@ def _require_fit(
         )
 
 
+@torch.no_grad()
 def _carry_out(backbone: nn.Module, changes: Changes, values: dict[Tensor, Tensor]) -> None:
     """Let tensors have these values, and all else be as prepared."""
     ready: dict[Tensor, Tensor] = {}

@@ -31,30 +31,34 @@ from opendelta.mechanism.ownership import own_modules
 _SMALL = 1 << 22  # hosts of up to so many values are tried in float64
 
 
+@torch.no_grad()
 def merge(delta: Delta, safe: bool = False, untie: bool = False) -> None:
     """Fold a delta into the backbone's weights, see `DeltaBase.merge`."""
-    with acting(delta, None) as (state, changes), torch.no_grad():
+    with acting(delta, None) as (state, changes):
         _require_mergeable(delta)
         _fold_in(delta, state, changes, safe, untie)
 
 
+@torch.no_grad()
 def unmerge(delta: Delta) -> None:
     """Take a delta out of the backbone's weights, see `DeltaBase.unmerge`."""
-    with acting(delta, merged=True) as (state, changes), torch.no_grad():
+    with acting(delta, merged=True) as (state, changes):
         _fold_out(delta, state, changes)
 
 
+@torch.no_grad()
 def remove(delta: Delta) -> None:
     """Take a delta off for good, unmerging it first, see `DeltaBase.remove`."""
-    with acting(delta, None) as (state, changes), torch.no_grad():
+    with acting(delta, None) as (state, changes):
         if is_merged(delta):
             _fold_out(delta, state, changes)
         take_off(delta, changes)
 
 
+@torch.no_grad()
 def merge_and_remove(delta: Delta, safe: bool = False, untie: bool = False) -> Any:
     """Leave a delta's effect in the weights for good, see `DeltaBase.merge_and_remove`."""
-    with acting(delta, None) as (state, changes), torch.no_grad():
+    with acting(delta, None) as (state, changes):
         if not is_merged(delta):
             _require_mergeable(delta)
             _fold_in(delta, state, changes, safe, untie)
@@ -105,7 +109,7 @@ def _require_same(fold: Fold, host: nn.Module, made: dict[str, Tensor]) -> None:
         for name, value in made.items()
     ):
         return  # the very parameter that acts
-    reason = "does more to its input than its kind of layer does"
+    reason = "would not compute what the delta does"
     small = sum(p.numel() for p in host._parameters.values() if p is not None) < _SMALL
     dtype = torch.float64 if small else torch.float32
     before = _in_dtype(host, host._parameters, dtype)
@@ -117,16 +121,17 @@ def _require_same(fold: Fold, host: nn.Module, made: dict[str, Tensor]) -> None:
             expected = hidden_of(insertion.output_on(before, x, dtype))
             folded = hidden_of(type(host).forward(after, x))
         except Exception as error:  # a host that takes other inputs, whatever it says of this one
-            reason = f"cannot be tried on an example ({type(error).__name__}: {error:.80})"
+            reason = f"cannot be tried on an example ({type(error).__name__}: {error!s:.80})"
         else:
             added = (expected - bare).abs().max()
             slack = 1e-3 * added + (1e-10 if small else 1e-5) * bare.abs().max()
             if bool((folded - expected).abs().max() <= slack):
                 return
     raise InsertionError(
-        f"{insertion.host_name!r} ({type(insertion.host).__name__}) {reason}, so that changed "
-        f"parameters would not do what the {type(fold.delta).__name__} does. It can be detached "
-        "and saved, but not merged. Nothing was merged."
+        f"{insertion.host_name!r} ({type(insertion.host).__name__}) {reason} with the parameters "
+        f"{', '.join(made)} that {type(fold.delta).__name__}.folds gives: either the layer does "
+        "more to its input than its kind does, or the method folds wrongly. The delta can be "
+        "detached and saved, but not merged. Nothing was merged."
     )
 
 
@@ -164,7 +169,27 @@ def _in_dtype(host: nn.Module, parameters: Mapping[str, Any], dtype: torch.dtype
 # --- in, out, for good ----------------------------------------------------------------------------
 
 
+def _require_unread(delta: Delta, state: BackboneState) -> None:
+    """Refuse to change weights of which another delta that acts makes something.
+
+    Raises:
+        InsertionError: naming it.
+    """
+    hosts = {id(insertion.host) for insertion in delta.insertions}
+    for other in state.deltas:
+        if other is delta or is_merged(other):
+            continue
+        for insertion in other.insertions:
+            if insertion.reads_host and id(insertion.host) in hosts:
+                raise InsertionError(
+                    f"{dotted(insertion.host_name, insertion.name)} of a {type(other).__name__} is "
+                    "computed from that module's own weight, which this would change. remove() "
+                    f"the {type(other).__name__} first. Nothing was changed."
+                )
+
+
 def _fold_in(delta: Delta, state: BackboneState, changes: Changes, safe: bool, untie: bool) -> None:
+    _require_unread(delta, state)
     merged = changes.of(state.merged)
     holders = _holders(delta, state)
     order = {id(other): number for number, other in enumerate(state.deltas)}
@@ -189,7 +214,7 @@ def _fold_in(delta: Delta, state: BackboneState, changes: Changes, safe: bool, u
                     MergedWeight(host.module, name, dotted(host_name, name), None)  # it refuses
             raise InsertionError(
                 f"{type(delta).__name__} cannot be folded into {host_name!r} "
-                f"({type(host.module).__name__}): {error} Nothing was merged."
+                f"({type(host.module).__name__}): {error}. Nothing was merged."
             ) from error
         for name, value in values.items():
             if safe and not bool(value.isfinite().all()):
@@ -214,6 +239,7 @@ def _fold_in(delta: Delta, state: BackboneState, changes: Changes, safe: bool, u
 
 
 def _fold_out(delta: Delta, state: BackboneState, changes: Changes) -> None:
+    _require_unread(delta, state)
     merged = changes.of(state.merged)
     for host in state.merged.values():
         left = [fold for fold in host.folds if fold.delta is not delta]
