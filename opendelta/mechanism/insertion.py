@@ -254,7 +254,7 @@ class ModuleInsertion(Insertion):
             self.module.train(self.host.training)
 
     def require_innermost(self, others: Iterable[Insertion]) -> None:
-        """Refuse where one that is no mere addition acts on the output first.
+        """Refuse where one that is no mere addition acts on the output first, or fuses this one.
 
         Attached or not does not matter, for it may be attached later.
 
@@ -264,7 +264,15 @@ class ModuleInsertion(Insertion):
         before = [name for name, _ in self.entries]
         before = before[: before.index(self.name)] if self.name in before else before
         for other in others:
-            if other.host is self.host and other.name in before and not other.is_additive:
+            if other.host is not self.host or other is self:
+                continue
+            if other.fuses and other.name not in before:
+                raise InsertionError(
+                    f"{dotted(self.host_name, other.name)} is handed what {self.name!r} makes, "
+                    "which it would not be of one that is merged. remove() it first. Nothing was "
+                    "merged."
+                )
+            if other.name in before and not other.is_additive:
                 raise InsertionError(
                     f"{dotted(self.host_name, other.name)} was put on earlier and acts on the "
                     f"module's output before {self.name!r} does; merged, that would act "
