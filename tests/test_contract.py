@@ -1,4 +1,4 @@
-"""What a method of one's own may ask for, each by a method written as a user would (own_methods)."""
+"""What a method of one's own may ask for, tried by methods written as a user would."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from own_methods import (
     OldFoldModel,
     OtherParameterModel,
 )
-from pieces import linears
-from placed import contents, fingerprint, told, unchanged
+from pieces import forward_hooks, linears
+from placed import contents, told, unchanged
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +31,14 @@ from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import opendelta
-from opendelta import AutoDeltaModel, DeltaCallback, LoraModel, OpenDeltaError
+from opendelta import (
+    AutoDeltaModel,
+    DeltaCallback,
+    DoraModel,
+    IA3Model,
+    LoraModel,
+    OpenDeltaError,
+)
 
 # --- call_arguments: a scale on the last real token ----------------------------------------------
 
@@ -237,8 +244,12 @@ def test_generate_with_a_cache() -> None:
     batch = text(3, (6, 3))
     batch = {name: tensor.flip(1) for name, tensor in batch.items()}
     options: dict[str, Any] = {
-        **{"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "use_cache": True},
-        **{"return_dict_in_generate": True, "output_logits": True},
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "eos_token_id": None,
+        "use_cache": True,
+        "return_dict_in_generate": True,
+        "output_logits": True,
     }
 
     def scale(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -595,44 +606,85 @@ def test_folds_of_several_deltas_come_off_in_any_order(out: tuple[int, ...]) -> 
     before, x = contents(model), torch.randn(4, 8)
     deltas: list[Any] = [
         LoraModel(model, modified_modules=["0"], lora_r=2),
-        AffineModel(model, modified_modules=["0", "2"]),
         OldFoldModel(model, modified_modules=["0"]),
+        AffineModel(model, modified_modules=["2"]),
     ]
     for delta in deltas:
         randomise(delta)
-    # LoRA and the sums only add; the scale has LoRA below it, so it is merged with it in.
     together = model(x)
     for delta in deltas:
         delta.merge()
         torch.testing.assert_close(model(x), together, atol=1e-5, rtol=1e-5)
-    assert all(delta.is_merged for delta in deltas)
+    assert all(delta.is_merged for delta in deltas) and not forward_hooks(model)
     for number in out:
         deltas[number].unmerge()
+        torch.testing.assert_close(model(x), together, atol=1e-5, rtol=1e-5)
         deltas[number].detach()
+        with deltas[number].attached():
+            torch.testing.assert_close(model(x), together, atol=1e-5, rtol=1e-5)
+        together = model(x)
     assert contents(model) == before
-    for number in reversed(out):
-        deltas[number].attach()
-    torch.testing.assert_close(model(x), together)
 
 
-def test_a_scale_is_merged_after_what_it_scales() -> None:
-    """Alone it would scale the weight, and no longer what LoRA adds."""
+# Two deltas on one host: whether either may be folded in while the other is not. What acts nearer
+# to the host has to be in its weight first, unless both only add.
+PAIRS: dict[str, tuple[Any, Any, bool, bool]] = {
+    "two sums": (LoraModel, OldFoldModel, True, True),
+    "a scale on a sum": (LoraModel, AffineModel, True, False),
+    "a sum on a scale": (AffineModel, LoraModel, True, False),
+    "two scales": (AffineModel, IA3Model, True, False),
+    "a scaled input below a sum": (partial(IA3Model, on_input=["0"]), LoraModel, False, True),
+    "a scaled input above a sum": (LoraModel, partial(IA3Model, on_input=["0"]), True, False),
+    "a scaled input and a scale": (partial(IA3Model, on_input=["0"]), AffineModel, True, True),
+    "two scaled inputs": (*[partial(IA3Model, on_input=["0"])] * 2, True, False),
+    "rescaled rows on a sum": (LoraModel, DoraModel, False, False),
+    "a sum on rescaled rows": (DoraModel, LoraModel, True, False),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_what_acts_otherwise_beside_a_merged_one_keeps_it_out(case: str) -> None:
+    *methods, first_alone, second_alone = PAIRS[case]
     model = nn.Sequential(nn.Linear(8, 8))
     x = torch.randn(4, 8)
-    lora, scale = (method(model, modified_modules=["0"]) for method in (LoraModel, AffineModel))
-    for delta in (lora, scale):
+    pair = [method(model, modified_modules=["0"]) for method in methods]
+    for delta in pair:
         randomise(delta)
-    expected = model(x)
-    with unchanged(model), pytest.raises(OpenDeltaError, match=r"0\.lora.*merge"):
-        scale.merge()
-    lora.merge()
-    scale.merge()
-    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
-    with unchanged(model), pytest.raises(OpenDeltaError, match="0"):
-        lora.unmerge()  # it would act after the scale
-    scale.unmerge()
-    lora.unmerge()
-    assert torch.equal(model(x), expected)
+    expected, alone = model(x), [first_alone, second_alone]
+
+    def agrees() -> None:
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+    for delta, may in zip(pair, alone, strict=True):
+        if may:
+            delta.merge()
+            agrees()
+            delta.unmerge()
+            assert torch.equal(model(x), expected)
+        else:
+            with unchanged(model), pytest.raises(OpenDeltaError, match="beside a merged"):
+                delta.merge()
+    if not any(alone):
+        return
+    order = pair if first_alone else pair[::-1]
+    for delta in order:
+        delta.merge()
+        agrees()
+    assert not forward_hooks(model)
+    for delta, may in zip(pair, alone, strict=True):  # alone merged is what is left by the other
+        other = pair[1] if delta is pair[0] else pair[0]
+        if may:
+            other.unmerge()
+            agrees()
+            other.merge()
+            agrees()
+        else:
+            with unchanged(model), pytest.raises(OpenDeltaError, match="beside a merged"):
+                other.unmerge()
+    order[0].remove()  # which acts no more
+    alone_is = model(x)
+    order[1].unmerge()
+    torch.testing.assert_close(model(x), alone_is, atol=1e-5, rtol=1e-5)
 
 
 def test_merges_into_and_merged_of_1_0() -> None:

@@ -52,6 +52,7 @@ class DoraLayer(LoraLayer):
     """
 
     routed = None  # type: ignore[assignment]  # each delta on its rows alone
+    reads_host = True  # the lengths of its rows
 
     def __init__(self, kind: HostKind, host: nn.Module, *hyper: Any) -> None:
         super().__init__(kind, *hyper)

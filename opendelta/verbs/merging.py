@@ -41,6 +41,7 @@ def merge(delta: Delta, safe: bool = False, untie: bool = False) -> None:
 def unmerge(delta: Delta) -> None:
     """Take a delta out of the backbone's weights, see `DeltaBase.unmerge`."""
     with acting(delta, merged=True) as (state, changes), torch.no_grad():
+        _require_neutral(delta, state)
         _fold_out(delta, state, changes)
 
 
@@ -161,6 +162,35 @@ def _in_dtype(host: nn.Module, parameters: Mapping[str, Any], dtype: torch.dtype
     return twin
 
 
+def _require_neutral(delta: Delta, state: BackboneState) -> None:
+    """Refuse to fold a delta in, or out, where it or another one then acts otherwise than before.
+
+    Whether others are attached does not matter, for they may be attached later.
+
+    Raises:
+        InsertionError: naming what acts and what is merged.
+    """
+    order = {id(insertion): number for number, insertion in enumerate(state.insertions)}
+    folds = [fold for host in state.merged.values() for fold in host.folds]
+    folded = [fold.insertion for fold in folds if fold.delta is not delta]
+    mine = [insertion for insertion in delta.insertions if insertion.content is not None]
+    apart = {id(insertion) for insertion in (*folded, *mine)}
+    others = [insertion for insertion in state.insertions if id(insertion) not in apart]
+    for around, merged, reads in ((others, mine, True), (mine, folded, False)):
+        on: dict[int, list[Insertion]] = defaultdict(list)
+        for insertion in merged:
+            on[id(insertion.host)].append(insertion)
+        for acts, other in ((a, m) for a in around for m in on[id(a.host)]):
+            differs = acts.differs_beside(other, order[id(acts)] < order[id(other)])
+            if differs or (reads and acts.reads_host and other.module is not None):
+                raise InsertionError(
+                    f"{dotted(acts.host_name, acts.name)} does not act beside a merged "
+                    f"{other.name!r} as it does where that acts by itself. Merge the one that was "
+                    "put on earlier first and unmerge it last, or remove() one that cannot be "
+                    "merged. Nothing was changed."
+                )
+
+
 # --- in, out, for good ----------------------------------------------------------------------------
 
 
@@ -169,16 +199,17 @@ def _fold_in(delta: Delta, state: BackboneState, changes: Changes, safe: bool, u
     holders = _holders(delta, state)
     order = {id(other): number for number, other in enumerate(state.deltas)}
     on: dict[str, list[Insertion]] = defaultdict(list)
-    everything = [*state.insertions]
     for insertion in delta.insertions:
         if insertion.content is not None:
-            insertion.require_innermost(everything)
             on[insertion.host_name].append(insertion)
+    _require_neutral(delta, state)
     unties = False
     for host_name, insertions in on.items():
         host = state.merged.get(host_name) or MergedHost(insertions[0].host, host_name)
         new = [Fold(delta, insertion) for insertion in insertions]
-        folds = sorted([*host.folds, *new], key=lambda fold: order[id(fold.delta)])
+        folds = sorted(
+            [*host.folds, *new], key=lambda fold: (fold.insertion.folds_last, order[id(fold.delta)])
+        )
         candidates = host.weights_here(state.slots)
 
         try:
