@@ -298,8 +298,8 @@ class DeltaBase(Delta):
         Raises:
             InsertionError: if the method cannot be merged, or the delta is merged already, not
                 (wholly) attached or removed; if a weight is tied, quantised, sharded or on the
-                meta device; if an earlier delta on the same module acts between the module and
-                this one; if `safe` and a result is not finite. Nothing is changed then.
+                meta device; if another delta on the same module would act otherwise beside this
+                one in the weights; if `safe` and a result is not finite. Nothing is changed then.
         """
         merging.merge(self, safe, untie)
 
@@ -308,10 +308,11 @@ class DeltaBase(Delta):
 
         The weights get back their exact original bytes, or, where other deltas are still merged,
         what those alone make of the original. What `merge` untied is tied again once no delta is
-        merged into any of it. Deltas may be unmerged in any order.
+        merged into any of it. Deltas may be unmerged in any order; one that acts otherwise beside
+        a merged one (below a scale) comes after that.
 
         Raises:
-            InsertionError: if this delta is not merged.
+            InsertionError: if this delta is not merged, or would act otherwise than before.
         """
         merging.unmerge(self)
 

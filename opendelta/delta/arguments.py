@@ -65,12 +65,20 @@ def checked(constructor: Callable[..., None]) -> Callable[..., None]:
         for name, value in bound.arguments.items():
             if name in hints and name != "self":
                 _check_type(type(self).__name__, name, value, hints[name])
-        if KEY in self.__dict__:  # the outermost class says what was passed
+        known: Record | None = self.__dict__.get(KEY)
+        if known is not None:  # called by that of a subclass, whose arguments are the config's
+            for name, value in bound.arguments.items():
+                if name in known.arguments or name in BASE_ARGUMENTS:
+                    known.arguments[name] = value
+                else:
+                    self.__dict__[name] = value
             constructor(self, *args, **kwargs)
             return
         record = self.__dict__[KEY] = Record(dict(bound.arguments))
         constructor(self, *args, **kwargs)
         record.is_made = True
+        if "config" in vars(record):  # else the base's constructor was never called
+            record.config.put(is_of_delta=True)
 
     return wrapper
 

@@ -109,6 +109,8 @@ class Delta(nn.Module):
             "backend": backend,
         }
         given = {n: v for n, v in record.arguments.items() if n not in NOT_CONFIGURATION}
+        if "backend" not in self.config_class.method_fields:
+            given.pop("backend", None)
         record.config = self.config_class(**given)
         if record.uses_defaults:
             record.config.common_structure = True

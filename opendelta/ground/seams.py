@@ -6,7 +6,7 @@ Where torch moves one of them, the test of that name in ``tests/test_seams.py`` 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -88,6 +88,30 @@ def frame_of_module_call() -> FrameType | None:
     while frame is not None and frame.f_globals.get("__name__") != nn.Module.__module__:
         frame = frame.f_back
     return frame
+
+
+def checkpointed_regions(until: FrameType | None) -> Iterator[tuple[Any, bool]]:
+    """The functions that `torch.utils.checkpoint` runs around here, the innermost first.
+
+    Torch does not tell a function that it is computed again, nor for which forward. Torch 2.13.
+
+    Args:
+        until: the frame up to which they are looked for; None for all.
+
+    Yields:
+        (the function, whether it is computed again).
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame is not until:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            name, known = frame.f_code.co_name, frame.f_locals
+            if name == "checkpoint":
+                yield known["function"], False
+            elif name == "recompute_fn":
+                yield known["fn"], True
+            elif name == "backward":
+                yield known["ctx"].run_function, True
+        frame = frame.f_back
 
 
 def has_ended(frame: FrameType) -> bool:

@@ -147,9 +147,8 @@ class BackboneState(TrimmedStateDict):
                 add_forward_hook(changes, backbone, self.after, always_call=True, with_kwargs=True)
             ]
             for block in watch.checkpointed_blocks(backbone):
-                enter, leave = watch.enter_block, watch.leave_block
-                made.append(add_forward_hook(changes, block, enter, before=True, first=True))
-                made.append(add_forward_hook(changes, block, leave, always_call=True))
+                let_in = watch.let_gradients_in
+                made.append(add_forward_hook(changes, block, let_in, before=True, first=True))
             made.insert(
                 0,
                 add_forward_hook(

@@ -1,27 +1,32 @@
 """What a backbone was called with, for modules deep inside it.
 
-The root's hooks note each call as it begins and ends, by thread. A recomputed forward (gradient
-checkpointing) runs when the call is long over, in a backward, maybe in another thread: there it is
-found by the input of the checkpointed block, or as the only call whose graph is still alive. For
-that the output's node in the autograd graph holds on to the call, as long as the graph lives.
+The root's hooks note each call as it begins and ends, by thread. Under gradient checkpointing a
+part of it runs again when the call is long over, in a backward, maybe in another thread: there the
+call is found by the function that is checkpointed, of which transformers makes a new one each time,
+or as the only call whose graph is still alive. For that the nodes of its output in the autograd
+graph hold on to the call, as long as the graph lives.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from functools import lru_cache
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from opendelta.exceptions import InsertionError
 from opendelta.ground.containers import Args, Kwargs
-from opendelta.ground.seams import frame_of_module_call, has_ended, runs_backward
+from opendelta.ground.seams import (
+    checkpointed_regions,
+    frame_of_module_call,
+    has_ended,
+    runs_backward,
+)
 
 
 class Call:
@@ -59,13 +64,11 @@ def _parameters(root: Hashable) -> tuple[list[str], str | None]:
 class _Running(threading.local):
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.resumed: list[Call | None] = []  # of blocks that are computed again
-        self.picked: list[Callable[[Tensor], Tensor]] = []  # which rows of a mixed batch run now
 
 
 _RUNNING = _Running()
 _WITH_GRAPH: WeakSet[Call] = WeakSet()  # calls whose graph is alive
-_BY_INPUT: dict[StorageWeakRef, ref[Call]] = {}  # of checkpointed blocks
+_IN_REGION: WeakKeyDictionary[Any, WeakSet[Call]] = WeakKeyDictionary()  # by checkpointed function
 
 
 def call_arguments() -> dict[str, Any]:
@@ -81,6 +84,11 @@ def call_arguments() -> dict[str, Any]:
     Raises:
         InsertionError: outside of a forward of a backbone with deltas, in compiled code, and in a
             recomputation that may belong to several forwards.
+
+    Example:
+        >>> class LastToken(nn.Module):
+        ...     def forward(self, hidden):
+        ...         mask = opendelta.call_arguments().get("attention_mask")
     """
     if torch.compiler.is_compiling():
         raise InsertionError(
@@ -97,20 +105,25 @@ def call_arguments() -> dict[str, Any]:
 
 
 def _current() -> Call | None:
-    if _RUNNING.resumed and _RUNNING.resumed[-1] is not None:
-        return _RUNNING.resumed[-1]
-    if _RUNNING.calls:
-        return _RUNNING.calls[-1]
-    if not runs_backward():
-        return None
-    alive = [*_WITH_GRAPH]
-    if len(alive) > 1:
-        raise InsertionError(
-            f"A part of the model is computed again in this backward, and {len(alive)} forwards "
-            "wait for theirs: to which of them it belongs cannot be told. Call backward after "
-            "each forward, or checkpoint by the model's own gradient_checkpointing_enable()."
-        )
-    return alive[0] if alive else None
+    running = _RUNNING.calls[-1] if _RUNNING.calls else None
+    regions = [*checkpointed_regions(None if running is None else running.frame)]
+    again = any(is_again for _, is_again in regions)
+    if running is None or again:
+        if not again and not runs_backward():
+            return None
+        known = [_IN_REGION[function] for function, _ in regions if function in _IN_REGION]
+        waiting = [*(known[0] if known else _WITH_GRAPH)]
+        if len(waiting) != 1:
+            raise InsertionError(
+                f"A part of the model is computed again in this backward, and {len(waiting)} "
+                "forwards wait for theirs: to which of them it belongs cannot be told. Call "
+                "backward after each forward, or checkpoint by the model's own "
+                "gradient_checkpointing_enable()."
+            )
+        running = waiting[0]
+    for function, _ in regions:
+        _IN_REGION.setdefault(function, WeakSet()).add(running)
+    return running
 
 
 # --- what the hooks note --------------------------------------------------------------------------
@@ -142,26 +155,6 @@ def end(root: nn.Module, output: Any) -> None:
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, dict):
-        yield from (value for value in output.values() if isinstance(value, Tensor))
-    elif isinstance(output, (tuple, list)):
-        yield from (value for value in output if isinstance(value, Tensor))
-
-
-def enter_block(args: Args) -> None:
-    """Before a block under gradient checkpointing: note whose call it is in, or find that again."""
-    tensor = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
-    storage = None if tensor is None else StorageWeakRef(tensor.untyped_storage())
-    if not _RUNNING.calls:
-        found = _BY_INPUT.get(storage) if storage is not None else None
-        _RUNNING.resumed.append(None if found is None else found())
-    elif storage is not None:
-        for old in [known for known in _BY_INPUT if known.expired()]:
-            del _BY_INPUT[old]
-        _BY_INPUT[storage] = ref(_RUNNING.calls[-1])
-
-
-def leave_block() -> None:
-    """After such a block, also after an error."""
-    if not _RUNNING.calls and _RUNNING.resumed:
-        _RUNNING.resumed.pop()
+    elif isinstance(output, (dict, tuple, list)):
+        for value in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(value)

@@ -24,7 +24,7 @@ from opendelta.ground.names import dotted
 from opendelta.ground.seams import forget_compiled_code
 from opendelta.ground.walk import every_module, every_parameter, named_parameters_of, named_tensors
 from opendelta.mechanism.changes import Changes
-from opendelta.mechanism.dispatch import ADDITIVE, FUSING, Dispatcher, Entry, Seat
+from opendelta.mechanism.dispatch import ADDITIVE, FUSING, Dispatcher, Entry, Seat, after
 from opendelta.mechanism.hooks import add_forward_hook, take_off
 from opendelta.mechanism.ownership import STANDS_FOR
 from opendelta.mechanism.places import Place, follow, place_of
@@ -41,7 +41,7 @@ class Insertion:
         table: which of the host's tables it stands in.
         is_additive: whether it only adds to what the host gives.
         fuses: whether it is handed the deltas before it on its host.
-        reads_host: whether what it computes depends on the host's own parameters.
+        reads_host: whether it depends on more of the host than what that is given and gives.
         is_named_as_own: whether patterns for the backbone name it itself (BitFit's ``bias``).
     """
 
@@ -129,8 +129,19 @@ class Insertion:
         """Undo `step_aside`."""
         self.attach(changes)
 
-    def require_innermost(self, others: Iterable[Insertion]) -> None:
-        """Refuse to be folded into the host where an earlier one of `others` acts before it."""
+    @property
+    def folds_last(self) -> bool:
+        """Whether it is folded in after what acts on the host's output: it acts on the input."""
+        return False
+
+    def differs_beside(self, merged: Insertion, is_earlier: bool) -> bool:
+        """Whether it acts otherwise once another one of its host is folded in.
+
+        Args:
+            merged: the other one.
+            is_earlier: whether this one came before it, so that it acts nearer to the host.
+        """
+        return False
 
     def output_on(self, host: nn.Module, x: Tensor, dtype: torch.dtype) -> Any:
         """What `host`, in the place of its own, gives for `x` with this in evaluation."""
@@ -188,7 +199,7 @@ class ModuleInsertion(Insertion):
         self.side, self.action = side, action
         self.is_additive = action in ADDITIVE and getattr(module, "is_additive", True)
         self.fuses = action in FUSING
-        self.reads_host = getattr(module, "reads_host", False)
+        self.reads_host = self.fuses or getattr(module, "reads_host", False)
         self.constant_names = _untrained(module)
         self.left_at: Place | None = None
         self.followers: list[str] = []
@@ -231,8 +242,8 @@ class ModuleInsertion(Insertion):
         children = changes.of(self.host._modules)
         if self.name in children:
             names = [*children]
-            after = names[names.index(self.name) + 1 :]
-            changes.set(self, followers=after, left_at=place_of(self.host))
+            followers = names[names.index(self.name) + 1 :]
+            changes.set(self, followers=followers, left_at=place_of(self.host))
             del children[self.name]
 
     def leave(self, changes: Changes) -> None:
@@ -256,25 +267,14 @@ class ModuleInsertion(Insertion):
         if self.module.training != self.host.training:
             self.module.train(self.host.training)
 
-    def require_innermost(self, others: Iterable[Insertion]) -> None:
-        """Refuse where one acts on the output first, unless both only add to it.
+    @property
+    def folds_last(self) -> bool:
+        return self.side.before
 
-        Attached or not does not matter, for it may be attached later.
-
-        Raises:
-            InsertionError: naming it.
-        """
-        before = [name for name, _ in self.entries]
-        before = before[: before.index(self.name)] if self.name in before else before
-        for other in others:
-            commutes = other.is_additive and self.is_additive
-            if other.host is self.host and other.name in before and not commutes:
-                raise InsertionError(
-                    f"{dotted(self.host_name, other.name)} was put on earlier and acts on the "
-                    f"module's output before {self.name!r} does; merged, that would act "
-                    "first. remove() the earlier delta, or put it on after this one. Nothing was "
-                    "merged."
-                )
+    def differs_beside(self, merged: Insertion, is_earlier: bool) -> bool:
+        if self.side.before != merged.folds_last:  # what is given to the host, what it gives
+            return merged.folds_last and self.action is not after
+        return is_earlier and not (self.is_additive and merged.is_additive)
 
     def output_on(self, host: nn.Module, x: Tensor, dtype: torch.dtype) -> Any:
         module = copy.deepcopy(self.module).to(dtype).eval()
@@ -386,10 +386,10 @@ def switch(changes: Changes, insertions: Iterable[Insertion], attached: bool) ->
 
 def acts_on_whole_batches(insertion: Insertion) -> InsertionError:
     """The refusal to route what cannot act row by row."""
-    what = "What this delta makes of others on" if insertion.fuses else "What this delta changes in"
     return InsertionError(
-        f"{what} {insertion.host_name!r} ({insertion.name!r}) acts on a whole batch, not row by "
-        "row: such a delta cannot be routed. Construct it with exclude_modules for that module."
+        f"What this delta puts in the place of {insertion.name!r} in "
+        f"{insertion.host_name!r} acts on a whole batch, not row by row: such a delta "
+        "cannot be routed. Construct it with exclude_modules for that module."
     )
 
 

@@ -223,17 +223,8 @@ class ParameterInsertion(Insertion):
             take_off(changes, self.slot.handle)
             changes.set(self.slot, handle=None)
 
-    def require_innermost(self, others: Iterable[Insertion]) -> None:
-        """Refuse where another delta's parameter lies below this one.
-
-        Raises:
-            InsertionError: naming the place.
-        """
-        if self.slot.layers[0] is not self:
-            raise InsertionError(
-                f"{self.full_name} carries an earlier delta's parameter below this one, which "
-                "merging would uncover. remove() the earlier delta first. Nothing was merged."
-            )
+    def differs_beside(self, merged: Insertion, is_earlier: bool) -> bool:
+        return merged.slot is self.slot and is_earlier  # which it would uncover
 
     def known_to_engine(self) -> bool:
         return self.slot.sharded or super().known_to_engine()  # then it acts by its values

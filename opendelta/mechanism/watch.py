@@ -13,7 +13,6 @@ from opendelta.exceptions import DeltaWarning, InsertionError, warn
 from opendelta.ground.containers import Args
 from opendelta.ground.names import dotted
 from opendelta.ground.walk import every_module
-from opendelta.mechanism import calls
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.engines import require_reduced
 from opendelta.mechanism.insertion import Insertion
@@ -75,30 +74,16 @@ def checkpointed_blocks(backbone: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def enter_block(module: nn.Module, args: Args) -> Args | None:
-    """Hook before such a block: note its call, and let gradients into it."""
-    if torch.compiler.is_compiling() or not (
-        module.training and getattr(module, "gradient_checkpointing", False)
-    ):
-        return None
-    calls.enter_block(args)
-    return let_gradients_in(module, args)
-
-
-def leave_block(module: nn.Module, args: Args, output: Any) -> None:
-    """Hook after such a block, also after an error."""
-    if not torch.compiler.is_compiling() and (
-        module.training and getattr(module, "gradient_checkpointing", False)
-    ):
-        calls.leave_block()
-
-
 def let_gradients_in(module: nn.Module, args: Args) -> Args | None:
-    """Before a block under reentrant checkpointing: make an input require grad.
+    """Hook before a block: under reentrant checkpointing make an input require grad.
 
     Reentrant checkpointing drops all gradients of a block none of whose inputs requires grad;
     with a frozen backbone that is the first block of every stack.
     """
+    if torch.compiler.is_compiling() or not (
+        module.training and getattr(module, "gradient_checkpointing", False)
+    ):
+        return None
     function = getattr(module, "_gradient_checkpointing_func", None)
     if not getattr(function, "keywords", {}).get("use_reentrant", False):
         return None

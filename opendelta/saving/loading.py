@@ -44,8 +44,11 @@ def class_for(cls: type[Delta], config: ConfigFields | dict[str, Any]) -> Any:
     Raises:
         ConfigError: if it is another.
     """
-    if isinstance(config, dict) and "delta_type" not in config and cls.delta_type:
-        return cls
+    own = cls.delta_type
+    is_dict = isinstance(config, dict)
+    named = config.get("delta_type", own) if is_dict else getattr(config, "delta_type", None)
+    if own and named == own:
+        return cls  # also where it is registered nowhere
     found = model_class_for(config)
     if not issubclass(found, cls):
         raise ConfigError(

@@ -43,6 +43,7 @@ def merge(delta: Delta, safe: bool = False, untie: bool = False) -> None:
 def unmerge(delta: Delta) -> None:
     """Take a delta out of the backbone's weights, see `DeltaBase.unmerge`."""
     with acting(delta, merged=True) as (state, changes):
+        _require_neutral(delta, state)
         _fold_out(delta, state, changes)
 
 
@@ -109,7 +110,7 @@ def _require_same(fold: Fold, host: nn.Module, made: dict[str, Tensor]) -> None:
         for name, value in made.items()
     ):
         return  # the very parameter that acts
-    reason = "would not compute what the delta does"
+    reason = "does more to its input than its kind of layer does"
     small = sum(p.numel() for p in host._parameters.values() if p is not None) < _SMALL
     dtype = torch.float64 if small else torch.float32
     before = _in_dtype(host, host._parameters, dtype)
@@ -121,17 +122,16 @@ def _require_same(fold: Fold, host: nn.Module, made: dict[str, Tensor]) -> None:
             expected = hidden_of(insertion.output_on(before, x, dtype))
             folded = hidden_of(type(host).forward(after, x))
         except Exception as error:  # a host that takes other inputs, whatever it says of this one
-            reason = f"cannot be tried on an example ({type(error).__name__}: {error!s:.80})"
+            reason = f"cannot be tried on an example ({type(error).__name__}: {error:.80})"
         else:
             added = (expected - bare).abs().max()
             slack = 1e-3 * added + (1e-10 if small else 1e-5) * bare.abs().max()
             if bool((folded - expected).abs().max() <= slack):
                 return
     raise InsertionError(
-        f"{insertion.host_name!r} ({type(insertion.host).__name__}) {reason} with the parameters "
-        f"{', '.join(made)} that {type(fold.delta).__name__}.folds gives: either the layer does "
-        "more to its input than its kind does, or the method folds wrongly. The delta can be "
-        "detached and saved, but not merged. Nothing was merged."
+        f"{insertion.host_name!r} ({type(insertion.host).__name__}) {reason}, so that changed "
+        f"parameters would not do what the {type(fold.delta).__name__} does. It can be detached "
+        "and saved, but not merged. Nothing was merged."
     )
 
 
@@ -166,44 +166,54 @@ def _in_dtype(host: nn.Module, parameters: Mapping[str, Any], dtype: torch.dtype
     return twin
 
 
-# --- in, out, for good ----------------------------------------------------------------------------
+def _require_neutral(delta: Delta, state: BackboneState) -> None:
+    """Refuse to fold a delta in, or out, where it or another one then acts otherwise than before.
 
-
-def _require_unread(delta: Delta, state: BackboneState) -> None:
-    """Refuse to change weights of which another delta that acts makes something.
+    Whether others are attached does not matter, for they may be attached later.
 
     Raises:
-        InsertionError: naming it.
+        InsertionError: naming what acts and what is merged.
     """
-    hosts = {id(insertion.host) for insertion in delta.insertions}
-    for other in state.deltas:
-        if other is delta or is_merged(other):
-            continue
-        for insertion in other.insertions:
-            if insertion.reads_host and id(insertion.host) in hosts:
+    order = {id(insertion): number for number, insertion in enumerate(state.insertions)}
+    folds = [fold for host in state.merged.values() for fold in host.folds]
+    folded = [fold.insertion for fold in folds if fold.delta is not delta]
+    mine = [insertion for insertion in delta.insertions if insertion.content is not None]
+    apart = {id(insertion) for insertion in (*folded, *mine)}
+    others = [insertion for insertion in state.insertions if id(insertion) not in apart]
+    for around, merged, reads in ((others, mine, True), (mine, folded, False)):
+        on: dict[int, list[Insertion]] = defaultdict(list)
+        for insertion in merged:
+            on[id(insertion.host)].append(insertion)
+        for acts, other in ((a, m) for a in around for m in on[id(a.host)]):
+            differs = acts.differs_beside(other, order[id(acts)] < order[id(other)])
+            if differs or (reads and acts.reads_host and other.module is not None):
                 raise InsertionError(
-                    f"{dotted(insertion.host_name, insertion.name)} of a {type(other).__name__} is "
-                    "computed from that module's own weight, which this would change. remove() "
-                    f"the {type(other).__name__} first. Nothing was changed."
+                    f"{dotted(acts.host_name, acts.name)} does not act beside a merged "
+                    f"{other.name!r} as it does where that acts by itself. Merge the one that was "
+                    "put on earlier first and unmerge it last, or remove() one that cannot be "
+                    "merged. Nothing was changed."
                 )
 
 
+# --- in, out, for good ----------------------------------------------------------------------------
+
+
 def _fold_in(delta: Delta, state: BackboneState, changes: Changes, safe: bool, untie: bool) -> None:
-    _require_unread(delta, state)
     merged = changes.of(state.merged)
     holders = _holders(delta, state)
     order = {id(other): number for number, other in enumerate(state.deltas)}
     on: dict[str, list[Insertion]] = defaultdict(list)
-    everything = [*state.insertions]
     for insertion in delta.insertions:
         if insertion.content is not None:
-            insertion.require_innermost(everything)
             on[insertion.host_name].append(insertion)
+    _require_neutral(delta, state)
     unties = False
     for host_name, insertions in on.items():
         host = state.merged.get(host_name) or MergedHost(insertions[0].host, host_name)
         new = [Fold(delta, insertion) for insertion in insertions]
-        folds = sorted([*host.folds, *new], key=lambda fold: order[id(fold.delta)])
+        folds = sorted(
+            [*host.folds, *new], key=lambda fold: (fold.insertion.folds_last, order[id(fold.delta)])
+        )
         candidates = host.weights_here(state.slots)
 
         try:
@@ -214,7 +224,7 @@ def _fold_in(delta: Delta, state: BackboneState, changes: Changes, safe: bool, u
                     MergedWeight(host.module, name, dotted(host_name, name), None)  # it refuses
             raise InsertionError(
                 f"{type(delta).__name__} cannot be folded into {host_name!r} "
-                f"({type(host.module).__name__}): {error}. Nothing was merged."
+                f"({type(host.module).__name__}): {error} Nothing was merged."
             ) from error
         for name, value in values.items():
             if safe and not bool(value.isfinite().all()):
@@ -239,7 +249,6 @@ def _fold_in(delta: Delta, state: BackboneState, changes: Changes, safe: bool, u
 
 
 def _fold_out(delta: Delta, state: BackboneState, changes: Changes) -> None:
-    _require_unread(delta, state)
     merged = changes.of(state.merged)
     for host in state.merged.values():
         left = [fold for fold in host.folds if fold.delta is not delta]
