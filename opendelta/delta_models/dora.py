@@ -17,7 +17,7 @@ from opendelta.backends.sharding import is_dtensor, is_shard
 from opendelta.basemodel import DeltaBase
 from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
-from opendelta.delta_models.host_kinds import Embedding, HostKind
+from opendelta.delta_models.host_kinds import Embedding, HostKind, SplitLinear
 from opendelta.delta_models.low_rank import LoraLayer, LowRankModel
 from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.containers import Args, Kwargs, first_hidden, map_hidden
@@ -61,33 +61,42 @@ class DoraLayer(LoraLayer):
         self._squares_of: tuple[Any, ...] | None = None
         lengths = self.lora_A.new_empty(self.lora_B.shape[0])
         if not lengths.is_meta:  # a layer that is looked at alone needs no values
-            lengths = dense.row_squares(host).sqrt()
+            squares = dense.row_squares(host)
+            lengths = squares.sqrt()
+            if not (squares.is_meta or isinstance(kind, SplitLinear)):
+                self._squares, self._squares_of = squares, _values_of(host)
         self.magnitude = nn.Parameter(lengths)
 
     def forward(self, output: Tensor, x: Tensor, host: nn.Module | None = None) -> Tensor:
         """The output of `host` for the input `x`, rescaled; it keeps its shape and dtype."""
         assert host is not None
         added, kind = super().forward(output, x), self.kind
-        norms: Any = self.norms(host)
+        norms: Any
+        norms, constant = self.norms_and_bias(host)
         if is_dtensor(self.magnitude):
             norms = _split_like(norms, self.magnitude)
         gain = kind.along_features(self.magnitude, output) / kind.along_features(norms, output)
-        bias = getattr(host, "bias", None)
+        bias = getattr(host, "bias", None)  # which may be trained, so not what a call said it is
+        bias = constant if bias is None else bias
         rest = added.new_zeros(()) if bias is None else kind.along_features(bias, output)
         # As this much of the way back to the bias: in 16 bits a gain near 1 has few digits, what it
         # lacks of 1 has all, and a gain of 1 changes no bit.
         return torch.lerp(added, rest.to(added.dtype), (1 - gain).to(added.dtype))
 
     @torch.no_grad()
-    def norms(self, host: nn.Module) -> Tensor:
-        """n, in float32 or wider: of all rows, or of those that this rank has of a split host."""
+    def norms_and_bias(self, host: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """n, in float32 or wider, and the bias that `host` adds, whatever that is called.
+
+        Of all rows, or of those that this rank has of a split host.
+        """
         squares = self._row_squares(host).to(self.lora_A.device)
         with torch.autocast(squares.device.type, enabled=False):
-            cross, gram = self.kind.products(host, self.lora_A.to(squares.dtype))
+            cross, gram, bias = self.kind.products(host, self.lora_A.to(squares.dtype))
             b = self.kind.held(self.lora_B).to(squares.dtype)
             change = 2 * cross.to(squares).t() + self.scaling * (b @ gram)
             squares = squares + self.scaling * (b * change).sum(1)
-        return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()  # rows of zeros stay so
+        # At least a number whose root divides zero: rows of zeros stay so.
+        return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt(), bias
 
     def _row_squares(self, host: nn.Module) -> Tensor:
         """``|W|²`` of the weight that `host` has now."""
@@ -99,16 +108,17 @@ class DoraLayer(LoraLayer):
 
 
 def _values_of(host: nn.Module) -> tuple[Any, ...] | None:
-    """What tells that a host's weight was changed; None where an engine swaps tensors by itself."""
+    """What tells that a host's weight was changed; None where that cannot be told now.
+
+    It is the same at all times while an engine swaps tensors by itself.
+    """
     held = (*host._parameters.items(), *host._buffers.items())
     tensors = [tensor for name, tensor in held if tensor is not None and name != "bias"]
-    if (
-        not tensors  # a replica of DataParallel
-        or getattr(host, "_is_fsdp_managed_module", False)
-        or any(is_shard(tensor) or tensor.is_inference() for tensor in tensors)
-        or torch._C._are_functorch_transforms_active()
-    ):
-        return None
+    if not tensors or torch._C._are_functorch_transforms_active():
+        return None  # a replica of DataParallel has no parameters
+    managed = getattr(host, "_is_fsdp_managed_module", False)
+    if managed or any(is_shard(tensor) or tensor.is_inference() for tensor in tensors):
+        return ("an engine's",)
     plain = (Tensor, nn.Parameter)
     return tuple((t.data_ptr() if type(t) in plain else id(t), t._version) for t in tensors)
 

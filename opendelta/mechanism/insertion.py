@@ -386,10 +386,10 @@ def switch(changes: Changes, insertions: Iterable[Insertion], attached: bool) ->
 
 def acts_on_whole_batches(insertion: Insertion) -> InsertionError:
     """The refusal to route what cannot act row by row."""
+    what = "What this delta makes of others on" if insertion.fuses else "What this delta changes in"
     return InsertionError(
-        f"What this delta puts in the place of {insertion.name!r} in "
-        f"{insertion.host_name!r} acts on a whole batch, not row by row: such a delta "
-        "cannot be routed. Construct it with exclude_modules for that module."
+        f"{what} {insertion.host_name!r} ({insertion.name!r}) acts on a whole batch, not row by "
+        "row: such a delta cannot be routed. Construct it with exclude_modules for that module."
     )
 
 

@@ -110,7 +110,7 @@ def _require_same(fold: Fold, host: nn.Module, made: dict[str, Tensor]) -> None:
         for name, value in made.items()
     ):
         return  # the very parameter that acts
-    reason = "does more to its input than its kind of layer does"
+    reason = "would not compute what the delta does"
     small = sum(p.numel() for p in host._parameters.values() if p is not None) < _SMALL
     dtype = torch.float64 if small else torch.float32
     before = _in_dtype(host, host._parameters, dtype)
@@ -122,16 +122,17 @@ def _require_same(fold: Fold, host: nn.Module, made: dict[str, Tensor]) -> None:
             expected = hidden_of(insertion.output_on(before, x, dtype))
             folded = hidden_of(type(host).forward(after, x))
         except Exception as error:  # a host that takes other inputs, whatever it says of this one
-            reason = f"cannot be tried on an example ({type(error).__name__}: {error:.80})"
+            reason = f"cannot be tried on an example ({type(error).__name__}: {str(error):.80})"
         else:
             added = (expected - bare).abs().max()
             slack = 1e-3 * added + (1e-10 if small else 1e-5) * bare.abs().max()
             if bool((folded - expected).abs().max() <= slack):
                 return
     raise InsertionError(
-        f"{insertion.host_name!r} ({type(insertion.host).__name__}) {reason}, so that changed "
-        f"parameters would not do what the {type(fold.delta).__name__} does. It can be detached "
-        "and saved, but not merged. Nothing was merged."
+        f"{insertion.host_name!r} ({type(insertion.host).__name__}) {reason} with the parameters "
+        f"{', '.join(made)} that {type(fold.delta).__name__}.folds gives: either the layer does "
+        "more to its input than its kind does, or the method folds wrongly. The delta can be "
+        "detached and saved, but not merged. Nothing was merged."
     )
 
 
@@ -224,7 +225,7 @@ def _fold_in(delta: Delta, state: BackboneState, changes: Changes, safe: bool, u
                     MergedWeight(host.module, name, dotted(host_name, name), None)  # it refuses
             raise InsertionError(
                 f"{type(delta).__name__} cannot be folded into {host_name!r} "
-                f"({type(host.module).__name__}): {error} Nothing was merged."
+                f"({type(host.module).__name__}): {error}. Nothing was merged."
             ) from error
         for name, value in values.items():
             if safe and not bool(value.isfinite().all()):
