@@ -122,7 +122,7 @@ def _require_same(fold: Fold, host: nn.Module, made: dict[str, Tensor]) -> None:
             expected = hidden_of(insertion.output_on(before, x, dtype))
             folded = hidden_of(type(host).forward(after, x))
         except Exception as error:  # a host that takes other inputs, whatever it says of this one
-            reason = f"cannot be tried on an example ({type(error).__name__}: {str(error):.80})"
+            reason = f"cannot be tried on an example ({type(error).__name__}: {error!s:.80})"
         else:
             added = (expected - bare).abs().max()
             slack = 1e-3 * added + (1e-10 if small else 1e-5) * bare.abs().max()
