@@ -32,6 +32,7 @@ from opendelta.ground.containers import Args, Kwargs, first_hidden
 from opendelta.ground.seams import is_running, runs_backward
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import deltas as deltas_of
+from opendelta.mechanism.calls import picking
 from opendelta.mechanism.changes import Changes, undone
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.hooks import add_forward_hook, take_off
@@ -205,11 +206,15 @@ class Route:
         """Run each delta's steps on its rows, and put the rows together again."""
         hidden = first_hidden(*state[:2])
         members, inverse = rows.members(hidden.device, rows.repeats(hidden, host))
-        shares = [(m, steps) for m, steps in zip(members, [*chains, []], strict=True) if len(m)]
-        before = [_selected(state, m, len(hidden)) for m, _ in shares]
-        after = [_chained(s, host, part) for part, (_, s) in zip(before, shares, strict=True)]
+        numbered = enumerate(zip(members, [*chains, []], strict=True))
+        shares = [(number, m, steps) for number, (m, steps) in numbered if len(m)]
+        before = [_selected(state, m, len(hidden)) for _, m, _ in shares]
+        after = []
+        for part, (number, _, steps) in zip(before, shares, strict=True):
+            with picking(partial(rows.share, number)):
+                after.append(_chained(steps, host, part))
         try:
-            return _joined(state, before, after, [len(m) for m, _ in shares], inverse)
+            return _joined(state, before, after, [len(m) for _, m, _ in shares], inverse)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InsertionError(
                 f"{self.name_of(host)!r}: what the deltas of this batch make of its rows is of "

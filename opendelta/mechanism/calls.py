@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -64,6 +65,7 @@ def _parameters(root: Hashable) -> tuple[list[str], str | None]:
 class _Running(threading.local):
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.picks: list[Callable[[Tensor], Tensor]] = []  # which rows of a mixed batch run now
 
 
 _RUNNING = _Running()
@@ -76,7 +78,7 @@ def call_arguments() -> dict[str, Any]:
 
     For delta modules and actions deep inside: the attention mask, the ids, the cache. It is what
     the user passed, in the thread that asks, also while gradient checkpointing computes a block
-    again.
+    again. Within `route`, a delta that runs on its rows alone gets those rows of the tensors.
 
     Returns:
         Name -> value; arguments left at their defaults are not among them.
@@ -101,7 +103,21 @@ def call_arguments() -> dict[str, Any]:
             "call_arguments() was asked where no forward of a backbone with an attached delta "
             "runs: call the backbone itself, as in `model(**batch)`."
         )
-    return call.arguments()
+    if not _RUNNING.picks:
+        return call.arguments()
+    pick = _RUNNING.picks[-1]
+    found = call.arguments().items()
+    return {name: pick(value) if isinstance(value, Tensor) else value for name, value in found}
+
+
+@contextmanager
+def picking(pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within a ``with`` block tensors among the arguments are what `pick` makes of them."""
+    _RUNNING.picks.append(pick)
+    try:
+        yield
+    finally:
+        _RUNNING.picks.pop()
 
 
 def _current() -> Call | None:

@@ -77,3 +77,11 @@ class Rows:
             inverse = torch.cat(parts).argsort()
             self._members[key] = [part.to(device) for part in parts], inverse.to(device)
         return self._members[key]
+
+    def share(self, number: int, value: Tensor) -> Tensor:
+        """The entries of `value` for one delta (`count` for those of none), if it goes by rows."""
+        entries = value.shape[0] if value.dim() else 0
+        if not entries or entries % len(self):
+            return value
+        members, _ = self.members(value.device, entries // len(self))
+        return value.index_select(0, members[number])
