@@ -1,7 +1,7 @@
 """0.3.2's path of saving and loading."""
 
-from opendelta.basemodel import DeltaBase as SaveLoadMixin
 from opendelta.center import DeltaCenterArguments, create_default_name, create_delta_center_args
+from opendelta.saving.save_load import SaveLoadMixin
 
 __all__ = [
     "DeltaCenterArguments",
