@@ -386,10 +386,13 @@ def switch(changes: Changes, insertions: Iterable[Insertion], attached: bool) ->
 
 def acts_on_whole_batches(insertion: Insertion) -> InsertionError:
     """The refusal to route what cannot act row by row."""
-    what = "What this delta makes of others on" if insertion.fuses else "What this delta changes in"
+    name, host_name = insertion.name, insertion.host_name
+    what = f"puts in the place of {name!r} in {host_name!r}"
+    if insertion.fuses:
+        what = f"makes by {name!r} of the others on {host_name!r}"
     return InsertionError(
-        f"{what} {insertion.host_name!r} ({insertion.name!r}) acts on a whole batch, not row by "
-        "row: such a delta cannot be routed. Construct it with exclude_modules for that module."
+        f"What this delta {what} acts on a whole batch, not row by row: such a delta cannot be "
+        "routed. Construct it with exclude_modules for that module."
     )
 
 
