@@ -613,3 +613,10 @@ def test_files_that_cannot_be_read(
 def test_folder_and_backbone_exchanged(adapter: Path) -> None:
     with pytest.raises(ConfigError, match="first the folder"):
         AutoDeltaModel.from_peft(fresh("bert_cls"), adapter)  # type: ignore[arg-type]
+
+
+def test_a_method_that_peft_has_not_says_so(tmp_path: Path) -> None:
+    delta = opendelta.AdapterModel(backbones.build("bert"))
+    with pytest.raises(ConfigError, match="AdapterModel has no form in PEFT"):
+        delta.export_peft(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

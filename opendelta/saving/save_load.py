@@ -162,6 +162,19 @@ class SaveLoadMixin(Delta):
         """
         return checkpoint.checkpoint_tensors(self)
 
+    def export_peft(self, path: str | os.PathLike[str]) -> None:
+        """Write this delta as an adapter of PEFT's, if PEFT has the method.
+
+        Args:
+            path: the folder.
+
+        Raises:
+            ConfigError: if PEFT does not have it.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no form in PEFT's files; save_finetuned writes our own."
+        )
+
     def save_checkpoint(
         self,
         path: str | os.PathLike[str],
