@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BartConfig, BartModel, LlamaConfig, LlamaForCausalLM
 
-from opendelta import AutoDeltaModel, DeltaBase, LoraModel
+from opendelta import AdapterModel, AutoDeltaModel, DeltaBase, LoraModel
 from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
 
 
@@ -616,7 +616,7 @@ def test_folder_and_backbone_exchanged(adapter: Path) -> None:
 
 
 def test_a_method_that_peft_has_not_says_so(tmp_path: Path) -> None:
-    delta = opendelta.AdapterModel(backbones.build("bert"))
+    delta = AdapterModel(backbones.build("bert"))
     with pytest.raises(ConfigError, match="AdapterModel has no form in PEFT"):
         delta.export_peft(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
