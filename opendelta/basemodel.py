@@ -78,13 +78,23 @@ class DeltaBase(SaveLoadMixin):
             args, kwargs: as for the constructor.
 
         Raises:
-            OpenDeltaError: what the constructor would raise; and an `InsertionError` for a class
-                of your own that inserts nothing by a plan.
+            OpenDeltaError: what the constructor would raise; a `ConfigError` for
+                `interactive_modify`, and an `InsertionError` for a class of your own that inserts
+                nothing by a plan.
 
         Example:
             >>> opendelta.LoraModel.preview(model, lora_r=4).num_parameters
             512
         """
+        try:
+            given = inspect.signature(cls).bind_partial(backbone_model, *args, **kwargs).arguments
+        except TypeError:  # about which the constructor says more
+            given = {}
+        if given.get("interactive_modify") and not given.get("modified_modules"):
+            raise ConfigError(
+                "interactive_modify has the modules chosen on a page, which counts by a preview() "
+                "itself: name them with modified_modules=[...]."
+            )
         backbone = backbone_model
         if not cls.__module__.startswith("opendelta.") and isinstance(backbone, nn.Module):
             backbone = _on_meta(backbone)  # whatever it does besides planning, it does there

@@ -89,7 +89,10 @@ class Delta(Inserting):
             "backend": backend,
         }
         given = {n: v for n, v in record.arguments.items() if n not in NOT_CONFIGURATION}
-        if "backend" not in self.config_class.method_fields:
+        names = self.config_class.field_names()
+        if not self.config_class.delta_type:  # the method has no config of its own
+            given = {name: value for name, value in given.items() if name in names}
+        if "backend" not in names:
             given.pop("backend", None)
         record.config = self.config_class(**given)
         if record.uses_defaults:

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 
 from opendelta.addressing.targeting import Targeting
-from opendelta.backends.sharding import class_name, full
+from opendelta.backends.sharding import class_name, full, full_shape
 from opendelta.delta.pseudo_input import measure_widths
 from opendelta.delta.record import record_of
 from opendelta.exceptions import InsertionError
@@ -309,4 +310,6 @@ def label(insertions: list[Insertion]) -> None:
 
 def copied(p: nn.Parameter) -> nn.Parameter:
     """A parameter of a delta that starts as one of the backbone's."""
+    if torch.empty(0).is_meta:  # it is looked at alone
+        return nn.Parameter(torch.empty(full_shape(p), dtype=p.dtype))
     return nn.Parameter(full(p).clone())

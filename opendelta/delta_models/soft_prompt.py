@@ -163,6 +163,8 @@ class SoftPromptModel(DeltaBase):
                 f"soft_token_num={count} exceeds the vocabulary of {vocabulary}: a prompt made "
                 "from token embeddings can be no longer; pass token_init=False."
             )
+        if torch.empty(0).is_meta:  # it is looked at alone
+            return torch.empty(count, width)
         ids = torch.arange(count, device=next(embedding.parameters()).device)
         with within(torch.no_grad(), gathered(embedding.parameters())):
             embeds: Tensor = embedding.forward(ids)  # may scale them; a delta on it takes no part

@@ -38,7 +38,7 @@ def forward_hooks(module: nn.Module, before: bool) -> list[Hooks]:
 def as_state_dict_hook(hook: Any) -> Any:
     """A hook as ``register_state_dict_post_hook`` puts it into ``_state_dict_hooks``.
 
-    The mark tells torch to ignore what the hook returns. Torch 2.5 to 2.14.
+    The mark says that it changes the dict in place, returning nothing. Torch 2.5 to 2.14.
     """
     hook._from_public_api = True
     return hook
