@@ -53,7 +53,10 @@ __all__ = [*_HOME_OF]
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
-        raise AttributeError(f"module 'opendelta' has no attribute {name!r}")
+        try:  # a module of the library, as attribute
+            return importlib.import_module(f"opendelta.{name}")
+        except ModuleNotFoundError:
+            raise AttributeError(f"module 'opendelta' has no attribute {name!r}") from None
     found = globals()[name] = getattr(importlib.import_module(f"opendelta.{_HOME_OF[name]}"), name)
     return found
 

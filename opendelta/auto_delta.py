@@ -21,6 +21,9 @@ from opendelta.saving.peft_files import read_weights
 __all__ = ["REGISTRY", "AutoDeltaConfig", "AutoDeltaModel", "model_class_for", "register"]
 
 
+every_method()  # REGISTRY is whole for whoever imports it from here
+
+
 class _ClassMethodsOnly:
     """Base of the auto classes, which are not instantiated."""
 
@@ -151,7 +154,7 @@ class AutoDeltaModel(_ClassMethodsOnly):
         for method in methods:
             if method.reads_peft(config.values):
                 tensors = read_weights(Path(path))
-                made, own = method.from_peft(config, tensors, uncompiled(backbone_model))
+                made, own = method.from_peft_form(config, tensors, uncompiled(backbone_model))
                 delta: DeltaBase = method.from_finetuned(None, backbone_model, made, state_dict=own)
                 return delta
         raise ConfigError(

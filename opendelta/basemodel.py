@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +18,7 @@ from opendelta.delta.record import record_of
 from opendelta.delta.switching import Switch
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import (
+    ConfigError,
     InsertionError,
 )
 from opendelta.inspection import Summary, num_total_parameters, print_log, summary
@@ -107,6 +109,7 @@ class DeltaBase(SaveLoadMixin):
                 "there is no plan of it to look at."
             )
         first, *others = plans
+        first.is_preview = True
         for plan in others:  # of a class that inserts by itself
             first.insertions += plan.insertions
         assert first.delta is delta

@@ -11,7 +11,7 @@ from opendelta.basemodel import DeltaBase
 from opendelta.delta.plan import held_back
 from opendelta.delta.record import record_of
 from opendelta.exceptions import ConfigError, InsertionError
-from opendelta.mechanism.changes import Changes, within
+from opendelta.mechanism.changes import Changes, one_at_a_time, within
 from opendelta.mechanism.insertion import switch
 
 
@@ -51,15 +51,13 @@ def combine(deltas: Sequence[DeltaBase], weights: Sequence[float]) -> DeltaBase:
     _check(deltas, weights)
     first = deltas[0]
     config = first.combined_config(deltas)
-    with within(torch.no_grad(), torch.random.fork_rng(devices=[])):
+    with one_at_a_time(), within(torch.no_grad(), torch.random.fork_rng(devices=[])):
         values = first.combined_tensors(deltas, weights)
         with held_back() as plans:
             combined = type(first).from_config(config, first.backbone_model, check_hash=False)
-        notes, changes = Changes(), Changes()
+        changes = Changes()
         for plan in plans:
             plan.prepare()
-            plan.note(notes)
-        notes.carry_out()  # of the new delta alone, which nobody knows yet
         for name, tensor in combined.own_tensors():
             tensor.data = values[name].to(tensor.device)
         for plan in plans:

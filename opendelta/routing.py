@@ -7,14 +7,13 @@ several deltas at once says how, in a function `routed` of its delta module's cl
     routed(layers, rows, host, args, kwargs[, output]) -> what an action returns
 
 where ``layers`` holds the module of each delta and `Rows` tells which row is whose. What a delta
-puts in the place of a parameter needs that function too, and `row_sites`, see `BiasInsertion`.
+puts in the place of a parameter needs that function too, and `sites`, see `BiasInsertion`.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,7 +32,7 @@ from opendelta.ground.seams import is_running, runs_backward
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import deltas as deltas_of
 from opendelta.mechanism.calls import picking
-from opendelta.mechanism.changes import Changes, undone
+from opendelta.mechanism.changes import Changes, one_at_a_time, undone
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.hooks import add_forward_hook, take_off
 from opendelta.mechanism.insertion import acts_on_whole_batches, switch
@@ -228,7 +227,7 @@ class Route:
 
     def enter(self) -> None:
         """Be in force in this thread: dispatchers and the hooks of this batch ask this route."""
-        with _locked():
+        with one_at_a_time():
             changes = Changes()
             options = {"first": True, "with_kwargs": True}
             backbone, check, give = self.backbone, self._check_batch, self._give_parameters
@@ -247,7 +246,7 @@ class Route:
     def leave(self) -> None:
         """Be in force no longer; may be called again."""
         _ROUTES.set(tuple(other for other in _ROUTES.get() if other is not self))
-        with _locked():
+        with one_at_a_time():
             left = [other for other in _IN_FORCE if other is not self]
             if len(left) < len(_IN_FORCE):
                 changes = Changes()
@@ -376,22 +375,6 @@ def _rebuilt(container: Any, item: Callable[[Any], Any]) -> Any:
 _ROUTES: ContextVar[tuple[Route, ...]] = ContextVar("opendelta_routes", default=())
 _IN_FORCE: list[Route] = []  # of all threads
 _STANCES: list[Any] = []  # that of torch.compile, while a route is in force
-_LOCK = threading.RLock()
-
-
-@contextmanager
-def _locked() -> Iterator[None]:
-    """One thread at a time; let go whatever happens."""
-    mine: list[bool] = []
-    release: Callable[[], Any] = _LOCK.release
-
-    def let_go() -> None:
-        if mine:
-            _ = mine.pop(), release()
-
-    with undone(let_go):
-        mine.append(_LOCK.acquire())
-        yield
 
 
 def _innermost(holds: Callable[[Route], bool]) -> Route | None:

@@ -446,7 +446,7 @@ REFUSED = {
     detached: "attach\\(\\) it",
     removed: "was removed",
     merged: r"unmerge\(\) it first",
-    scaled_embedding: r"word_embeddings' \(Scaled\) does more",
+    scaled_embedding: r"word_embeddings' \(Scaled\) would not compute",
 }
 
 

@@ -23,6 +23,7 @@ ELSEWHERE = {
     "target_modules": ("modified_modules",),
     "modules_to_save": ("unfrozen_modules",),
     "num_virtual_tokens": ("prefix_token_num", "soft_token_num"),
+    "feedforward_modules": ("on_input",),
 }
 
 # Arguments that are not configuration: what is modified, and how the modules are chosen.

@@ -163,6 +163,17 @@ class ConfigFields:
         cls.__signature__ = signature  # type: ignore[attr-defined]
 
     @classmethod
+    def made_for(cls, owner: type) -> Any:
+        """A config class for a delta class that names none of its own."""
+        return type(f"{owner.__name__}Config", (cls,), {"__doc__": cls.__doc__, "owner": owner})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        owner = vars(type(self)).get("owner")  # a class that no module holds is found by its delta
+        if owner is None:
+            return super().__reduce_ex__(protocol)
+        return _new_config_for, (owner,), self.__dict__
+
+    @classmethod
     def field_names(cls) -> list[str]:
         """Names of all fields: the method's, then those that every config has."""
         return [*cls.method_fields, *(p.name for p in base_parameters())]
@@ -224,6 +235,10 @@ class ConfigFields:
     def __repr__(self) -> str:
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, default=repr)
         return f"{type(self).__name__} {text}"
+
+
+def _new_config_for(owner: Any) -> Any:
+    return object.__new__(owner.config_class)
 
 
 def base_parameters() -> list[inspect.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from opendelta.delta.pseudo_input import random_state_kept_on_error
 from opendelta.delta.record import KEY, Record, record_of
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
 from opendelta.ground.walk import child_of, named_tensors, uncompiled
-from opendelta.mechanism.changes import Changes
+from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.engines import require_open
 from opendelta.mechanism.insertion import Insertion
 
@@ -47,6 +48,8 @@ class Delta(Inserting):
         if "__init__" in vars(cls):
             require_free_names(cls.__init__, cls.__name__, _reserved(cls))
             cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+        if cls.delta_type != cls.config_class.delta_type and "config_class" not in vars(cls):
+            cls.config_class = cls.config_class.made_for(cls)
         if "config_class" in vars(cls) and cls.delta_type:
             cls.config_class.derive(cls.__init__, cls.delta_type, cls.__name__)
 
@@ -135,7 +138,7 @@ class Delta(Inserting):
         record = self.__dict__.get(KEY)
         if record is not None:
             if name in BASE and record.base:
-                return record.base[name]
+                return copy.copy(record.base[name])
             if name in self.config_class.method_fields:
                 values = vars(record.config) if "config" in vars(record) else {}
                 if name in values or name in record.arguments:
@@ -146,11 +149,15 @@ class Delta(Inserting):
         record = self.__dict__.get(KEY)
         is_base, is_own = name in BASE, name in self.config_class.method_fields
         if record is None or not (is_base or is_own):
+            if isinstance(getattr(type(self), name, None), property):
+                raise AttributeError(f"{type(self).__name__}.{name} is read-only.")
             super().__setattr__(name, value)
         elif record.is_made:
             raise fixed_since_construction(name, value, f"this {type(self).__name__}")
         elif is_base:
             record.base[name] = value
+            if name in vars(record.config):
+                record.config.put(**{name: value})
         else:
             record.config.put(**{name: value})
 
@@ -207,7 +214,7 @@ class Delta(Inserting):
             modified_modules = self._select(record.port)
         with agreeing(backbone, InsertionError) as asked:  # planning may gather what is sharded
             asked.append(f"{type(self).__name__} {c.to_dict()}" for c in [record.config])
-        with random_state_kept_on_error():
+        with one_at_a_time(), random_state_kept_on_error():
             with agreeing(backbone, InsertionError) as notes:
                 plan = self._planned(modified_modules)
                 notes.append(
@@ -320,11 +327,12 @@ class Delta(Inserting):
         weight = insertion.host._parameters.get(self.merges_into)
         if weight is None:
             return {self.merges_into: torch.empty(0)}  # which is refused, with what there is
-        return {self.merges_into: self.merged(insertion, weight.detach())}
-
-    def merged(self, insertion: Insertion, weight: Tensor) -> Tensor:
-        """In the style of 1.0, beside `merges_into`: what that parameter becomes, see `folds`."""
-        raise NotImplementedError(f"{type(self).__name__} sets merges_into but defines no merged.")
+        merged = getattr(self, "merged", None)
+        if merged is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} sets merges_into but defines neither folds nor merged."
+            )
+        return {self.merges_into: merged(insertion, weight.detach())}
 
     def on_step(self, step: int) -> None:
         """Act after a step of the optimizer, while gradients are there.

@@ -20,7 +20,7 @@ from opendelta.ground.walk import unblocked
 from opendelta.ground.widths import read_widths
 from opendelta.inspection.statistics import num_total_parameters
 from opendelta.inspection.table import Summary, summary
-from opendelta.mechanism.backbone_state import BackboneState
+from opendelta.mechanism.backbone_state import BackboneState, own_parameters
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.engines import join_engine
@@ -69,6 +69,7 @@ class Plan:
         self.insertions: list[Insertion] = []
         self._on: dict[int, list[Insertion]] = {}
         self._measured: dict[str, tuple[int, int]] = {}
+        self.is_preview = self.is_noted = False
 
     # --- looking ----------------------------------------------------------------------------
 
@@ -92,7 +93,8 @@ class Plan:
     @property
     def share(self) -> float:
         """`num_parameters` to the parameters of the backbone."""
-        return self.num_parameters / max(1, num_total_parameters(self.backbone))
+        own = {id(p): p.numel() for _, p in own_parameters(self.backbone)}
+        return self.num_parameters / max(1, sum(own.values()))
 
     def summary(self) -> Summary:
         """The table: what is added where."""
@@ -221,13 +223,22 @@ class Plan:
     def carry_out(self) -> None:
         """Put everything on the backbone, or, after an error, nothing."""
         held = _HELD.get()
+        if self.is_preview:
+            raise InsertionError(
+                f"This is a preview: construct the {type(self.delta).__name__} to carry it out."
+            )
         if held is not None:
-            if self not in held:
+            if self not in held:  # the delta, which nobody knows yet, holds it from now on
                 held.append(self)
+                if not self.is_noted:
+                    changes = Changes()
+                    self.note(changes)
+                    changes.carry_out()
             return
         self.prepare()
         changes = Changes()
-        self.note(changes)
+        if not self.is_noted:
+            self.note(changes)
         self.enter(changes)
         changes.carry_out()
 
@@ -247,6 +258,7 @@ class Plan:
         if record.config.backbone_class is None:
             changes.set(record.config, backbone_class=class_name(self.backbone))
         label(self.insertions)
+        changes.set(self, is_noted=True)
 
     def enter(self, changes: Changes) -> None:
         """Let everything come in on the backbone, and in what is remembered of it."""
@@ -312,4 +324,6 @@ def copied(p: nn.Parameter) -> nn.Parameter:
     """A parameter of a delta that starts as one of the backbone's."""
     if torch.empty(0).is_meta:  # it is looked at alone
         return nn.Parameter(torch.empty(full_shape(p), dtype=p.dtype))
-    return nn.Parameter(full(p).clone())
+    whole = full(p)
+    is_looked_at = torch.get_default_device().type == "meta"  # in a preview
+    return nn.Parameter(torch.empty_like(whole, device="meta") if is_looked_at else whole.clone())

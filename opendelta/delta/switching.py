@@ -14,7 +14,7 @@ from opendelta.delta.record import record_of
 from opendelta.exceptions import InsertionError
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import BackboneState
-from opendelta.mechanism.changes import Changes, undone
+from opendelta.mechanism.changes import Changes, one_at_a_time, undone
 from opendelta.mechanism.engines import join_engine
 from opendelta.mechanism.insertion import Insertion, switch
 
@@ -62,9 +62,10 @@ def acting(
         )
     reshard(delta.backbone_model)
     prepared = Changes() if changes is None else changes
-    yield BackboneState.create(delta.backbone_model, prepared), prepared
-    if changes is None:
-        prepared.carry_out()
+    with one_at_a_time():
+        yield BackboneState.create(delta.backbone_model, prepared), prepared
+        if changes is None:
+            prepared.carry_out()
 
 
 def attach(delta: Delta, module: nn.Module | None = None, follow: bool = True) -> None:

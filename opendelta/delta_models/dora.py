@@ -100,9 +100,15 @@ class DoraLayer(LoraLayer):
 
     def _row_squares(self, host: nn.Module) -> Tensor:
         """``|W|²`` of the weight that `host` has now."""
+        weight: Any = host._parameters.get("weight")
+        is_plain = type(weight) is nn.Parameter and not is_shard(weight)
+        if is_plain and (torch.compiler.is_compiling() or weight.requires_grad):
+            return self.kind.row_squares(host)  # it may change without a word: fused optimizers
         if self._squares is None or not torch.compiler.is_compiling():
             now = _values_of(host)
-            if self._squares is None or (now is not None and now != self._squares_of):
+            if now is None:
+                return self.kind.row_squares(host)
+            if self._squares is None or now != self._squares_of:
                 self._squares, self._squares_of = self.kind.row_squares(host), now
         return self._squares
 
@@ -210,5 +216,5 @@ class DoraModel(LowRankModel):
     def combined_config(self, deltas: Sequence[DeltaBase]) -> BaseDeltaConfig:
         raise ConfigError(
             "combine: what DoraModel adds is divided by the lengths of the rows that it makes, so "
-            "several do not add up. Merge them one after the other, or route rows to them."
+            "several do not add up. Attach one at a time, or route rows to them."
         )

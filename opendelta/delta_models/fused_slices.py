@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from opendelta.delta.pseudo_input import run_pseudo_input
+from opendelta.delta.pseudo_input import hooked, run_pseudo_input
 from opendelta.delta_models.lookup_attention import LookupAttention, watch_attention_lookup
 from opendelta.delta_models.prefixed_call import begin, end
 from opendelta.exceptions import InsertionError
 from opendelta.ground.containers import map_hidden
+from opendelta.mechanism.changes import undone, within
 
 Slices = dict[str, Tensor]  # "q", "k", "v" -> positions among the features
 
@@ -101,15 +102,15 @@ def fused_slices(backbone: nn.Module, projections: Mapping[str, nn.Module]) -> d
     """
     watch_attention_lookup()
     tracer = _Tracer(backbone)
-    handles = [m.register_forward_hook(tracer.hook(name)) for name, m in projections.items()]
-    begin(tracer)
-    try:
-        with _WatchTorch(tracer):
-            run_pseudo_input(backbone, projections)
-    finally:
+    hooks = {module: tracer.hook(name) for name, module in projections.items()}
+
+    def stop() -> None:
         end(backbone)
-        for handle in handles:
-            handle.remove()
+
+    with hooked(hooks), undone(stop):
+        begin(tracer)
+        with within(_WatchTorch(tracer)):
+            run_pseudo_input(backbone, projections)
     for name in projections.keys() - tracer.found.keys():
         raise InsertionError(
             f"{name!r} computes several of an attention's queries, keys and values at once, and it "

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from opendelta.ground.seams import is_plainly_differentiated
 
 FEW_ROWS = 32  # up to so many, PyTorch's own nodes take less time than one in Python
 
@@ -56,8 +57,7 @@ def fused_applies(output: Tensor, x: Tensor, lora_a: Tensor) -> bool:
         and x.numel() > FEW_ROWS * x.shape[-1]
         and output.shape[:-1] == x.shape[:-1]
         and output.device == x.device == lora_a.device
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and is_plainly_differentiated()
         and not torch.jit.is_tracing()
     )
 

@@ -110,9 +110,9 @@ class PeftForm(DeltaBase):
                 groups, dilation or padding other than zeros, an embedding with `max_norm`.
             CheckpointError: if `path` is a file.
         """
-        write_adapter(Path(path), *self.to_peft())
+        write_adapter(Path(path), *self.peft_form())
 
-    def to_peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def peft_form(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's config and tensors of this delta."""
         layers: dict[str, Any] = {i.host_name: i for i in self.insertions}
         own = {name for name, _ in self.own_tensors()}
@@ -140,7 +140,7 @@ class PeftForm(DeltaBase):
         return common | fields, tensors
 
     @classmethod
-    def from_peft(
+    def from_peft_form(
         cls, config: PeftConfig, tensors: dict[str, Tensor], backbone: nn.Module
     ) -> tuple[ConfigFields, dict[str, Tensor]]:
         """Our config and tensors from PEFT's.

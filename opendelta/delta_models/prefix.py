@@ -290,7 +290,7 @@ class PrefixModel(DeltaBase):
         left = [other for other in changes.get(record, "insertions") if other is not insertion]
         changes.set(record, insertions=left)
         changes.set(self.config, reparameterize=False)
-        changes.do(label, left)
+        label([i for i in left if i.module is not None])
         return own, self.translate_keys(tensors)
 
     def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

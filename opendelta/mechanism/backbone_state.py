@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opendelta.backends.quantised import warn_of_repacking
-from opendelta.exceptions import ConfigError
+from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.containers import Args, Kwargs
 from opendelta.ground.names import dotted
 from opendelta.ground.seams import forget_compiled_code
 from opendelta.ground.walk import every_parameter
 from opendelta.mechanism import calls, watch
 from opendelta.mechanism.changes import Changes, undone
+from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.hooks import add_forward_hook, add_state_dict_hooks, take_off
 from opendelta.mechanism.insertion import Insertion, switch
 from opendelta.mechanism.merged_weight import MergedHost
@@ -128,7 +129,7 @@ class BackboneState(TrimmedStateDict):
             name = slot.layers[0].full_name if slot.layers else ""
             if slot.original is not None and name in self.was_trainable:
                 changes.do(slot.original.requires_grad_, self.was_trainable[name])
-        changes.do(_trained.__setitem__, backbone, self.trained)
+        changes.do_first(_trained.__setitem__, backbone, self.trained)
         for handle in self.handles:
             take_off(changes, handle)
 
@@ -158,7 +159,8 @@ class BackboneState(TrimmedStateDict):
             changes.set(self, watching=made)
         else:  # what the user passed is seen before a soft prompt changes it
             table: Any = changes.of(backbone._forward_pre_hooks)
-            table.move_to_end(known[0].id, last=False)
+            if known[0].id in table:
+                table.move_to_end(known[0].id, last=False)
 
     # --- while it runs ----------------------------------------------------------------------
 
@@ -173,6 +175,11 @@ class BackboneState(TrimmedStateDict):
     def after(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         """Hook after the root, also after an error."""
         if torch.compiler.is_compiling():
+            if module.training and any(delta.adds_to_loss for delta in self.deltas):
+                raise InsertionError(
+                    "A delta on this backbone adds a term to its loss, which compiled code leaves "
+                    "out: compile the parts inside, or add delta.loss_term() by hand."
+                )
             return None
         calls.end(module, output)
         if self.probing or output is None:
@@ -184,8 +191,10 @@ class BackboneState(TrimmedStateDict):
             if self.is_unsettled:
                 self.is_unsettled = not watch.require_training(module, self.insertions)
             if module.training:
-                for delta in self.deltas:
-                    term = delta.loss_term() if delta.adds_to_loss and delta.is_attached else None
+                route = None if Dispatcher.router is None else Dispatcher.router(module)
+                for delta in self.deltas if route is None else dict.fromkeys(route.deltas):
+                    acts = delta is not None and (route is not None or delta.is_attached)
+                    term = delta.loss_term() if acts and delta.adds_to_loss else None
                     output = output if term is None else watch.add_to_loss(output, term)
                 return output
         return None

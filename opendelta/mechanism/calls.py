@@ -121,7 +121,10 @@ def picking(pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
 
 def _current() -> Call | None:
-    running = _RUNNING.calls[-1] if _RUNNING.calls else None
+    calls = _RUNNING.calls
+    while calls and (calls[-1].frame is None or has_ended(calls[-1].frame)):
+        calls.pop()  # torch skips the hooks after a forward that Ctrl-C ended
+    running = calls[-1] if calls else None
     regions = [*checkpointed_regions(None if running is None else running.frame)]
     again = any(is_again for _, is_again in regions)
     if running is None or again:
@@ -161,8 +164,9 @@ def end(root: nn.Module, output: Any) -> None:
     while (call := calls.pop()).root is not root:
         pass
     call.frame = None  # which would keep all its variables alive
-    for tensor in _tensors(output):
-        if tensor.grad_fn is not None:
+    given = {t.grad_fn for t in _tensors([call.args, call.kwargs]) if t.grad_fn is not None}
+    for tensor in _tensors(output):  # a node that the arguments hold would keep them alive for ever
+        if tensor.grad_fn is not None and tensor.grad_fn not in given:
             notes: Any = tensor.grad_fn.metadata
             notes["opendelta.call"] = call
             _WITH_GRAPH.add(call)

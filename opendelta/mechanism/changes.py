@@ -10,6 +10,7 @@ wholly after, without a guard at every line.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -28,7 +29,7 @@ class Changes:
     """What is about to change; nothing of it has yet."""
 
     def __init__(self) -> None:
-        self._tables: dict[int, tuple[dict[Any, Any], dict[Any, Any]]] = {}
+        self._tables: dict[int, tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]] = {}
         self._attributes: dict[tuple[int, str], tuple[Any, Any]] = {}
         self._first: list[partial[Any]] = []
         self._others: list[partial[Any]] = []
@@ -37,8 +38,8 @@ class Changes:
         """The working copy of a dict, to be read and changed in its place."""
         known = self._tables.get(id(table))
         if known is None:
-            known = self._tables[id(table)] = table, table.copy()
-        return known[1]  # type: ignore[return-value]
+            known = self._tables[id(table)] = table, table.copy(), table.copy()
+        return known[2]  # type: ignore[return-value]
 
     def get(self, owner: Any, name: str) -> Any:
         """An attribute as it is going to be."""
@@ -59,36 +60,76 @@ class Changes:
         self._others.append(partial(act, *args))
 
     def do_first(self, act: Callable[..., Any], *args: Any) -> None:
-        """Call something that may fail, before anything else: nothing has changed then."""
-        self._first.append(partial(act, *args))
+        """Call something that may fail, before anything else, the same once."""
+        if args or all(known.args or known.func is not act for known in self._first):
+            self._first.append(partial(act, *args))
 
     def carry_out(self) -> None:
         """Let everything be as prepared."""
         steps = list(self._first)
-        for table, new in self._tables.values():
-            if [*new][: len(table)] != [*table]:  # else the old keys keep their places
-                steps.append(partial(table.clear))
-            steps.append(partial(table.update, new))
+        for table, old, new in self._tables.values():
+            steps += _differences(table, old, new)
         for (_, name), (owner, value) in self._attributes.items():
             steps.append(partial(object.__setattr__, owner, name, value))
         steps += self._others
         deque(map(_call, steps), maxlen=0)
 
 
+def _differences(
+    table: dict[Any, Any], old: dict[Any, Any], new: dict[Any, Any]
+) -> list[partial[Any]]:
+    """What makes `table`, which was `old`, what `new` is, and lets be what others do to it."""
+    gone = [key for key in old if key not in new]
+    put = {key: value for key, value in new.items() if key not in old or old[key] is not value}
+    stay = [key for key in old if key in new]
+    added = [key for key in new if key not in old]
+    order, steps = [*new], [partial(table.pop, key, None) for key in gone]
+    front = added if order == added + stay and hasattr(table, "move_to_end") else []
+    if order != stay + added and not front:  # children in another order
+        return [partial(table.clear), partial(table.update, new)]
+    if put:
+        steps.append(partial(table.update, put))
+    if stay:
+        move: Any = getattr(table, "move_to_end", None)
+        steps += [partial(move, key, last=False) for key in reversed(front)]
+    return steps
+
+
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """One thread at a time prepares changes and carries them out; let go whatever happens."""
+    mine: list[bool] = []
+    release: Callable[[], Any] = _LOCK.release
+
+    def let_go() -> None:
+        if mine:
+            _ = mine.pop(), release()
+
+    with undone(let_go):
+        mine.append(_LOCK.acquire())
+        yield
+
+
 @contextmanager
 def undone(undo: Callable[[], None]) -> Iterator[None]:
-    """A ``with`` block after which `undo` has run to its end; it is called twice.
+    """A ``with`` block after which `undo`, which may be called twice, has run to its end.
 
     Ctrl-C may break the first call off before anything has changed. At the end of the ``with``
     statement itself it lets go of this generator, whose closing runs what is left.
     """
+    is_done = False
     try:
         try:
             yield
         finally:
             undo()
+            is_done = True
     finally:
-        undo()
+        if not is_done:
+            undo()
 
 
 @contextmanager

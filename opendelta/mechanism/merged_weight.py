@@ -33,6 +33,11 @@ class Fold(NamedTuple):
         view = copy.copy(self.insertion)
         view.host = twin
         made: dict[str, Tensor] = self.delta.folds(view)
+        if not isinstance(made, dict) or not made:
+            raise InsertionError(
+                f"{type(self.delta).__name__}.folds returned {made!r:.80}; expected a dict that "
+                "maps names of the host's parameters to their new values. Nothing was merged."
+            )
         there = {n: tuple(p.shape) for n, p in twin._parameters.items() if p is not None}
         for name, value in made.items():
             if name not in there:

@@ -50,7 +50,9 @@ class ParameterSlot:
     @property
     def top(self) -> ParameterInsertion | None:
         """The insertion that acts now."""
-        return self._acting(Changes())
+        if self.held_bare:
+            return None
+        return next((layer for layer in reversed(self.layers) if layer.is_on), None)
 
     def _acting(self, changes: Changes) -> ParameterInsertion | None:
         layers = changes.get(self, "layers")

@@ -55,8 +55,12 @@ def require_training(backbone: nn.Module, insertions: Iterable[Insertion]) -> bo
 def add_to_loss(output: Any, term: Tensor) -> Any:
     """A transformers output with `term` added to its loss; any other output as it is."""
     loss = getattr(output, "loss", None)
-    if isinstance(loss, Tensor):
+    if isinstance(loss, Tensor) and hasattr(output, "_replace"):  # a namedtuple
+        output = output._replace(loss=loss + term)
+    elif isinstance(loss, Tensor):
         output.loss = loss + term
+    elif type(output) is tuple and isinstance(output[0], Tensor) and output[0].dim() == 0:
+        output = (output[0] + term, *output[1:])  # transformers' return_dict=False
     elif isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
         output = type(output)({**output, "loss": output["loss"] + term})
     return output

@@ -29,7 +29,7 @@ from opendelta.ground.files import (
 )
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import BackboneState, deltas, own_parameters, unmerged
-from opendelta.mechanism.changes import Changes
+from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.engines import require_whole
 from opendelta.saving.backbone_check import check_backbone
 from opendelta.saving.checkpoint import delta_config, require_own
@@ -99,20 +99,28 @@ def from_finetuned(
             "`opendelta.deltas(model)` lists them.",
             model_class.__name__,
         )
-    with random_state_kept_on_error():
+    with one_at_a_time(), random_state_kept_on_error():
         with held_back() as plans:
             delta: Delta = model_class.from_config(made, backbone, check_hash=False)
-        changes, notes = Changes(), Changes()
+        changes = Changes()
         for plan in plans:
             plan.prepare()
-            plan.note(notes)
-        notes.carry_out()  # of the delta alone, which nobody knows yet
         for plan in plans:
             plan.enter(changes)
-        if any(module.training for module in backbone.modules()):
-            changes.do(backbone.eval)
+        _set_to_eval(backbone, changes)
         _load(delta, tensors, changes, is_new=True)
     return delta
+
+
+def _set_to_eval(backbone: nn.Module, changes: Changes) -> None:
+    """As ``backbone.eval()``; a model that does more then does it first."""
+    modules = [module for module in backbone.modules() if module.training]
+    if any(
+        type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval for m in modules
+    ):
+        changes.do_first(backbone.eval)
+    for module in modules:
+        changes.set(module, training=False)
 
 
 def load_checkpoint(

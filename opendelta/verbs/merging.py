@@ -190,9 +190,9 @@ def _require_neutral(delta: Delta, state: BackboneState) -> None:
             if differs or (reads and acts.reads_host and other.module is not None):
                 raise InsertionError(
                     f"{dotted(acts.host_name, acts.name)} does not act beside a merged "
-                    f"{other.name!r} as it does where that acts by itself. Merge the one that was "
-                    "put on earlier first and unmerge it last, or remove() one that cannot be "
-                    "merged. Nothing was changed."
+                    f"{other.name!r} as it does where that acts by itself: what they do in turn "
+                    "is not what they do once one of them is in the weights. remove() one of them, "
+                    "or construct them in the other order. Nothing was changed."
                 )
 
 
