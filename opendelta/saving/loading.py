@@ -166,8 +166,11 @@ def _load(
     _require_fit(delta, tensors, targets, [*own, *(carried or ())])
     if is_new:
         record_of(delta).left_trainable = [name for name in tensors if name not in own]
+    values = {targets[name]: value for name, value in tensors.items()}
     with torch.no_grad():
-        _carry_out(backbone, changes, {targets[name]: value for name, value in tensors.items()})
+        for tensor in own.values() if is_new else ():  # at once: nobody knows it yet, and on shards
+            assign(tensor, values.pop(tensor))  # it comes in by the values that it has
+        _carry_out(backbone, changes, values)
 
 
 def _require_fit(
