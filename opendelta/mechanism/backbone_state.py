@@ -187,7 +187,8 @@ class BackboneState(TrimmedStateDict):
             if module.training:
                 for delta in self.deltas:
                     term = delta.loss_term() if delta.adds_to_loss and delta.is_attached else None
-                    output = output if term is None else watch.add_to_loss(output, term)
+                    if term is not None:
+                        output = watch.add_to_loss(module, kwargs, output, term)
                 return output
         return None
 
