@@ -98,7 +98,10 @@ class DoraLayer(LoraLayer):
 
 
 def _values_of(host: nn.Module) -> tuple[Any, ...] | None:
-    """What tells that a host's weight was changed; None where an engine swaps tensors by itself."""
+    """What tells that a host's weight was changed; None where an engine swaps tensors by itself.
+
+    The mode is part of it, for 8-bit layers round in evaluation what they do not in training.
+    """
     held = (*host._parameters.items(), *host._buffers.items())
     tensors = [tensor for name, tensor in held if tensor is not None and name != "bias"]
     if (
@@ -109,7 +112,8 @@ def _values_of(host: nn.Module) -> tuple[Any, ...] | None:
     ):
         return None
     plain = (Tensor, nn.Parameter)
-    return tuple((t.data_ptr() if type(t) in plain else id(t), t._version) for t in tensors)
+    held_now = ((t.data_ptr() if type(t) in plain else id(t), t._version) for t in tensors)
+    return (host.training, *held_now)
 
 
 def _split_like(vector: Tensor, other: Any) -> Any:
