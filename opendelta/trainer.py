@@ -20,12 +20,12 @@ FOLDER = "delta"
 
 
 class DeltaCallback(TrainerCallback):
-    """Writes a delta into each checkpoint folder of a Trainer, and lets it act after each step.
+    """Writes a delta into each checkpoint folder of a Trainer, under ``delta/``; steps with it.
 
     ``Trainer(..., callbacks=[DeltaCallback(delta)])`` is all there is to do. The folder
     ``checkpoint-500/delta`` is one that `save_finetuned` wrote. ``resume_from_checkpoint`` reads
-    what the Trainer itself saves beside it. Methods that do something at each step of the optimizer
-    (`DeltaBase.on_step`) do it.
+    what the Trainer itself saves beside it. After each step of the optimizer the delta's `on_step`
+    is called, while gradients are there; under DeepSpeed, which steps by itself, they are gone.
 
     Args:
         delta: what to save; it is on the Trainer's model.
@@ -37,7 +37,7 @@ class DeltaCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Let the method act, while gradients are there."""
+        """Let the delta act after a step, which the Trainer counts only afterwards."""
         self.delta.on_step(state.global_step + 1)
 
     def on_save(

@@ -78,7 +78,8 @@ def full(tensor: Tensor) -> Tensor:
         whole: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
         return whole
     if is_partitioned(tensor):
-        with gathered([tensor]):
+        is_whole = tensor.shape == full_shape(tensor)  # while its module runs, which still needs it
+        with gathered(() if is_whole else (tensor,)):
             return tensor.detach().clone()
     if bmt.is_distributed(tensor):
         return bmt.whole(tensor)

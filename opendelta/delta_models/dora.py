@@ -116,7 +116,8 @@ class DoraLayer(LoraLayer):
 def _values_of(host: nn.Module) -> tuple[Any, ...] | None:
     """What tells that a host's weight was changed; None where that cannot be told now.
 
-    It is the same at all times while an engine swaps tensors by itself.
+    It is the same at all times while an engine swaps tensors by itself. The mode is part of it, for
+    8-bit layers round in evaluation what they do not in training.
     """
     held = (*host._parameters.items(), *host._buffers.items())
     tensors = [tensor for name, tensor in held if tensor is not None and name != "bias"]
@@ -126,7 +127,8 @@ def _values_of(host: nn.Module) -> tuple[Any, ...] | None:
     if managed or any(is_shard(tensor) or tensor.is_inference() for tensor in tensors):
         return ("an engine's",)
     plain = (Tensor, nn.Parameter)
-    return tuple((t.data_ptr() if type(t) in plain else id(t), t._version) for t in tensors)
+    held_now = ((t.data_ptr() if type(t) in plain else id(t), t._version) for t in tensors)
+    return (host.training, *held_now)
 
 
 def _split_like(vector: Tensor, other: Any) -> Any:

@@ -195,7 +195,8 @@ class BackboneState(TrimmedStateDict):
                 for delta in self.deltas if route is None else dict.fromkeys(route.deltas):
                     acts = delta is not None and (route is not None or delta.is_attached)
                     term = delta.loss_term() if acts and delta.adds_to_loss else None
-                    output = output if term is None else watch.add_to_loss(output, term)
+                    if term is not None:
+                        output = watch.add_to_loss(module, kwargs, output, term)
                 return output
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,30 +71,31 @@ class ParameterSlot:
 
     def switch(self, changes: Changes, layer: ParameterInsertion, on: bool) -> None:
         """Let one of the layers be attached, or not."""
-        if changes.get(layer, "is_on") == on:
-            return
-        self.look()
-        if self.held_bare:
-            changes.set(layer, is_on=on)
-        elif self.sharded:
-            changes.do_first(self._switch_values, layer, on)
-        else:
-            changes.set(self._acting(changes) or self, left_at=self.place)
-            changes.set(layer, is_on=on)
-            self._settle(changes)
+        if changes.get(layer, "is_on") != on:
+            self.look()
+            self._change(changes, layer, is_on=on)
 
     def hold_bare(self, changes: Changes, more: int) -> None:
         """Let one route more (1) or less (-1) hold the original in its place.
 
         Attaching and detaching meanwhile say what acts afterwards.
         """
-        held = changes.get(self, "held_bare") + more
-        if self.sharded:
-            changes.do_first(self._hold_values, held)
-            return
-        changes.set(self._acting(changes) or self, left_at=self.place)
-        changes.set(self, held_bare=held)
-        self._settle(changes)
+        self._change(changes, self, held_bare=changes.get(self, "held_bare") + more)
+
+    def _change(self, changes: Changes, owner: Any, **values: Any) -> None:
+        """Change what says which content acts, and let that one act."""
+        before = self._acting(changes)
+        changes.set(owner, **values)
+        if not self.sharded:
+            changes.set(before or self, left_at=self.place)
+            self._settle(changes)
+        elif before is not (after := self._acting(changes)):
+            if (self.original if after is None else after.parameter) is None:
+                raise InsertionError(
+                    f"The {self.name} of {self.layers[0].host_name!r} is one that the delta adds, "
+                    "and the backbone is sharded: it can be neither added nor taken away now."
+                )
+            changes.do_first(self._switch_values, before, after)
 
     def _settle(self, changes: Changes) -> None:
         """Put what is to act into every place, moved to where that is now."""
@@ -119,40 +121,17 @@ class ParameterSlot:
                     return p.device, p.dtype
         return None
 
-    # --- sharded: the engine holds on to the parameter, so that contents act by their values ------
-
-    def _hold_values(self, held: int) -> None:
-        layers = [layer for layer in self.layers if layer.is_on]
-        if held and not self.held_bare:
-            for layer in reversed(layers):
-                self._switch_values(layer, False)
-            for layer in layers:
-                layer.is_on = True
-        self.held_bare = held
-        if not held:
-            for layer in layers:
-                layer.is_on = False
-            for layer in layers:
-                self._switch_values(layer, True)
-
-    def _switch_values(self, layer: ParameterInsertion, on: bool) -> None:
-        before = self.top
-        layer.is_on = on
-        held, after = self.places[0]._parameters.get(self.name), self.top
-        content = self.original if after is None else after.parameter
-        if held is None or content is None:
-            layer.is_on = not on
-            raise InsertionError(
-                f"The {self.name} of {layer.host_name!r} is one that the delta adds, and the "
-                "backbone is sharded: it can be neither added nor taken away now."
-            )
-        if before is after:
-            return
+    def _switch_values(
+        self, before: ParameterInsertion | None, after: ParameterInsertion | None
+    ) -> None:
+        """On shards: the engine holds on to the parameter, so that contents act by their values."""
+        held: Any = self.places[0]._parameters[self.name]
+        content: Any = self.original if after is None else after.parameter
         aside = nn.Parameter(full(held).clone(), held.requires_grad)
         with torch.no_grad():
             assign(held, content.detach())
         held.requires_grad_(content.requires_grad)
-        held._is_delta = after is not None  # type: ignore[attr-defined]  # see `label`
+        held._is_delta = after is not None  # see `label`
         for one, now in ((before, aside), (after, held)):
             if one is None:
                 self.original = now

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.exceptions import DeltaWarning, InsertionError, warn
-from opendelta.ground.containers import Args
+from opendelta.ground.containers import Args, Kwargs
 from opendelta.ground.names import dotted
 from opendelta.ground.walk import every_module
 from opendelta.mechanism.dispatch import Dispatcher
@@ -52,8 +52,17 @@ def require_training(backbone: nn.Module, insertions: Iterable[Insertion]) -> bo
     return require_reduced(backbone, (p for i in acting for _, p in i.named_parameters()))
 
 
-def add_to_loss(output: Any, term: Tensor) -> Any:
-    """A transformers output with `term` added to its loss; any other output as it is."""
+def add_to_loss(backbone: nn.Module, kwargs: Kwargs, output: Any, term: Tensor) -> Any:
+    """A transformers output with `term` added to its loss; any other output as it is.
+
+    Where several calls make one step of the optimizer and the Trainer adds up their losses, having
+    said how many labels there are in all, each call adds as much of the term as it has of those.
+    """
+    total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if total is not None and isinstance(labels, Tensor):
+        if getattr(backbone, "loss_type", None) == "ForCausalLM":
+            labels = kwargs.get("shift_labels", labels[..., 1:])
+        term = term * (labels.ne(-100).sum() / total)
     loss = getattr(output, "loss", None)
     if isinstance(loss, Tensor) and hasattr(output, "_replace"):  # a namedtuple
         output = output._replace(loss=loss + term)

@@ -177,7 +177,8 @@ def _load(
     _require_fit(delta, tensors, targets, [*own, *(carried or ())])
     if is_new:
         record_of(delta).left_trainable = [name for name in tensors if name not in own]
-    _carry_out(backbone, changes, {targets[name]: value for name, value in tensors.items()})
+    values = {targets[name]: value for name, value in tensors.items()}
+    _carry_out(backbone, changes, values, [*own.values()] if is_new else [])
 
 
 def _require_fit(
@@ -214,8 +215,16 @@ def _require_fit(
 
 
 @torch.no_grad()
-def _carry_out(backbone: nn.Module, changes: Changes, values: dict[Tensor, Tensor]) -> None:
-    """Let tensors have these values, and all else be as prepared."""
+def _carry_out(
+    backbone: nn.Module, changes: Changes, values: dict[Tensor, Tensor], new: list[Tensor]
+) -> None:
+    """Let tensors have these values, and all else be as prepared.
+
+    Those of a `new` delta have them at once: nobody knows it yet, and on shards what it puts in the
+    place of a parameter comes in by its values.
+    """
+    for tensor in new:
+        assign(tensor, values.pop(tensor))
     ready: dict[Tensor, Tensor] = {}
     for target, value in values.items():
         is_plain = type(target) in (Tensor, nn.Parameter) and not is_shard(target)

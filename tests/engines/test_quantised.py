@@ -25,6 +25,8 @@ IDS = torch.arange(8).view(2, 4) + 3
 KINDS = ("bitsandbytes 4", "bitsandbytes 8", "torchao", "quanto")
 METHODS: dict[str, dict[str, Any]] = {
     "LoraModel": {},
+    "DoraModel": {},
+    "IA3Model": {},
     "AdapterModel": {},
     "LowRankAdapterModel": {},
     "CompacterModel": {"reduction_factor": 4},
@@ -155,9 +157,9 @@ def evaluated() -> nn.Module:
     LoraModel(model).freeze_module()
     output(model)
     weights = [p for p in model.parameters() if hasattr(p, "quant_state")]
-    if not F.has_avx512bf16():  # where the CPU has no such kernels: what they would leave behind
+    if not F.has_avx512bf16():  # where the CPU has no such kernels: what is done for them
         for p in weights:
-            p.quant_state.packing_format_for_cpu = True
+            p.data, _ = F._convert_weight_packed_for_cpu(p.data, p.quant_state)
     assert all(map(repacked, weights))
     return model
 

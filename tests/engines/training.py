@@ -19,6 +19,8 @@ import opendelta
 from opendelta import DeltaBase
 
 METHODS: dict[str, Callable[[nn.Module], DeltaBase]] = {
+    "DoRA": lambda model: opendelta.DoraModel(model, lora_r=4),
+    "IA3": opendelta.IA3Model,
     "LoRA": lambda model: opendelta.LoraModel(model, lora_r=4),
     "Adapter": lambda model: opendelta.AdapterModel(model, bottleneck_dim=4),
     "BitFit": opendelta.BitFitModel,

@@ -23,23 +23,24 @@ import torch
 import torch.distributed as dist
 import training
 
-OF_METHODS = tuple(training.METHODS)
+RESCALING = ("DoRA", "IA3")  # where parameters are whole only while a module runs
+OF_METHODS = tuple(method for method in training.METHODS if method not in RESCALING)
 AFTERWARDS = tuple(method for method in OF_METHODS if method != "SoftPrompt")
 DIFFERENCES = ("methods", "arguments", "shapes", "failures")
 LOADS = ("stale", "missing", "damaged", "into a delta")
 REFUSED_BY_FSDP2 = ("a new bias", "shared parameters", "a soft prompt", "two meshes")
 ENGINES: dict[str, tuple[Callable[[str, Path], Any], tuple[str, ...]]] = {
     "ddp": (training.trains(training.ddp), OF_METHODS),
-    "fsdp2": (training.trains(training.fsdp2), OF_METHODS[:-1]),
+    "fsdp2": (training.trains(training.fsdp2), (*OF_METHODS[:-1], *RESCALING)),
     "fsdp2_network": (refusals.fsdp2_network, ("before",)),
-    "fsdp2_afterwards": (training.trains(training.fsdp2_afterwards), AFTERWARDS),
+    "fsdp2_afterwards": (training.trains(training.fsdp2_afterwards), (*AFTERWARDS, *RESCALING)),
     "fsdp2_detached": (training.trains(training.fsdp2_detached), AFTERWARDS),
     "fsdp2_late": (training.trains(training.fsdp2_late), AFTERWARDS),
     "accelerate": (training.trains(training.accelerate), OF_METHODS),
     "ray": (training.trains(training.ray_train), OF_METHODS),
     "trainer": (training.trainer, OF_METHODS),
     "zero2": (training.trains(training.zero(2)), OF_METHODS),
-    "zero3": (training.trains(training.zero(3)), OF_METHODS),
+    "zero3": (training.trains(training.zero(3)), (*OF_METHODS, *RESCALING)),
     "zero3_early": (training.trains(training.zero(3, partitioned=True)), OF_METHODS),
     "zero_switched": (on_shards.zero_switched, ("2", "3")),
     "tensor_parallel": (splitting.tensor_parallel, tuple(splitting.PLANS)),
@@ -59,7 +60,7 @@ ENGINES: dict[str, tuple[Callable[[str, Path], Any], tuple[str, ...]]] = {
     "after_a_forward": (on_shards.after_a_forward, ("load", "switch", "hash", "callback", "save")),
     "two_meshes": (on_shards.two_meshes, ("LoRA",)),
     "beside_a_split": (splitting.beside_a_split, ("Adapter",)),
-    "switched": (on_shards.switched, AFTERWARDS),
+    "switched": (on_shards.switched, (*AFTERWARDS, *RESCALING)),
 }
 
 
