@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 IDS = torch.tensor([[1, 2, 3], [4, 0, 1]])
 ON_NET = {
-    **dict.fromkeys(METHODS, {"modified_modules": ["first", "last"]}),
+    **{key: {"modified_modules": ["first", "last"]} for key in METHODS},
     "CompacterModel": {
         "modified_modules": ["first"],
         "reduction_factor": 2,
@@ -134,7 +134,7 @@ def in_route(model: nn.Module, delta: DeltaBase, *_: Any) -> None:
 
 
 def merges(method: str) -> bool:
-    model, delta = placed(method)
+    _model, delta = placed(method)
     try:
         delta.merge()
     except opendelta.OpenDeltaError:
@@ -334,11 +334,11 @@ def loaded(after: dict[str, Any], plain: dict[str, Any]) -> set[str]:
 
 FAULTS = pytest.mark.parametrize("fault", [Interrupt, OutOfMemory])
 QUICK = {  # one operation of each kind
-    **{kind: "DoraModel" for kind in ("construct", "merge", "preview")},
-    **{kind: "IA3Model" for kind in ("construct a second", "unmerge", "unmerge one of two")},
-    **{kind: "LoraModel" for kind in ("load", "combine", "route", "remove")},
-    **{kind: "BitFitModel" for kind in ("attach", "detach", "with detached", "freeze")},
-    **{kind: "AdapterModel" for kind in ("with attached",)},
+    **dict.fromkeys(("construct", "merge", "preview"), "DoraModel"),
+    **dict.fromkeys(("construct a second", "unmerge", "unmerge one of two"), "IA3Model"),
+    **dict.fromkeys(("load", "combine", "route", "remove"), "LoraModel"),
+    **dict.fromkeys(("attach", "detach", "with detached", "freeze"), "BitFitModel"),
+    **dict.fromkeys(("with attached",), "AdapterModel"),
     "merge where it is tied": "LoraModel",
     "merge for good": "LoraModel",
 }
