@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 IDS = torch.tensor([[1, 2, 3], [4, 0, 1]])
 ON_NET = {
-    **{method: {"modified_modules": ["first", "last"]} for method in METHODS},
+    **{key: {"modified_modules": ["first", "last"]} for key in METHODS},
     "CompacterModel": {
         "modified_modules": ["first"],
         "reduction_factor": 2,
@@ -134,7 +134,7 @@ def in_route(model: nn.Module, delta: DeltaBase, *_: Any) -> None:
 
 
 def merges(method: str) -> bool:
-    _, delta = placed(method)
+    _model, delta = placed(method)
     try:
         delta.merge()
     except opendelta.OpenDeltaError:

@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 import opendelta
 from opendelta import (
     AutoDeltaModel,
+    BitFitModel,
     DeltaCallback,
     DoraModel,
     IA3Model,
@@ -637,6 +638,12 @@ PAIRS: dict[str, tuple[Any, Any, bool, bool]] = {
     "a scaled input above a sum": (LoraModel, partial(IA3Model, on_input=["0"]), True, False),
     "a scaled input and a scale": (partial(IA3Model, on_input=["0"]), AffineModel, True, True),
     "two scaled inputs": (*[partial(IA3Model, on_input=["0"])] * 2, True, False),
+    "a scale on a bias": (BitFitModel, AffineModel, True, False),
+    "a bias below a scale": (AffineModel, BitFitModel, False, True),
+    "a sum on a bias": (BitFitModel, LoraModel, True, True),
+    "a bias below a sum": (LoraModel, BitFitModel, True, True),
+    "a scaled input and a bias": (partial(IA3Model, on_input=["0"]), BitFitModel, True, True),
+    "another weight below a sum": (LoraModel, OtherParameterModel, False, True),
     "rescaled rows on a sum": (LoraModel, DoraModel, False, False),
     "a sum on rescaled rows": (DoraModel, LoraModel, True, False),
 }

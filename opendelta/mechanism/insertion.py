@@ -130,9 +130,9 @@ class Insertion:
         self.attach(changes)
 
     @property
-    def folds_last(self) -> bool:
-        """Whether it is folded in after what acts on the host's output: it acts on the input."""
-        return False
+    def fold_rank(self) -> int:
+        """When it is folded in: parameters, then what acts on the output, then on the input."""
+        return 0
 
     def differs_beside(self, merged: Insertion, is_earlier: bool) -> bool:
         """Whether it acts otherwise once another one of its host is folded in.
@@ -268,12 +268,12 @@ class ModuleInsertion(Insertion):
             self.module.train(self.host.training)
 
     @property
-    def folds_last(self) -> bool:
-        return self.side.before
+    def fold_rank(self) -> int:
+        return 2 if self.side.before else 1
 
     def differs_beside(self, merged: Insertion, is_earlier: bool) -> bool:
-        if self.side.before != merged.folds_last:  # what is given to the host, what it gives
-            return merged.folds_last and self.action is not after
+        if self.fold_rank != merged.fold_rank:  # what is given to the host, what it gives
+            return self.fold_rank < merged.fold_rank and self.action is not after
         return is_earlier and not (self.is_additive and merged.is_additive)
 
     def output_on(self, host: nn.Module, x: Tensor, dtype: torch.dtype) -> Any:

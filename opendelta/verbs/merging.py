@@ -188,12 +188,26 @@ def _require_neutral(delta: Delta, state: BackboneState) -> None:
         for acts, other in ((a, m) for a in around for m in on[id(a.host)]):
             differs = acts.differs_beside(other, order[id(acts)] < order[id(other)])
             if differs or (reads and acts.reads_host and other.module is not None):
-                raise InsertionError(
-                    f"{dotted(acts.host_name, acts.name)} does not act beside a merged "
-                    f"{other.name!r} as it does where that acts by itself: what they do in turn "
-                    "is not what they do once one of them is in the weights. remove() one of them, "
-                    "or construct them in the other order. Nothing was changed."
-                )
+                raise _not_beside(acts, other)
+    for fold in folds:
+        for insertion in mine if fold.delta is not delta else ():
+            _require_uncovered(fold, insertion)
+
+
+def _require_uncovered(fold: Fold, acts: Insertion) -> None:
+    """Refuse where what acts stands in the place of a parameter that another fold changes."""
+    apart = acts.slot is None or fold.insertion.slot is acts.slot
+    if not apart and acts.name in fold.names and fold.insertion.host in acts.places:
+        raise _not_beside(acts, fold.insertion)
+
+
+def _not_beside(acts: Insertion, merged: Insertion) -> InsertionError:
+    return InsertionError(
+        f"{dotted(acts.host_name, acts.name)} does not act beside a merged {merged.name!r} as it "
+        "does where that acts by itself. Merge what acts nearer to the module (a parameter, "
+        "then what was put on earlier) first and unmerge it last; where that is refused too, remove() "
+        "one of them, or construct them in the other order. Nothing was changed."
+    )
 
 
 # --- in, out, for good ----------------------------------------------------------------------------
@@ -208,12 +222,14 @@ def _fold_in(delta: Delta, state: BackboneState, changes: Changes, safe: bool, u
         if insertion.content is not None:
             on[insertion.host_name].append(insertion)
     _require_neutral(delta, state)
+    folded = {id(i) for i in delta.insertions}
+    folded |= {id(fold.insertion) for host in state.merged.values() for fold in host.folds}
     unties = False
     for host_name, insertions in on.items():
         host = state.merged.get(host_name) or MergedHost(insertions[0].host, host_name)
         new = [Fold(delta, insertion) for insertion in insertions]
         folds = sorted(
-            [*host.folds, *new], key=lambda fold: (fold.insertion.folds_last, order[id(fold.delta)])
+            [*host.folds, *new], key=lambda fold: (fold.insertion.fold_rank, order[id(fold.delta)])
         )
         candidates = host.weights_here(state.slots)
 
@@ -227,6 +243,9 @@ def _fold_in(delta: Delta, state: BackboneState, changes: Changes, safe: bool, u
                 f"{type(delta).__name__} cannot be folded into {host_name!r} "
                 f"({type(host.module).__name__}): {error}. Nothing was merged."
             ) from error
+        for insertion in [i for i in state.insertions if id(i) not in folded]:
+            for fold in named:
+                _require_uncovered(fold, insertion)
         for name, value in values.items():
             if safe and not bool(value.isfinite().all()):
                 raise InsertionError(
