@@ -205,8 +205,8 @@ def _not_beside(acts: Insertion, merged: Insertion) -> InsertionError:
     return InsertionError(
         f"{dotted(acts.host_name, acts.name)} does not act beside a merged {merged.name!r} as it "
         "does where that acts by itself. Merge what acts nearer to the module (a parameter, "
-        "then what was put on earlier) first and unmerge it last; where that is refused too, remove() "
-        "one of them, or construct them in the other order. Nothing was changed."
+        "then what was put on earlier) first and unmerge it last; where that is refused too, "
+        "remove() one of them, or construct them in the other order. Nothing was changed."
     )
 
 
