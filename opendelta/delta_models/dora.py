@@ -101,7 +101,7 @@ class DoraLayer(LoraLayer):
     def _row_squares(self, host: nn.Module) -> Tensor:
         """``|W|²`` of the weight that `host` has now."""
         weight: Any = host._parameters.get("weight")
-        is_plain = type(weight) is nn.Parameter and not is_shard(weight)
+        is_plain = type(weight) is nn.Parameter and not (weight.is_meta or is_shard(weight))
         if is_plain and (torch.compiler.is_compiling() or weight.requires_grad):
             return self.kind.row_squares(host)  # it may change without a word: fused optimizers
         if self._squares is None or not torch.compiler.is_compiling():
