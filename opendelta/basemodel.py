@@ -7,6 +7,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +32,7 @@ from opendelta.exceptions import (
     UnmatchedPatternWarning,
 )
 from opendelta.inspection import Summary, num_total_parameters, print_log, summary
+from opendelta.mechanism.changes import undone
 from opendelta.saving import checkpoint, loading
 from opendelta.saving.backbone_check import check_backbone
 from opendelta.verbs import arithmetic, freezing, merging
@@ -166,7 +168,11 @@ class DeltaBase(Delta):
         backbone = backbone_model
         if not cls.__module__.startswith("opendelta.") and isinstance(backbone, nn.Module):
             backbone = _on_meta(backbone)  # whatever it does besides planning, it does there
-        with held_back() as plans, torch.random.fork_rng(devices=[]), torch.device("meta"):
+        stack = ExitStack()
+        with undone(stack.close):
+            plans = stack.enter_context(held_back())
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(torch.device("meta"))
             delta = cls(backbone, *args, **kwargs)
         if not plans:
             raise InsertionError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from opendelta.ground.widths import read_widths
 from opendelta.inspection.statistics import num_total_parameters
 from opendelta.inspection.table import Summary, summary
 from opendelta.mechanism.backbone_state import BackboneState
-from opendelta.mechanism.changes import Changes
+from opendelta.mechanism.changes import Changes, undone
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.engines import join_engine
 from opendelta.mechanism.insertion import EndInsertion, Insertion, ModuleInsertion, Replacement
@@ -41,11 +42,9 @@ def held_back() -> Iterator[list[Plan]]:
         The plans that they made, to be carried out later, or dropped.
     """
     plans: list[Plan] = []
-    token = _HELD.set(plans)
-    try:
+    with undone(partial(_HELD.set, _HELD.get())):  # type: ignore[arg-type]
+        _HELD.set(plans)
         yield plans
-    finally:
-        _HELD.reset(token)
 
 
 class Plan:
