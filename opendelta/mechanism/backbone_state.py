@@ -7,7 +7,7 @@ hooks, from where it is copied, pickled and found again together with the backbo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -263,11 +263,18 @@ def unmerged(backbone: nn.Module) -> dict[int, Tensor]:
 def probing(backbone: nn.Module) -> Iterator[None]:
     """While a pseudo input runs, which is nobody's first forward."""
     states = BackboneState.within(backbone)
-    with ExitStack() as stack:
+    dispatchers = [i.dispatcher for state in states for i in state.insertions]
+    fired = [(dispatcher, dispatcher.fired) for dispatcher in dispatchers if dispatcher]
+
+    def put_back() -> None:
+        for state in states:
+            state.probing = False
+        for dispatcher, was in fired:
+            dispatcher.fired = was
+
+    with undone(put_back):
         for state in states:
             state.probing = True
-            stack.callback(setattr, state, "probing", False)
-            stack.enter_context(watch.unfired(state.insertions))
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,18 +107,3 @@ def let_gradients_in(module: nn.Module, args: Args) -> Args | None:
         if isinstance(value, Tensor) and value.is_floating_point():
             return (*args[:position], value.detach().requires_grad_(), *args[position + 1 :])
     return None
-
-
-# --- pseudo inputs --------------------------------------------------------------------------------
-
-
-@contextmanager
-def unfired(insertions: Iterable[Insertion]) -> Iterator[None]:
-    """While a pseudo input runs: what it reaches tells nothing of a real forward."""
-    dispatchers = [d for i in insertions if (d := i.dispatcher) is not None]
-    fired = [dispatcher.fired for dispatcher in dispatchers]
-    try:
-        yield
-    finally:
-        for dispatcher, was in zip(dispatchers, fired, strict=True):
-            dispatcher.fired = was

@@ -107,17 +107,20 @@ def from_finetuned(
             plan.prepare()
         for plan in plans:
             plan.enter(changes)
-        _set_to_eval(backbone, changes)
+        _set_to_eval(backbone, delta, changes)
         _load(delta, tensors, changes, is_new=True)
     return delta
 
 
-def _set_to_eval(backbone: nn.Module, changes: Changes) -> None:
-    """As ``backbone.eval()``; a model that does more then does it first."""
-    modules = [module for module in backbone.modules() if module.training]
-    if any(
-        type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval for m in modules
-    ):
+def _set_to_eval(backbone: nn.Module, delta: Delta, changes: Changes) -> None:
+    """As ``backbone.eval()`` with the delta on it; a model that does more then does it first."""
+    brought = [m for i in delta.insertions for m in (i.module, getattr(i, "seat", None))]
+    inside = (
+        part for module in (backbone, *brought) if module is not None for part in module.modules()
+    )
+    modules = [module for module in inside if module.training]
+    plain = nn.Module.train, nn.Module.eval
+    if any((type(m).train, type(m).eval) != plain for m in modules):
         changes.do_first(backbone.eval)
     for module in modules:
         changes.set(module, training=False)
