@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from opendelta.inspection import Summary, num_total_parameters, print_log, summa
 from opendelta.mechanism.changes import within
 from opendelta.saving.save_load import SaveLoadMixin
 from opendelta.verbs import arithmetic, freezing, merging
-
-if TYPE_CHECKING:
-    pass
 
 
 class DeltaBase(SaveLoadMixin):

@@ -646,7 +646,7 @@ def test_a_config_that_json_cannot_hold_leaves_the_old_files(tmp_path: Path) -> 
     _, delta, expected = saved_lora(tmp_path)
     before = content(tmp_path)
     randomise(delta, 0.5)
-    delta.config.lora_alpha = object()
+    delta.config.dict_tags = {"task": object()}
     with pytest.raises(opendelta.OpenDeltaError, match="cannot be saved"):
         delta.save_finetuned(tmp_path)
     assert content(tmp_path) == before

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from opendelta.backends.bmt import has_distributed
 from opendelta.backends.sharding import reshard
 from opendelta.basemodel import DeltaBase
-from opendelta.delta.plan import Plan, label
+from opendelta.delta.plan import Plan
 from opendelta.delta.record import record_of
 from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
@@ -43,9 +43,6 @@ from opendelta.ground.widths import read_widths
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.dispatch import BeforeDispatcher
 from opendelta.mechanism.ownership import own_modules
-
-if TYPE_CHECKING:
-    pass
 
 
 class PrefixConfig(BaseDeltaConfig):
@@ -283,6 +280,7 @@ class PrefixModel(DeltaBase):
             for part, width in zip(("past_key", "past_value"), layer.widths, strict=True):
                 like = next(insertion.module.parameters())
                 p = nn.Parameter(like.new_empty(layer.tokens, width))
+                p._is_delta = True  # type: ignore[attr-defined]
                 own[f"{name}.{part}"] = changes.of(layer._parameters)[part] = p
         node = self.get_submodule(insertion.host_name)
         changes.of(node._modules).pop(insertion.file_name)
@@ -290,7 +288,6 @@ class PrefixModel(DeltaBase):
         left = [other for other in changes.get(record, "insertions") if other is not insertion]
         changes.set(record, insertions=left)
         changes.set(self.config, reparameterize=False)
-        label([i for i in left if i.module is not None])
         return own, self.translate_keys(tensors)
 
     def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
