@@ -21,8 +21,8 @@ from opendelta.exceptions import (
     ConfigError,
     InsertionError,
 )
+from opendelta.ground.blocks import within
 from opendelta.inspection import Summary, num_total_parameters, print_log, summary
-from opendelta.mechanism.changes import within
 from opendelta.saving.save_load import SaveLoadMixin
 from opendelta.verbs import arithmetic, freezing, merging
 

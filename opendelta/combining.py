@@ -11,7 +11,8 @@ from opendelta.basemodel import DeltaBase
 from opendelta.delta.plan import held_back
 from opendelta.delta.record import record_of
 from opendelta.exceptions import ConfigError, InsertionError
-from opendelta.mechanism.changes import Changes, one_at_a_time, within
+from opendelta.ground.blocks import within
+from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.insertion import switch
 
 

@@ -27,12 +27,13 @@ from torch.utils.hooks import RemovableHandle
 from opendelta.basemodel import DeltaBase
 from opendelta.delta.plan import reads_without_calling
 from opendelta.exceptions import ConfigError, InsertionError
+from opendelta.ground.blocks import undone
 from opendelta.ground.containers import Args, Kwargs, first_hidden
 from opendelta.ground.seams import is_running, runs_backward
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import deltas as deltas_of
 from opendelta.mechanism.calls import picking
-from opendelta.mechanism.changes import Changes, one_at_a_time, undone
+from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.hooks import add_forward_hook, take_off
 from opendelta.mechanism.insertion import acts_on_whole_batches, switch

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -274,7 +275,7 @@ def seen(model: nn.Module) -> dict[str, Any]:
         },
         "deltas": [(d.delta_type, d.is_attached, d.is_merged) for d in opendelta.deltas(model)],
         "router": Dispatcher.router is None,
-        "device": torch.empty(0).device,
+        "modes": (torch.is_grad_enabled(), torch.empty(0).device, len(warnings.filters)),
         "another delta": another(),
     }
 

@@ -21,6 +21,7 @@ from opendelta.delta.plan import Plan, hold, label
 from opendelta.delta.pseudo_input import random_state_kept_on_error
 from opendelta.delta.record import KEY, Record, record_of
 from opendelta.exceptions import AddressingError, ConfigError, InsertionError, nearest
+from opendelta.ground.blocks import within
 from opendelta.ground.walk import child_of, named_tensors, uncompiled
 from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.engines import require_open
@@ -244,7 +245,7 @@ class Delta(Inserting):
         from opendelta.web import select_modules  # flask is loaded for those who ask for the page
 
         def count(names: list[str]) -> tuple[int, float]:
-            with torch.random.fork_rng(devices=[]):
+            with within(torch.random.fork_rng(devices=[])):
                 plan = self._planned(self.patterns_for(names))
             return plan.num_parameters, plan.share
 
@@ -347,8 +348,10 @@ class Delta(Inserting):
     def loss_term(self) -> Tensor | None:
         """What the method adds to the loss in training, a scalar with its graph; None for nothing.
 
-        It is added to ``output.loss`` of the backbone in training. A loop that computes the loss
-        itself adds it: ``loss = criterion(...) + delta.loss_term()``.
+        It is added to ``output.loss`` of the backbone in training, and counts once for a step of
+        transformers' Trainer however many batches that accumulates. What computes the loss itself
+        (a loop, a Trainer's ``compute_loss_func`` or label smoothing) adds it:
+        ``loss = criterion(...) + delta.loss_term()``.
         """
         return None
 

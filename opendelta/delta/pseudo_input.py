@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from opendelta.exceptions import InsertionError
+from opendelta.ground.blocks import undone, within
 from opendelta.ground.containers import first_hidden, hidden_of
 from opendelta.mechanism.backbone_state import probing
-from opendelta.mechanism.changes import undone, within
 from opendelta.mechanism.ownership import own_modules
 
 

@@ -12,9 +12,10 @@ from opendelta.backends.sharding import reshard
 from opendelta.delta.delta import Delta
 from opendelta.delta.record import record_of
 from opendelta.exceptions import InsertionError
+from opendelta.ground.blocks import undone
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import BackboneState
-from opendelta.mechanism.changes import Changes, one_at_a_time, undone
+from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.engines import join_engine
 from opendelta.mechanism.insertion import Insertion, switch
 

@@ -19,8 +19,8 @@ from opendelta.delta.pseudo_input import hooked, run_pseudo_input
 from opendelta.delta_models.lookup_attention import LookupAttention, watch_attention_lookup
 from opendelta.delta_models.prefixed_call import begin, end
 from opendelta.exceptions import InsertionError
+from opendelta.ground.blocks import undone, within
 from opendelta.ground.containers import map_hidden
-from opendelta.mechanism.changes import undone, within
 
 Slices = dict[str, Tensor]  # "q", "k", "v" -> positions among the features
 

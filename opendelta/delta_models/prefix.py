@@ -38,6 +38,7 @@ from opendelta.delta_models.prefix_layer import (
     leave,
 )
 from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
+from opendelta.ground.blocks import within
 from opendelta.ground.names import dotted
 from opendelta.ground.widths import read_widths
 from opendelta.mechanism.changes import Changes
@@ -225,7 +226,7 @@ class PrefixModel(DeltaBase):
         network = {id(p) for layer in self.prefixes.values() for p in layer.network_parameters()}
         own = {name for name, tensor in self.own_tensors() if id(tensor) in network}
         generated = {}
-        with torch.no_grad():
+        with within(torch.no_grad()):
             for name, layer in self.prefixes.items():
                 generated[f"{name}.past_key"], generated[f"{name}.past_value"] = layer()
         reshard(self.backbone_model)  # the network ran, and no backward follows
@@ -320,7 +321,7 @@ class PrefixModel(DeltaBase):
             raise CheckpointError(f"The file's prefix network is not whole: {error}") from error
         result = {name: t for name, t in tensors.items() if name not in names}
         start = 0
-        with torch.no_grad():
+        with within(torch.no_grad()):
             for name, layer in self.prefixes.items():
                 middle, stop = start + layer.widths[0], start + sum(layer.widths)
                 result[f"{name}.past_key"] = network(start, middle)

@@ -27,9 +27,9 @@ from opendelta.delta_models.prompted_call import (
     trim_encoder,
 )
 from opendelta.exceptions import ConfigError, InsertionError
+from opendelta.ground.blocks import within
 from opendelta.ground.names import dotted, lineage, words
 from opendelta.ground.widths import is_embedding
-from opendelta.mechanism.changes import within
 from opendelta.mechanism.dispatch import AfterDispatcher, BeforeDispatcher
 from opendelta.mechanism.engines import require_unsplit
 from opendelta.mechanism.ownership import own_modules

@@ -17,12 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from opendelta.backends.quantised import warn_of_repacking
 from opendelta.exceptions import ConfigError, InsertionError
+from opendelta.ground.blocks import undone
 from opendelta.ground.containers import Args, Kwargs
 from opendelta.ground.names import dotted
 from opendelta.ground.seams import forget_compiled_code
 from opendelta.ground.walk import every_parameter
 from opendelta.mechanism import calls, watch
-from opendelta.mechanism.changes import Changes, undone
+from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.hooks import add_forward_hook, add_state_dict_hooks, take_off
 from opendelta.mechanism.insertion import Insertion, switch

@@ -13,11 +13,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
+
+from opendelta.ground.blocks import undone
 
 Table = TypeVar("Table", bound="dict[Any, Any]")
 
@@ -110,33 +112,4 @@ def one_at_a_time() -> Iterator[None]:
 
     with undone(let_go):
         mine.append(_LOCK.acquire())
-        yield
-
-
-@contextmanager
-def undone(undo: Callable[[], None]) -> Iterator[None]:
-    """A ``with`` block after which `undo`, which may be called twice, has run to its end.
-
-    Ctrl-C may break the first call off before anything has changed. At the end of the ``with``
-    statement itself it lets go of this generator, whose closing runs what is left.
-    """
-    is_done = False
-    try:
-        try:
-            yield
-        finally:
-            undo()
-            is_done = True
-    finally:
-        if not is_done:
-            undo()
-
-
-@contextmanager
-def within(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
-    """A ``with`` block inside several contexts of others, all of which are left in any case."""
-    stack = ExitStack()
-    with undone(stack.close):
-        for context in contexts:
-            stack.enter_context(context)
         yield

@@ -20,7 +20,7 @@ from opendelta.delta.delta import Delta
 from opendelta.delta.plan import held_back
 from opendelta.delta.record import record_of
 from opendelta.exceptions import CheckpointError, ConfigError, UnmatchedPatternWarning
-from opendelta.mechanism.changes import within
+from opendelta.ground.blocks import within
 from opendelta.saving import checkpoint, loading
 from opendelta.saving.backbone_check import check_backbone
 
