@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from opendelta.backends.quantised import compute_dtype, execution_device, is_offloaded
 from opendelta.backends.sharding import full, full_shape, is_dtensor, is_shard
 from opendelta.exceptions import InsertionError
-from opendelta.ground.blocks import within
 from opendelta.ground.widths import read_widths
 
 CHUNK = 256  # unit vectors that go through a layer at once
@@ -52,7 +51,8 @@ def product_and_bias(host: nn.Module, kernels: Tensor) -> tuple[Tensor, Tensor]:
     """`product`, and what the layer adds to it, (out,): its bias, whatever that is called."""
     rows = _as_input(host, kernels)
     dtype = _computes_in(host) or kernels.dtype
-    with within(torch.no_grad(), torch.autocast(rows.device.type, enabled=False)):
+    # Plain blocks: DoRA comes by here in compiled forwards.
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         rows = torch.cat([rows.detach(), torch.zeros_like(rows[:1])]).to(dtype)
         output = host.forward(rows)
     for position in _window(host)[1]:

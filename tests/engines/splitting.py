@@ -1,7 +1,8 @@
-"""Tensor parallelism: LoRA on decoders that are split over the ranks, which have the same rows."""
+"""Tensor parallelism: LoRA and DoRA on decoders that are split over ranks with the same rows."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from opendelta import DeltaBase
 
 PLANS: dict[str, Any] = {
     "llama": "auto",
+    "llama_dora": "auto",
     "native": None,  # PyTorch's own plan, see `parallelized`
     "phi3": "auto",  # fused projections, gathered
     "phi3_packed": {  # a fused projection of which each rank has a piece of each part
@@ -45,11 +47,19 @@ def decoder(case: str) -> nn.Module:
     return Phi3ForCausalLM(Phi3Config(**sizes, **heads, **tokens))
 
 
-def lora_on_decoder(model: nn.Module, seed: int = 1) -> DeltaBase:
+def lora_on_decoder(
+    model: nn.Module, seed: int = 1, method: type[DeltaBase] = opendelta.LoraModel
+) -> DeltaBase:
     torch.manual_seed(seed)
-    delta = opendelta.LoraModel(model, lora_r=4, modified_modules=["self_attn", "mlp", "lm_head"])
+    delta = method(model, lora_r=4, modified_modules=["self_attn", "mlp", "lm_head"])
     delta.freeze_module()
     return delta
+
+
+def put_on(case: str) -> Put:
+    """What puts the delta of this case on a decoder."""
+    method = opendelta.DoraModel if case.endswith("dora") else opendelta.LoraModel
+    return partial(lora_on_decoder, method=method)
 
 
 def causal(batch: Batch) -> Batch:
@@ -89,17 +99,17 @@ def split_decoder(case: str, folder: Path) -> nn.Module:
 
 
 def tensor_parallel(case: str, folder: Path) -> Losses:
-    def start(put_on: Put) -> Run:
+    def start(put: Put) -> Run:
         model = split_decoder(case, folder).train()
-        return state_by_rank(put_on(model), model)  # the other kind knows no packed shards
+        return state_by_rank(put(model), model)  # the other kind knows no packed shards
 
-    return both_ways(start, lora_on_decoder, folder, causal)
+    return both_ways(start, put_on(case), folder, causal)
 
 
 def split_loads(case: str, folder: Path) -> list[list[list[float]]]:
     """Logits of a split backbone that loads the file of a whole one."""
     if dist.get_rank() == 0:
-        delta = lora_on_decoder(decoder(case))
+        delta = put_on(case)(decoder(case))
         with torch.no_grad():
             for p in delta.parameters():
                 p.normal_(std=0.1)

@@ -178,7 +178,7 @@ def test_a_fresh_backbone_loads_it(outcome: Any, engine: str, case: str) -> None
 @pytest.mark.parametrize("case", splitting.PLANS)
 def test_split_lora_equals_one_process(outcome: Any, case: str) -> None:
     model = splitting.decoder(case).train()
-    delta = splitting.lora_on_decoder(model)
+    delta = splitting.put_on(case)(model)
     losses = training.train(training.steps_of(model), splitting.causal)
     assert max(losses) - min(losses) > 0.02
     split = outcome("tensor_parallel").of(case)
