@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from opendelta.backends.sharding import class_name, full, full_shape
 from opendelta.delta.pseudo_input import measure_widths
 from opendelta.delta.record import record_of
 from opendelta.exceptions import InsertionError
+from opendelta.ground.blocks import undone
 from opendelta.ground.names import dotted, numbered
 from opendelta.ground.walk import unblocked
 from opendelta.ground.widths import read_widths
@@ -41,11 +43,9 @@ def held_back() -> Iterator[list[Plan]]:
         The plans that they made, to be carried out later, or dropped.
     """
     plans: list[Plan] = []
-    token = _HELD.set(plans)
-    try:
+    with undone(partial(_HELD.set, _HELD.get())):
+        _HELD.set(plans)
         yield plans
-    finally:
-        _HELD.reset(token)
 
 
 class Plan:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @contextmanager
-def undone(undo: Callable[[], None]) -> Iterator[None]:
+def undone(undo: Callable[[], Any]) -> Iterator[None]:
     """A ``with`` block after which `undo`, which may be called twice, has run to its end.
 
     Ctrl-C may break the first call off before anything has changed. At the end of the ``with``
