@@ -350,8 +350,10 @@ class Delta(nn.Module):
     def loss_term(self) -> Tensor | None:
         """What the method adds to the loss in training, a scalar with its graph; None for nothing.
 
-        It is added to ``output.loss`` of the backbone in training. A loop that computes the loss
-        itself adds it: ``loss = criterion(...) + delta.loss_term()``.
+        It is added to ``output.loss`` of the backbone in training, and counts once for a step of
+        transformers' Trainer however many batches that accumulates. What computes the loss itself
+        (a loop, a Trainer's ``compute_loss_func`` or label smoothing) adds it:
+        ``loss = criterion(...) + delta.loss_term()``.
         """
         return None
 
