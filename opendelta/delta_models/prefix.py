@@ -280,7 +280,8 @@ class PrefixModel(DeltaBase):
             changes.set(layer, network=[None])
             for part, width in zip(("past_key", "past_value"), layer.widths, strict=True):
                 like = next(insertion.module.parameters())
-                p = nn.Parameter(like.new_empty(layer.tokens, width))
+                shape, at = (layer.tokens, width), {"device": like.device, "dtype": like.dtype}
+                p = nn.Parameter(torch.empty(shape, **at))  # plain, also where the network is not
                 p._is_delta = True  # type: ignore[attr-defined]
                 own[f"{name}.{part}"] = changes.of(layer._parameters)[part] = p
         node = self.get_submodule(insertion.host_name)
