@@ -173,3 +173,10 @@ def folded(delta: Any) -> nn.Module:
         assert value.shape == twin.get_parameter(name).shape
         twin.get_parameter(name).copy_(value)
     return twin
+
+
+def randomise(delta: nn.Module, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in delta.parameters():
+            p.add_(0.3 * torch.randn(p.shape).to(p))

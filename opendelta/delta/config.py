@@ -41,21 +41,7 @@ _FACTS: dict[str, type] = {
 
 
 class ConfigFields:
-    """The fields of a config; `BaseDeltaConfig` adds files.
-
-    Args:
-        modified_modules: patterns of the modules to modify; None for the method's defaults.
-        exclude_modules: patterns of modules left alone, with all inside them.
-        unfrozen_modules: patterns of what stays trainable in `freeze_module`.
-        common_structure: whether patterns are common names (``attn.q``).
-        backbone_class: name of the class of the backbone that the delta was trained on.
-        backbone_checkpoint_name: where that backbone came from.
-        backbone_hash: md5 of what the delta relies on, see `gen_model_hash`.
-        kwargs: the fields of the method, and facts that a saved config holds.
-
-    Raises:
-        UnknownArgumentError: for a field that the method does not have.
-    """
+    """The fields of a config; `BaseDeltaConfig` says what they are, and adds files."""
 
     delta_type: ClassVar[str] = ""
     method_fields: ClassVar[dict[str, Any]] = {}

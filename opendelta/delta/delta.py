@@ -429,7 +429,7 @@ class Delta(Inserting):
         """(name in a saved file, tensor) of all this delta holds, shared ones once."""
         self.look_at_places()
         seen: set[int] = set()
-        unsaved = {id(i.content) for i in self.insertions if not getattr(i, "saved", True)}
+        unsaved = {id(i.content) for i in self.insertions if not i.saved}
         inserted = (pair for insertion in self.insertions for pair in insertion.named_tensors())
         for name, tensor in itertools.chain(inserted, named_tensors(self)):
             if id(tensor) not in seen and id(tensor) not in unsaved:

@@ -272,7 +272,7 @@ class Plan:
                 slots[dotted(insertion.host_name, insertion.name)] = insertion.slot
 
     def _follow_host(self, insertion: Insertion) -> None:
-        module, host = insertion.module, getattr(insertion, "original", insertion.host)
+        module, host = insertion.module, insertion.led_by
         assert module is not None
         device, dtype = place_of(host) or (None, None)
         if device is None or dtype is None:  # nothing there, or quantised weights alone

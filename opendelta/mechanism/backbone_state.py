@@ -315,17 +315,3 @@ def deltas(backbone: nn.Module) -> list[Any]:
     if not isinstance(backbone, nn.Module):
         raise ConfigError(f"deltas() takes a torch nn.Module, not a {type(backbone).__name__}.")
     return [delta for state in BackboneState.within(backbone) for delta in state.deltas]
-
-
-def states_within(backbone: nn.Module) -> Iterator[tuple[str, BackboneState]]:
-    """(name of the module that it is of, state) of each state in a backbone."""
-    for name, module in own_modules(backbone, remove_duplicate=False):
-        state = BackboneState.of(module)
-        if state is not None:
-            yield name, state
-
-
-def each_listed(backbone: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name of the module that is its backbone, delta) of each delta on a backbone."""
-    for name, state in states_within(backbone):
-        yield from ((name, delta) for delta in state.deltas)

@@ -10,6 +10,7 @@ wholly after, without a guard at every line.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._tables: dict[int, tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]] = {}
-        self._attributes: dict[tuple[int, str], tuple[Any, Any]] = {}
+        self._attributes: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._first: list[partial[Any]] = []
         self._others: list[partial[Any]] = []
 
@@ -45,13 +46,12 @@ class Changes:
 
     def get(self, owner: Any, name: str) -> Any:
         """An attribute as it is going to be."""
-        known = self._attributes.get((id(owner), name))
-        return getattr(owner, name) if known is None else known[1]
+        known = self._attributes.get(id(owner))
+        return known[1][name] if known and name in known[1] else getattr(owner, name)
 
     def set(self, owner: Any, **values: Any) -> None:
         """Change attributes of an object, past its class's own ``__setattr__``."""
-        for name, value in values.items():
-            self._attributes[id(owner), name] = owner, value
+        self._attributes.setdefault(id(owner), (owner, {}))[1].update(values)
 
     def set_data(self, tensor: Tensor, values: Tensor) -> None:
         """Let a tensor have other values, in a storage of theirs."""
@@ -71,8 +71,8 @@ class Changes:
         steps = list(self._first)
         for table, old, new in self._tables.values():
             steps += _differences(table, old, new)
-        for (_, name), (owner, value) in self._attributes.items():
-            steps.append(partial(object.__setattr__, owner, name, value))
+        for owner, values in self._attributes.values():
+            steps.append(partial(owner.__dict__.update, values))
         steps += self._others
         deque(map(_call, steps), maxlen=0)
 
@@ -81,6 +81,9 @@ def _differences(
     table: dict[Any, Any], old: dict[Any, Any], new: dict[Any, Any]
 ) -> list[partial[Any]]:
     """What makes `table`, which was `old`, what `new` is, and lets be what others do to it."""
+    if len(new) >= len(old) and all(map(operator.is_, old, new)):  # the same, or more at the end
+        put = {key: value for key, value in new.items() if old.get(key, new) is not value}
+        return [partial(table.update, put)] if put else []
     gone = [key for key in old if key not in new]
     put = {key: value for key, value in new.items() if key not in old or old[key] is not value}
     stay = [key for key in old if key in new]

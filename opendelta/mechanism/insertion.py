@@ -42,6 +42,7 @@ class Insertion:
         is_additive: whether it only adds to what the host gives.
         fuses: whether it is handed the deltas before it on its host.
         reads_host: whether it depends on more of the host than what that is given and gives.
+        saved: whether it goes into files.
         is_named_as_own: whether patterns for the backbone name it itself (BitFit's ``bias``).
     """
 
@@ -54,6 +55,7 @@ class Insertion:
     is_additive: bool = False
     fuses: bool = False
     reads_host: bool = False
+    saved: bool = True
     is_named_as_own: ClassVar[bool] = False
 
     # --- on and off -------------------------------------------------------------------------
@@ -86,6 +88,16 @@ class Insertion:
     def content(self) -> Any:
         """The module or parameter that it brings."""
         return self.module
+
+    @property
+    def brought(self) -> list[nn.Module]:
+        """The modules that come onto the backbone with it."""
+        return []
+
+    @property
+    def led_by(self) -> nn.Module:
+        """The module whose device, dtype and mode its own module takes."""
+        return self.host
 
     @property
     def places(self) -> list[nn.Module]:
@@ -170,7 +182,38 @@ class Insertion:
         return None
 
 
-class ModuleInsertion(Insertion):
+class WithModule(Insertion):
+    """An insertion that brings a delta module."""
+
+    module: nn.Module
+
+    def __init__(self, host: nn.Module, host_name: str, name: str, module: nn.Module) -> None:
+        self.host, self.host_name, self.name, self.module = host, host_name, name, module
+        self.left_at: Place | None = None  # where its host was when it was set aside
+        parameters = module.named_parameters()
+        trains = all(p.requires_grad for p in every_parameter(module))
+        self.constant_names = set() if trains else {n for n, p in parameters if not p.requires_grad}
+
+    @property
+    def is_away(self) -> bool:
+        return any(map(is_offloaded, self.module.modules()))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return named_parameters_of(self.module, dotted(self.host_name, self.name))
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        prefix = dotted(self.host_name, self.file_name)
+        return ((dotted(prefix, name), tensor) for name, tensor in named_tensors(self.module))
+
+    def constants(self) -> Iterator[Tensor]:
+        for part in every_module(self.module):
+            yield from (buffer for buffer in part._buffers.values() if buffer is not None)
+        if self.constant_names:
+            named = self.module.named_parameters()
+            yield from (p for name, p in named if name in self.constant_names)
+
+
+class ModuleInsertion(WithModule):
     """A delta submodule on a host, called by the host's dispatcher.
 
     Args:
@@ -180,8 +223,6 @@ class ModuleInsertion(Insertion):
         side: which dispatcher calls it; `action`: what that one does with it.
         lone_name: its name in files, where the delta is alone.
     """
-
-    module: nn.Module
 
     def __init__(
         self,
@@ -193,15 +234,13 @@ class ModuleInsertion(Insertion):
         action: Callable[..., Any],
         lone_name: str,
     ) -> None:
-        self.host, self.host_name = host, host_name
-        self.module, self.name, self.lone_name = module, name, lone_name
+        super().__init__(host, host_name, name, module)
+        self.lone_name = lone_name
         self.seat = Seat.on(host, module)
         self.side, self.action = side, action
         self.is_additive = action in ADDITIVE and getattr(module, "is_additive", True)
         self.fuses = action in FUSING
         self.reads_host = self.fuses or getattr(module, "reads_host", False)
-        self.constant_names = _untrained(module)
-        self.left_at: Place | None = None
         self.followers: list[str] = []
 
     @property
@@ -215,6 +254,10 @@ class ModuleInsertion(Insertion):
     @property
     def dispatcher(self) -> Dispatcher | None:
         return self.side.on(self.host)
+
+    @property
+    def brought(self) -> list[nn.Module]:
+        return [self.module, self.seat]
 
     @property
     def entries(self) -> list[Entry]:
@@ -283,34 +326,24 @@ class ModuleInsertion(Insertion):
             return type(host).forward(host, *args, **kwargs)
         return self.action(module, host, (x,), {}, type(host).forward(host, x))
 
-    @property
-    def is_away(self) -> bool:
-        return any(map(is_offloaded, self.module.modules()))
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return named_parameters_of(self.module, dotted(self.host_name, self.name))
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return _saved(self.module, dotted(self.host_name, self.lone_name))
-
-    def constants(self) -> Iterator[Tensor]:
-        return _constants(self.module, self.constant_names)
-
-
-class Replacement(Insertion):
+class Replacement(WithModule):
     """A child of `host` swapped for a delta module; detaching puts the original back."""
 
-    module: nn.Module
-
     def __init__(self, host: nn.Module, host_name: str, child_name: str, module: nn.Module) -> None:
-        self.host, self.host_name, self.name = host, host_name, child_name
+        super().__init__(host, host_name, child_name, module)
         original = host._modules[child_name]
         assert original is not None
         self.original: nn.Module = original
-        self.module = module
-        self.constant_names = _untrained(module)
-        self.left_at: Place | None = None
         module.__dict__[STANDS_FOR] = [original]  # how it is told from the backbone's own
+
+    @property
+    def brought(self) -> list[nn.Module]:
+        return [self.module]
+
+    @property
+    def led_by(self) -> nn.Module:
+        return self.original
 
     @property
     def attached(self) -> bool:
@@ -337,19 +370,6 @@ class Replacement(Insertion):
 
     def sites(self, is_called: Callable[[nn.Module], bool]) -> list[nn.Module] | None:
         raise acts_on_whole_batches(self)
-
-    @property
-    def is_away(self) -> bool:
-        return any(map(is_offloaded, self.module.modules()))
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return named_parameters_of(self.module, dotted(self.host_name, self.name))
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return _saved(self.module, dotted(self.host_name, self.name))
-
-    def constants(self) -> Iterator[Tensor]:
-        return _constants(self.module, self.constant_names)
 
 
 class EndInsertion(Insertion):
@@ -394,20 +414,3 @@ def acts_on_whole_batches(insertion: Insertion) -> InsertionError:
         f"What this delta {what} acts on a whole batch, not row by row: such a delta cannot be "
         "routed. Construct it with exclude_modules for that module."
     )
-
-
-def _untrained(module: nn.Module) -> set[str]:
-    if all(p.requires_grad for p in every_parameter(module)):
-        return set()
-    return {name for name, p in module.named_parameters() if not p.requires_grad}
-
-
-def _constants(module: nn.Module, names: set[str]) -> Iterator[Tensor]:
-    for part in every_module(module):
-        yield from (buffer for buffer in part._buffers.values() if buffer is not None)
-    if names:
-        yield from (p for name, p in module.named_parameters() if name in names)
-
-
-def _saved(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    return ((dotted(prefix, name), tensor) for name, tensor in named_tensors(module))

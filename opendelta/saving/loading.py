@@ -114,10 +114,8 @@ def from_finetuned(
 
 def _set_to_eval(backbone: nn.Module, delta: Delta, changes: Changes) -> None:
     """As ``backbone.eval()`` with the delta on it; a model that does more then does it first."""
-    brought = [m for i in delta.insertions for m in (i.module, getattr(i, "seat", None))]
-    inside = (
-        part for module in (backbone, *brought) if module is not None for part in module.modules()
-    )
+    brought = (module for insertion in delta.insertions for module in insertion.brought)
+    inside = (part for module in (backbone, *brought) for part in module.modules())
     modules = [module for module in inside if module.training]
     plain = nn.Module.train, nn.Module.eval
     if any((type(m).train, type(m).eval) != plain for m in modules):

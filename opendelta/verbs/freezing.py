@@ -26,9 +26,7 @@ from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import (
     BackboneState,
     SubmoduleTrim,
-    each_listed,
     own_parameters,
-    states_within,
 )
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.hooks import add_state_dict_hooks
@@ -155,7 +153,8 @@ def _frozen(
         AddressingError: if `exclude` holds anything else.
     """
     modules = list(own_modules(backbone, remove_duplicate=False))
-    present = list(each_listed(backbone))
+    states = [(name, found) for name, m in modules if (found := BackboneState.of(m)) is not None]
+    present = [(name, delta) for name, found in states for delta in found.deltas]
     for _, delta in present:
         delta.look_at_places()
     kept_deltas = [item for item in exclude if not isinstance(item, str)]
@@ -177,6 +176,7 @@ def _frozen(
     own_names = {name for name, _ in modules}
     of_deltas: set[int] = set()
     trains = False
+    flags: dict[nn.Parameter, bool] = {}
     for root, delta in present:
         kept = any(delta is item for item in kept_deltas)
         for insertion in delta.insertions:
@@ -193,7 +193,7 @@ def _frozen(
                     (name if by_name else _host(name, own_names)) in selection
                 )
                 flag = (kept or reached) and id(p) not in constant
-                changes.do(p.requires_grad_, flag)
+                flags[p] = flag
                 trains = trains or flag
     deltas_train = trains
 
@@ -201,7 +201,7 @@ def _frozen(
     parameters: dict[int, nn.Parameter] = {}
     set_aside = [  # what a delta's parameter set aside is frozen like the rest
         (dotted(root, name), slot.original)
-        for root, found in states_within(backbone)
+        for root, found in states
         for name, slot in found.slots.items()
         if slot.original is not None and slot.top is not None
     ]
@@ -227,12 +227,15 @@ def _frozen(
                 told.add(names[0])
                 logger.info("%s: one tied parameter, which stays trainable.", " = ".join(names))
             flag = reached and was_trainable[names[0]]
-            changes.do(parameters[key].requires_grad_, flag)
+            flags[parameters[key]] = flag
             if flag and key not in aside:
                 declared.append(names[0])
         trains = trains or (flag and key not in aside)
-    changes.set(state, was_trainable=was_trainable, told_ties=told)
-    changes.set(state, trained=state.trained.union(declared))
+    for p, flag in flags.items():
+        if p.requires_grad != flag:
+            changes.do(p.requires_grad_, flag)
+    trained = state.trained.union(declared)
+    changes.set(state, was_trainable=was_trainable, told_ties=told, trained=trained)
 
     if selection.unmatched and warn_unmatched:
         places = {ancestor for n in named.values() for ancestor in lineage(n[0])}
