@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from opendelta.delta.config import CHOSEN
 from opendelta.delta.record import KEY, Record
 from opendelta.exceptions import ConfigError, UnknownArgumentError, nearest
 
@@ -28,11 +29,9 @@ ELSEWHERE = {
 
 # Arguments that are not configuration: what is modified, and how the modules are chosen.
 NOT_CONFIGURATION = frozenset({"self", "backbone_model", "interactive_modify"})
-# Arguments that every method may take.
-BASE_ARGUMENTS = frozenset(
-    "self backbone_model modified_modules exclude_modules unfrozen_modules interactive_modify "
-    "common_structure backend".split()
-)
+# Arguments that every method may take, and all of both.
+BASE = (*CHOSEN, "backend")
+BASE_ARGUMENTS = NOT_CONFIGURATION.union(BASE)
 
 
 def checked(constructor: Callable[..., None]) -> Callable[..., None]:

@@ -26,7 +26,7 @@ _LOADING_ARGUMENTS = frozenset(
 # Keys of 0.3.2's files that say nothing today.
 _LEGACY_KEYS = frozenset({"sequential", "scaled", "bottleneck_dim"})
 # How the modules were chosen.
-_CHOSEN = frozenset("modified_modules exclude_modules unfrozen_modules common_structure".split())
+CHOSEN = ("modified_modules", "exclude_modules", "unfrozen_modules", "common_structure")
 # What a saved config says beyond its fields.
 _FACTS: dict[str, type] = {
     "backbone_hash_excludes": list,
@@ -100,7 +100,7 @@ class ConfigFields:
         raise AttributeError(f"{type(self).__name__} has no field {name!r}.")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.is_of_delta and (name in self.method_fields or name in _CHOSEN):
+        if self.is_of_delta and (name in self.method_fields or name in CHOSEN):
             raise fixed_since_construction(name, value, "this config's delta")
         super().__setattr__(name, value)
 

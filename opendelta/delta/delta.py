@@ -14,7 +14,13 @@ from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.addressing.patterns import as_patterns
 from opendelta.backends import check_backend
 from opendelta.backends.sharding import agreeing, reshard
-from opendelta.delta.arguments import NOT_CONFIGURATION, checked, require_free_names
+from opendelta.delta.arguments import (
+    BASE,
+    BASE_ARGUMENTS,
+    NOT_CONFIGURATION,
+    checked,
+    require_free_names,
+)
 from opendelta.delta.config import ConfigFields, fixed_since_construction
 from opendelta.delta.inserting import Inserting
 from opendelta.delta.plan import Plan, hold, label
@@ -28,7 +34,6 @@ from opendelta.mechanism.engines import require_open
 from opendelta.mechanism.insertion import Insertion
 
 INTERACTIVE_PORT = 8888
-BASE = ("modified_modules", "exclude_modules", "unfrozen_modules", "common_structure", "backend")
 
 
 class Delta(Inserting):
@@ -109,8 +114,8 @@ class Delta(Inserting):
             arguments: as 1.0's ``self._construct(locals())`` passed them; they are known.
         """
         given = record_of(self).arguments
-        base = ("backbone_model", "interactive_modify", *BASE)
-        Delta.__init__(self, **{name: given[name] for name in base if name in given})
+        base = {n: v for n, v in given.items() if n in BASE_ARGUMENTS and n != "self"}
+        Delta.__init__(self, **base)
         self.add_all_delta_to_backbone(self.backbone_model, self.modified_modules)
 
     # --- the record, read-only ----------------------------------------------------------------

@@ -120,11 +120,16 @@ def picking(pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
         _RUNNING.picks.pop()
 
 
-def _current() -> Call | None:
+def _calls() -> list[Call]:
+    """The calls that run in this thread, the innermost last."""
     calls = _RUNNING.calls
     while calls and (calls[-1].frame is None or has_ended(calls[-1].frame)):
         calls.pop()  # torch skips the hooks after a forward that Ctrl-C ended
-    running = calls[-1] if calls else None
+    return calls
+
+
+def _current() -> Call | None:
+    running = next(reversed(_calls()), None)
     regions = [*checkpointed_regions(None if running is None else running.frame)]
     again = any(is_again for _, is_again in regions)
     if running is None or again:
@@ -150,10 +155,7 @@ def _current() -> Call | None:
 
 def begin(root: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Before the root: its call begins, in this thread."""
-    calls = _RUNNING.calls
-    while calls and (calls[-1].frame is None or has_ended(calls[-1].frame)):
-        calls.pop()  # torch skips the hooks after a forward that Ctrl-C ended
-    calls.append(Call(root, args, kwargs))
+    _calls().append(Call(root, args, kwargs))
 
 
 def end(root: nn.Module, output: Any) -> None:
