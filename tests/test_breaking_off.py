@@ -7,10 +7,11 @@ backbone again.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -214,16 +215,17 @@ class Interrupt:
     """KeyboardInterrupt at the n-th line of the library that is run in its block."""
 
     def __init__(self, at: int) -> None:
-        self.at, self.seen, self.where = at, 0, ""
+        self.at, self.where = at, ""
+        self.seen: list[str] = []  # which functions' lines
 
     def trace(self, frame: FrameType, event: str, _: Any) -> Any:
         return self.line if frame.f_code.co_filename.startswith(PACKAGE) else None
 
     def line(self, frame: FrameType, event: str, _: Any) -> Any:
         if event == "line":
-            self.seen += 1
-            if self.seen == self.at:
-                code = frame.f_code
+            code = frame.f_code
+            self.seen.append(code.co_name)
+            if len(self.seen) == self.at:
                 self.where = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"
                 raise KeyboardInterrupt
         return self.line
@@ -242,11 +244,12 @@ class OutOfMemory(TorchDispatchMode):
 
     def __init__(self, at: int) -> None:
         super().__init__()
-        self.at, self.seen, self.where = at, 0, ""
+        self.at, self.where = at, ""
+        self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen += 1
-        if self.seen == self.at:
+        self.seen.append(str(func))
+        if len(self.seen) == self.at:
             self.where = f"{func} (operation {self.at})"
             raise torch.OutOfMemoryError("tried")
         return func(*args, **(kwargs or {}))
@@ -295,8 +298,13 @@ def seeded() -> Iterator[None]:
         yield
 
 
-def torn_points(operation: Operation, fault: Any, most: int) -> tuple[int, list[str]]:
-    """At how many points an operation was broken off, and what was wrong after which."""
+def torn_points(
+    operation: Operation, fault: Any, most: int, of: Container[str] | None = None
+) -> tuple[int, list[str]]:
+    """At how many points an operation was broken off, and what was wrong after which.
+
+    `most` of all points, spread evenly; or of the lines of the functions named in `of`.
+    """
     setup, act = operation
     things = setup()
     bare_one = type(things[0]) is Net
@@ -308,8 +316,9 @@ def torn_points(operation: Operation, fault: Any, most: int) -> tuple[int, list[
     things = setup()
     with seeded(), fault(0) as counted:
         act(*things)
-    step = -(-counted.seen // most)
-    points = range(1, counted.seen + 1, max(1, step))
+    numbered = enumerate(counted.seen, 1)
+    points = [at for at, name in numbered if of is None or name in of]
+    points = points[:: max(1, -(-len(points) // most))]
     torn = []
     for at in points:
         things = setup()
@@ -363,6 +372,15 @@ def test_wholly_before_or_wholly_after(kind: str, fault: Any) -> None:
     points, torn = torn_points(operations(QUICK[kind])[kind], fault, most=60)
     assert points > 1 or fault is OutOfMemory
     assert not torn, "\n".join(dict.fromkeys(torn))
+
+
+@pytest.mark.parametrize("kind", ["preview", "load", "combine", "merge", "route", "with attached"])
+def test_at_every_line_where_a_block_is_entered_or_left(kind: str) -> None:
+    """Few of them, and what one leaves open falls on the next delta, on any backbone."""
+    sources = [path.read_text() for path in Path(PACKAGE).rglob("*.py")]
+    blocks = {name for text in sources for name in re.findall(r"@contextmanager\s+def (\w+)", text)}
+    points, torn = torn_points(operations("LoraModel")[kind], Interrupt, 200, blocks)
+    assert points > 5 and not torn, "\n".join(dict.fromkeys(torn))
 
 
 @pytest.mark.slow
