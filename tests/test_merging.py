@@ -24,6 +24,7 @@ from opendelta import (
     AutoDeltaModel,
     BitFitModel,
     DeltaBase,
+    IA3Model,
     LoraModel,
 )
 from opendelta.exceptions import InsertionError
@@ -261,6 +262,20 @@ def test_a_later_bitfit_covers_a_merged_one() -> None:
     assert model.layer.bias.tolist() == [1] * 4
     first.detach()
     assert torch.equal(model.layer.bias, own)
+
+
+def test_no_parameter_covers_what_another_kind_is_merged_into() -> None:
+    model = Host(nn.Linear(4, 4))
+    scale = IA3Model(model, modified_modules=["layer"])
+    randomise(scale)
+    scale.merge()
+    with unchanged(model), pytest.raises(InsertionError, match=r"layer\.bias has a delta merged"):
+        BitFitModel(model, modified_modules=["layer"])
+    scale.unmerge()
+    BitFitModel(model, modified_modules=["layer"]).remove()
+    scale.merge()
+    with unchanged(model), pytest.raises(InsertionError, match=r"layer\.bias has a delta merged"):
+        BitFitModel(model, modified_modules=["layer"])
 
 
 # --- ties ----------------------------------------------------------------------------------------

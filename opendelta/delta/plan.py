@@ -176,6 +176,14 @@ class Plan:
         host_name = places[0][0]
         state = BackboneState.of(self.backbone)
         slot = None if state is None else state.slots.get(dotted(host_name, name))
+        for place_name, _ in places:
+            merged = None if state is None else state.merged.get(place_name)
+            weight = None if merged is None else merged.weights.get(name)
+            if weight is not None and (slot is None or weight.slot is not slot):
+                raise InsertionError(
+                    f"{dotted(place_name, name)} has a delta merged into it, which a parameter in "
+                    "its place would cover: unmerge() that one first."
+                )
         if slot is None:
             slot = ParameterSlot([module for _, module in places], name)
         self.add(kind(slot, host_name, parameter, ignored, saved))
