@@ -637,7 +637,9 @@ def test_a_shared_module_is_frozen_under_every_name() -> None:
     delta = LoraModel(model, modified_modules=["first"], lora_r=1)
     delta.freeze_module(exclude=["deltas", "b"])
     assert trainable(model) == delta_names(model) | {"a.weight", "a.bias"}
-    delta.freeze_module()
+    delta.freeze_module()  # as before
+    assert trainable(model) == delta_names(model) | {"a.weight", "a.bias"}
+    delta.freeze_module(exclude=["deltas"])
     assert trainable(model) == delta_names(model)
 
 

@@ -170,7 +170,7 @@ class Plan:
         *,
         ignored: bool = False,
         saved: bool = True,
-        kind: type[ParameterInsertion] = ParameterInsertion,
+        kind: Callable[..., ParameterInsertion] = ParameterInsertion,
     ) -> None:
         """A parameter in the place of one that all `places` share, or of none."""
         host_name = places[0][0]
@@ -262,7 +262,8 @@ class Plan:
         """Let the delta hold what it is about to put on its backbone."""
         hold(self.delta, changes, self.insertions)
         record = self.record
-        changes.set(record, insertions=[*record.insertions, *self.insertions], plan=None)
+        known = changes.get(record, "insertions")
+        changes.set(record, insertions=[*known, *self.insertions], plan=None)
         if record.config.backbone_class is None:
             changes.set(record.config, backbone_class=class_name(self.backbone))
         label(self.insertions)

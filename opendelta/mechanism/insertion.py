@@ -43,6 +43,7 @@ class Insertion:
         fuses: whether it is handed the deltas before it on its host.
         reads_host: whether it depends on more of the host than what that is given and gives.
         saved: whether it goes into files.
+        of_method: whether the method put it there; else it is a parameter that the file carried.
         is_named_as_own: whether patterns for the backbone name it itself (BitFit's ``bias``).
     """
 
@@ -56,6 +57,7 @@ class Insertion:
     fuses: bool = False
     reads_host: bool = False
     saved: bool = True
+    of_method: ClassVar[bool] = True
     is_named_as_own: ClassVar[bool] = False
 
     # --- on and off -------------------------------------------------------------------------

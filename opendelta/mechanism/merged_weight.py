@@ -32,6 +32,8 @@ class Fold(NamedTuple):
         """
         view = copy.copy(self.insertion)
         view.host = twin
+        if not view.of_method:  # which knows nothing of it
+            return {view.name: view.content.detach().clone()}
         made: dict[str, Tensor] = self.delta.folds(view)
         if not isinstance(made, dict) or not made:
             raise InsertionError(

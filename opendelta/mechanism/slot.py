@@ -232,6 +232,37 @@ class ParameterInsertion(Insertion):
         return () if self.trains else (self.parameter,)
 
 
+class CarriedParameter(ParameterInsertion):
+    """A parameter of the backbone as a file carried it, in the place of the backbone's own.
+
+    Args:
+        aside: where what stands in the place becomes the delta's own parameter, since an optimizer
+            may hold it: a copy of what it was, for the backbone.
+    """
+
+    of_method = False
+
+    def __init__(
+        self,
+        slot: ParameterSlot,
+        host_name: str,
+        parameter: nn.Parameter,
+        ignored: bool = False,
+        saved: bool = True,
+        aside: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__(slot, host_name, parameter, ignored, saved)
+        self.trains, self.aside = True, aside
+
+    def enter(self, changes: Changes, later: Iterable[Insertion] = ()) -> None:
+        if self.aside is None:
+            super().enter(changes, later)
+            return
+        layers = [*changes.get(self.slot, "layers"), self]
+        changes.set(self.slot, layers=layers, original=self.aside, sharded=is_shard(self.parameter))
+        changes.set(self, is_on=True, aside=None)
+
+
 def add_bias(module: nn.Module, args: Args, kwargs: Kwargs, output: object) -> object:
     """Hook of a module whose forward ignores ``bias``: add the parameter of that name, if any."""
     bias = getattr(module, "bias", None)  # an attribute, not a parameter, on a replica

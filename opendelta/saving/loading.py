@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opendelta.backends.sharding import agreeing, assign, full_shape, is_shard, reshard
+from opendelta.backends.sharding import agreeing, assign, full, full_shape, is_shard, reshard
 from opendelta.delta.config import ConfigFields
 from opendelta.delta.delta import Delta
-from opendelta.delta.plan import held_back
+from opendelta.delta.plan import Plan, held_back
 from opendelta.delta.pseudo_input import random_state_kept_on_error
 from opendelta.delta.record import record_of
 from opendelta.delta.registry import model_class_for
-from opendelta.delta.switching import is_attached
+from opendelta.delta.switching import is_attached, is_merged
 from opendelta.exceptions import CheckpointError, ConfigError
 from opendelta.ground.files import (
     read_config,
@@ -28,12 +29,14 @@ from opendelta.ground.files import (
     weights_in,
 )
 from opendelta.ground.walk import uncompiled
-from opendelta.mechanism.backbone_state import BackboneState, deltas, own_parameters, unmerged
+from opendelta.mechanism.backbone_state import BackboneState, deltas
 from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.engines import require_whole
+from opendelta.mechanism.insertion import switch
+from opendelta.mechanism.slot import CarriedParameter
 from opendelta.saving.backbone_check import check_backbone
 from opendelta.saving.checkpoint import delta_config, require_own
-from opendelta.saving.hashing import gen_parameter_hash
+from opendelta.saving.hashing import bare_parameters, gen_parameter_hash
 
 logger = logging.getLogger(__name__)
 
@@ -166,20 +169,62 @@ def _load(
     targets: dict[str, Tensor] = dict(own)
     carried = delta.config.backbone_hash_excludes if carried is None else carried
     if carried is None or carried:
-        originals = unmerged(backbone)
-        for name, p in own_parameters(backbone):
+        for name, p in bare_parameters(backbone):
             if carried is None or name in carried:
-                targets.setdefault(name, originals.get(id(p), p))
+                targets.setdefault(name, p)
     if any(tensor.is_meta for tensor in targets.values()):
         raise CheckpointError(
             f"The {type(backbone).__name__} is on the meta device, where there is "
             "nothing to load into: give it its weights first."
         )
     _require_fit(delta, tensors, targets, [*own, *(carried or ())])
-    if is_new:
-        record_of(delta).left_trainable = [name for name in tensors if name not in own]
-    values = {targets[name]: value for name, value in tensors.items()}
+    values = {own[name]: value for name, value in tensors.items() if name in own}
+    values |= _take_over(delta, {n: t for n, t in tensors.items() if n not in own}, changes, is_new)
     _carry_out(backbone, changes, values, [*own.values()] if is_new else [])
+
+
+def _take_over(
+    delta: Delta, tensors: dict[str, Tensor], changes: Changes, is_new: bool
+) -> dict[Tensor, Tensor]:
+    """Let parameters of the backbone that a file carries be the delta's, in their places.
+
+    What this delta was training there stays the same object, for its optimizer holds it.
+
+    Returns:
+        Those that stay -> their values.
+    """
+    record = record_of(delta)
+    trained = record.left_trainable or []
+    if is_new or tensors:
+        left = [name for name in trained if name not in tensors]
+        changes.set(record, left_trainable=left)
+    if not tensors:
+        return {}
+    if is_merged(delta):
+        raise CheckpointError(
+            f"The file carries {next(iter(tensors))!r} of the backbone, and this "
+            f"{type(delta).__name__} is merged: unmerge() it first."
+        )
+    plan = Plan(delta)
+    acts, stay = is_new or is_attached(delta), dict[Tensor, Tensor]()
+    for name, value in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        inside = plan.backbone.get_submodule(owner)
+        p: Any = inside._parameters[leaf]
+        aside = None
+        if acts and name in trained:
+            aside = nn.Parameter(full(p).detach().clone(), requires_grad=False)
+            stay[p] = value
+        else:
+            p = nn.Parameter(value.to(p.device, p.dtype), p.is_floating_point())
+        places = plan.holders(leaf)[id(inside._parameters[leaf])]
+        plan.put_parameter(places, leaf, p, kind=partial(CarriedParameter, aside=aside))
+    plan.prepare()
+    plan.note(changes)
+    plan.enter(changes)
+    if not acts:
+        switch(changes, plan.insertions, False)
+    return stay
 
 
 def _require_fit(

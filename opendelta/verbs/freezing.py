@@ -82,12 +82,14 @@ def freeze(
         module = backbone if module is None else uncompiled(module)
         part = prefix or ("" if module is backbone else targeting.name_of(module))
         asked: Any = exclude if exclude is not None else (delta.unfrozen_modules or [EVERY_DELTA])
+        asked = asked if isinstance(asked, (list, tuple)) else [asked]
         declared = _frozen(
+            delta,
             changes,
             state,
             backbone,
             part,
-            asked if isinstance(asked, (list, tuple)) else [asked],
+            asked,
             names_of=targeting.names_of,
             inside_deltas=exclude is not None,
             warn_unmatched=exclude is not None or not record.from_file,
@@ -96,6 +98,10 @@ def freeze(
         known = record.left_trainable or ()
         elsewhere = [name for name in known if part and not name.startswith(under)]
         changes.set(record, left_trainable=[*elsewhere, *declared])
+        if exclude is not None and module is backbone:  # what the delta's file says from now on
+            kept = [item if isinstance(item, str) else EVERY_DELTA for item in asked]
+            changes.of(record.base)["unfrozen_modules"] = kept = list(dict.fromkeys(kept))
+            changes.set(record.config, unfrozen_modules=kept or [EVERY_DELTA])
         if set_state_dict:
             _trim(changes, state, backbone, module, targeting)
 
@@ -125,6 +131,7 @@ def _trim(
 
 
 def _frozen(
+    delta: Delta,
     changes: Changes,
     state: BackboneState,
     backbone: nn.Module,
@@ -138,6 +145,7 @@ def _frozen(
     """Prepare to freeze all parameters under `part` but those that `exclude` names.
 
     Args:
+        delta: for which this is done.
         changes: what the flags come in with.
         state: the backbone's state; `backbone`: its root.
         part: name of the submodule to freeze, ``""`` for the whole backbone.
@@ -155,10 +163,10 @@ def _frozen(
     modules = list(own_modules(backbone, remove_duplicate=False))
     states = [(name, found) for name, m in modules if (found := BackboneState.of(m)) is not None]
     present = [(name, delta) for name, found in states for delta in found.deltas]
-    for _, delta in present:
-        delta.look_at_places()
+    for _, other in present:
+        other.look_at_places()
     kept_deltas = [item for item in exclude if not isinstance(item, str)]
-    strangers = [item for item in kept_deltas if not any(item is delta for _, delta in present)]
+    strangers = [item for item in kept_deltas if not any(item is other for _, other in present)]
     if strangers:
         (item, *_) = strangers
         said = "one" if isinstance(item, nn.Module) else f"{item!r:.80}"  # modules print long
@@ -167,7 +175,7 @@ def _frozen(
             "delta objects of this backbone."
         )
     if EVERY_DELTA in exclude:
-        kept_deltas = [delta for _, delta in present]
+        kept_deltas = [other for _, other in present]
     texts = as_patterns([item for item in exclude if isinstance(item, str)], "exclude")
     patterns = [pattern for pattern in texts if pattern != EVERY_DELTA]
     selection = Selection(patterns, names_of)
@@ -177,9 +185,9 @@ def _frozen(
     of_deltas: set[int] = set()
     trains = False
     flags: dict[nn.Parameter, bool] = {}
-    for root, delta in present:
-        kept = any(delta is item for item in kept_deltas)
-        for insertion in delta.insertions:
+    for root, other in present:
+        kept = any(other is item for item in kept_deltas)
+        for insertion in other.insertions:
             constant = {id(tensor) for tensor in insertion.constants()}
             for name, p in insertion.named_parameters():
                 name = dotted(root, name)
@@ -192,7 +200,14 @@ def _frozen(
                 reached = bool(patterns) and (
                     (name if by_name else _host(name, own_names)) in selection
                 )
-                flag = (kept or reached) and id(p) not in constant
+                if reached and not insertion.of_method and other is not delta:
+                    raise AddressingError(
+                        f"exclude names {name!r}, which is now that of a loaded "
+                        f"{type(other).__name__}: freeze_module of that delta trains it; detach() "
+                        "it to train the backbone's own."
+                    )
+                carried = not insertion.of_method and other is delta and not inside_deltas
+                flag = (kept or reached or carried) and id(p) not in constant
                 flags[p] = flag
                 trains = trains or flag
     deltas_train = trains
