@@ -53,6 +53,9 @@ class DeltaBase(SaveLoadMixin):
         backend: the engine: ``"hf"`` for transformers and any other torch module, or ``"bmt"`` for
             BMTrain and ModelCenter, which must be initialised. A delta on a backbone whose
             parameters are BMTrain's joins it in either case.
+        own_modules: patterns of modules, such as a head, of which the delta gets a trainable copy;
+            or pattern -> the module to stand there. It stands in its place while the delta is
+            attached, and is saved, loaded, copied and routed with it.
 
     Raises:
         AddressingError: if a pattern addresses nothing.

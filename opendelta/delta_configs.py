@@ -34,6 +34,7 @@ class BaseDeltaConfig(ConfigFields):
         backbone_class: name of the class of the backbone that the delta was trained on.
         backbone_checkpoint_name: where that backbone came from.
         backbone_hash: md5 of what the delta relies on, see `gen_model_hash`.
+        own_modules: patterns, or names, of the modules of which the delta has its own.
         kwargs: the fields of the method, and facts that a saved config holds.
 
     Raises:

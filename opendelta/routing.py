@@ -24,19 +24,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opendelta.backends.sharding import full_shape
 from opendelta.basemodel import DeltaBase
 from opendelta.delta.plan import reads_without_calling
 from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.blocks import undone
 from opendelta.ground.containers import Args, Kwargs, first_hidden
 from opendelta.ground.seams import is_running, runs_backward
-from opendelta.ground.walk import uncompiled
+from opendelta.ground.walk import every_module, named_tensors, uncompiled
 from opendelta.mechanism.backbone_state import deltas as deltas_of
 from opendelta.mechanism.calls import picking
 from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.hooks import add_forward_hook, take_off
-from opendelta.mechanism.insertion import acts_on_whole_batches, switch
+from opendelta.mechanism.insertion import acts_on_whole_batches
 from opendelta.mechanism.ownership import own_modules
 from opendelta.mechanism.rows import Rows
 
@@ -130,9 +131,10 @@ class Route:
 
     def __init__(self, backbone: nn.Module, deltas: list[DeltaBase | None]) -> None:
         self.backbone, self.deltas = backbone, deltas
-        self.names = {id(module): name for name, module in own_modules(backbone)}
+        self.names = {id(m): name for name, m in own_modules(backbone, originals=True)}
         self.modules: dict[int, dict[str, tuple[DeltaBase, nn.Module]]] = {}
         self.parameters: dict[nn.Module, dict[Any, dict[DeltaBase, Any]]] = {}
+        self.stand_ins: dict[nn.Module, dict[DeltaBase, nn.Module]] = {}
         self._rows: dict[tuple[DeltaBase, ...], Rows] = {}
         self.handles: list[RemovableHandle] = []
         self.bared: list[Callable[[Changes], None]] = []  # what puts back what stands aside
@@ -146,8 +148,41 @@ class Route:
                     on_host = self.modules.setdefault(id(insertion.host), {})
                     on_host[insertion.name] = delta, insertion.module
                 for site in sites or ():
-                    kinds = self.parameters.setdefault(site, {})
-                    kinds.setdefault(_routed(insertion), {})[delta] = insertion
+                    if insertion.of_method:
+                        kinds = self.parameters.setdefault(site, {})
+                        kinds.setdefault(_routed(insertion), {})[delta] = insertion
+                    else:
+                        known = self.stand_ins.setdefault(site, {})
+                        known[delta] = insertion.stand_in(known.get(delta, site))
+        for site, stand_ins in self.stand_ins.items():
+            self._require_alike(site, stand_ins)
+
+    def _require_alike(self, site: nn.Module, stand_ins: dict[DeltaBase, nn.Module]) -> None:
+        """Refuse what cannot compute a share of the rows in the stead of a module.
+
+        Raises:
+            InsertionError: for modules of different sizes, naming two deltas, and for one whose
+                parts run other deltas of this batch.
+        """
+        each = {delta: stand_ins.get(delta, site) for delta in dict.fromkeys(self.deltas)}  # type: ignore[arg-type]
+        shapes = {d: {n: full_shape(t) for n, t in named_tensors(m)} for d, m in each.items()}
+        one, *others = each
+        other = next((d for d in others if shapes[d] != shapes[one]), one)
+        if other is not one:
+            said = [
+                "the bare backbone" if d is None else f"{type(d).__name__} {self.deltas.index(d)}"
+                for d in (one, other)
+            ]
+            raise InsertionError(
+                f"{self.name_of(site)!r} has other sizes in {said[0]} than in {said[1]} of this "
+                "batch, so their rows cannot be put together: run them apart."
+            )
+        inside = {id(m) for own in stand_ins.values() for m in every_module(own)} - {id(site)}
+        if inside & (self.modules.keys() | {id(m) for m in (*self.parameters, *self.stand_ins)}):
+            raise InsertionError(
+                f"{self.name_of(site)!r} holds modules that carry deltas of this batch, and a "
+                "parameter of its own that one of them replaces: run the rows apart."
+            )
 
     def _is_called(self, module: nn.Module) -> bool:
         """Whether a module's forward runs, rather than its parent reading its weight."""
@@ -233,7 +268,8 @@ class Route:
             options = {"first": True, "with_kwargs": True}
             backbone, check, give = self.backbone, self._check_batch, self._give_parameters
             made = [add_forward_hook(changes, backbone, check, before=True, **options)]
-            made += [add_forward_hook(changes, site, give, **options) for site in self.parameters]
+            sites = dict.fromkeys((*self.parameters, *self.stand_ins))
+            made += [add_forward_hook(changes, site, give, **options) for site in sites]
             changes.set(self, handles=made)
             if all(other.backbone is not backbone for other in _IN_FORCE):
                 changes.set(self, bared=_hold_bare(changes, deltas_of(backbone)))
@@ -282,10 +318,18 @@ class Route:
     def _give_parameters(
         self, host: nn.Module, args: Args, kwargs: Kwargs, output: Any = None
     ) -> Any:
-        """After a module with a parameter that deltas replace: give each row its delta's."""
+        """After a module that deltas have replaced, or parameters of it: give each row its own."""
         if find(host) is not self:
             return None
-        for routed, insertions in self.parameters[host].items():
+        if host in self.stand_ins:
+            stand_ins = self.stand_ins[host]
+            rows, state = self.rows(stand_ins), (args, kwargs, output)
+            chains: list[list[Step]] = [[(_instead, module)] for module in stand_ins.values()]
+            if rows.all_one:
+                output = _chained(chains[0], host, state)[2]
+            else:
+                output = self._apart(chains, rows, host, state)[2]
+        for routed, insertions in self.parameters.get(host, {}).items():
             rows = self.rows(insertions)
             output = routed([*insertions.values()], rows, host, args, kwargs, output)
         return output
@@ -294,6 +338,11 @@ class Route:
 def _routed(inserted: Any) -> Any:
     """How several of a kind act on a batch at once; None where each must on its rows alone."""
     return getattr(type(inserted), "routed", None)
+
+
+def _instead(module: nn.Module, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """What a stand-in gives for what its host was given."""
+    return module(*args, **kwargs)
 
 
 def _step(action: Callable[..., Any], host: nn.Module, state: Any) -> Any:
@@ -398,12 +447,7 @@ def _hold_bare(changes: Changes, deltas: list[DeltaBase]) -> list[Callable[[Chan
         What puts it back.
     """
     insertions = [i for delta in deltas for i in delta.insertions]
-    slots = {id(i.slot): i.slot for i in insertions if i.slot is not None}.values()
-    swapped = [i for i in insertions if i.slot is None and i.dispatcher is None and i.attached]
+    slots = {id(slot): slot for i in insertions if (slot := i.slot or i.child_slot)}.values()
     for slot in slots:
         slot.hold_bare(changes, 1)
-    switch(changes, reversed(swapped), False)
-    return [
-        *(partial(slot.hold_bare, more=-1) for slot in slots),
-        lambda changes: switch(changes, swapped, True),
-    ]
+    return [partial(slot.hold_bare, more=-1) for slot in slots]

@@ -26,7 +26,13 @@ _LOADING_ARGUMENTS = frozenset(
 # Keys of 0.3.2's files that say nothing today.
 _LEGACY_KEYS = frozenset({"sequential", "scaled", "bottleneck_dim"})
 # How the modules were chosen.
-CHOSEN = ("modified_modules", "exclude_modules", "unfrozen_modules", "common_structure")
+CHOSEN = (
+    "modified_modules",
+    "exclude_modules",
+    "unfrozen_modules",
+    "common_structure",
+    "own_modules",
+)
 # What a saved config says beyond its fields.
 _FACTS: dict[str, type] = {
     "backbone_hash_excludes": list,
@@ -64,6 +70,8 @@ class ConfigFields:
         backbone_class: str | None = None,
         backbone_checkpoint_name: str | None = None,
         backbone_hash: str | None = None,
+        *,
+        own_modules: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.modified_modules = _as_list(modified_modules)
@@ -73,6 +81,7 @@ class ConfigFields:
         self.backbone_class = backbone_class
         self.backbone_checkpoint_name = backbone_checkpoint_name
         self.backbone_hash = backbone_hash
+        self.own_modules = None if own_modules is None else list(own_modules)
         for name, default in self.method_fields.items():
             if self.derived or name in kwargs:  # a config written by hand sets its own fields
                 setattr(self, name, copy.copy(kwargs.pop(name, default)))

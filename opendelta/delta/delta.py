@@ -23,6 +23,7 @@ from opendelta.delta.arguments import (
 )
 from opendelta.delta.config import ConfigFields, fixed_since_construction
 from opendelta.delta.inserting import Inserting
+from opendelta.delta.own_modules import plan_own_modules
 from opendelta.delta.plan import Plan, hold, label
 from opendelta.delta.pseudo_input import random_state_kept_on_error
 from opendelta.delta.record import KEY, Record, record_of
@@ -68,6 +69,8 @@ class Delta(Inserting):
         interactive_modify: bool | int | None = False,
         common_structure: bool | None = False,
         backend: str | None = "hf",
+        *,
+        own_modules: list[str] | dict[str, nn.Module] | None = None,
     ) -> None:
         if not isinstance(backbone_model, nn.Module):
             raise ConfigError(
@@ -96,6 +99,7 @@ class Delta(Inserting):
             "unfrozen_modules": as_patterns(unfrozen_modules, "unfrozen_modules"),
             "common_structure": bool(common_structure) or record.uses_defaults,
             "backend": backend,
+            "own_modules": own_modules or [],
         }
         given = {n: v for n, v in record.arguments.items() if n not in NOT_CONFIGURATION}
         names = self.config_class.field_names()
@@ -237,8 +241,11 @@ class Delta(Inserting):
         record.plan = plan = Plan(self)
         try:
             self.plan_targets(plan, patterns)
+            own = plan_own_modules(plan, record.base["own_modules"])
         finally:
             record.plan = None
+        if own:
+            record.config.put(own_modules=own)
         if not plan.insertions:
             raise InsertionError(
                 f"Nothing in {patterns} is a module that {type(self).__name__} can modify."

@@ -24,9 +24,10 @@ from opendelta.inspection.statistics import num_total_parameters
 from opendelta.inspection.table import Summary, summary
 from opendelta.mechanism.backbone_state import BackboneState, own_parameters
 from opendelta.mechanism.changes import Changes
+from opendelta.mechanism.child_slot import ChildSlot, Replacement
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.engines import join_engine
-from opendelta.mechanism.insertion import EndInsertion, Insertion, ModuleInsertion, Replacement
+from opendelta.mechanism.insertion import EndInsertion, Insertion, ModuleInsertion
 from opendelta.mechanism.ownership import inserted_names, own_modules
 from opendelta.mechanism.places import place_of
 from opendelta.mechanism.slot import ParameterInsertion, ParameterSlot
@@ -154,9 +155,19 @@ class Plan:
         lone_name = alone if same is None else same.file_name
         self.add(ModuleInsertion(module, host_name, delta_module, name, side, action, lone_name))
 
-    def replace(self, parent: nn.Module, child_name: str, new_module: nn.Module) -> None:
+    def replace(
+        self,
+        parent: nn.Module,
+        child_name: str,
+        new_module: nn.Module,
+        kind: type[Replacement] = Replacement,
+    ) -> None:
         """A child swapped for a delta module, see `DeltaBase.replace_module`."""
-        self.add(Replacement(parent, self.targeting.name_of(parent), child_name, new_module))
+        host_name = self.targeting.name_of(parent)
+        state = BackboneState.of(self.backbone)
+        known = {} if state is None else state.child_slots
+        slot = known.get(dotted(host_name, child_name)) or ChildSlot(parent, child_name)
+        self.add(kind(slot, host_name, new_module))
 
     def at_end(self, module: nn.Module, hook: Callable[..., None]) -> None:
         """A hook that runs when a call of `module` ends, also by an error."""
@@ -275,10 +286,13 @@ class Plan:
             insertion.enter(changes)
         state = BackboneState.create(self.backbone, changes)
         state.enlist(changes, self.delta, self.backbone)
-        slots = changes.of(state.slots)
+        slots, child_slots = changes.of(state.slots), changes.of(state.child_slots)
         for insertion in self.insertions:
+            name = dotted(insertion.host_name, insertion.name)
             if insertion.slot is not None:
-                slots[dotted(insertion.host_name, insertion.name)] = insertion.slot
+                slots[name] = insertion.slot
+            elif insertion.child_slot is not None:
+                child_slots[name] = insertion.child_slot
 
     def _follow_host(self, insertion: Insertion) -> None:
         module, host = insertion.module, insertion.led_by

@@ -105,6 +105,8 @@ class BitFitModel(DeltaBase):
         common_structure: bool | None = None,
         interactive_modify: bool | int | None = False,
         backend: str | None = "hf",
+        *,
+        own_modules: list[str] | dict[str, nn.Module] | None = None,
     ) -> None:
         self._construct()
 

@@ -176,6 +176,8 @@ class CompacterModel(BottleneckModel):
         kronecker_prod: bool | None = None,
         use_bias_up_sampler: bool = True,
         use_bias_down_sampler: bool = True,
+        *,
+        own_modules: list[str] | dict[str, nn.Module] | None = None,
     ) -> None:
         self._construct()
 

@@ -195,6 +195,7 @@ class DoraModel(LowRankModel):
         *,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
+        own_modules: list[str] | dict[str, nn.Module] | None = None,
     ) -> None:
         self._construct()
 

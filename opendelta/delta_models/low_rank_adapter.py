@@ -94,6 +94,8 @@ class LowRankAdapterModel(BottleneckModel):
         common_structure: bool | None = None,
         interactive_modify: bool | int | None = False,
         backend: str | None = "hf",
+        *,
+        own_modules: list[str] | dict[str, nn.Module] | None = None,
     ) -> None:
         self._construct()
 

@@ -91,6 +91,8 @@ class PrefixModel(DeltaBase):
         unfrozen_modules: list[str] | tuple[str, ...] | str | None = None,
         common_structure: bool | None = None,
         interactive_modify: bool | int | None = False,
+        *,
+        own_modules: list[str] | dict[str, nn.Module] | None = None,
     ) -> None:
         self._construct()
 

@@ -90,6 +90,7 @@ class SoftPromptModel(DeltaBase):
         interactive_modify: bool | int | None = False,
         *,
         trim_output: bool = False,
+        own_modules: list[str] | dict[str, nn.Module] | None = None,
     ) -> None:
         self._construct()
 

@@ -24,6 +24,7 @@ from opendelta.ground.seams import forget_compiled_code
 from opendelta.ground.walk import every_parameter
 from opendelta.mechanism import calls, watch
 from opendelta.mechanism.changes import Changes
+from opendelta.mechanism.child_slot import ChildSlot
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.hooks import add_forward_hook, add_state_dict_hooks, take_off
 from opendelta.mechanism.insertion import Insertion, switch
@@ -46,7 +47,7 @@ class BackboneState(TrimmedStateDict):
         deltas: the delta objects, in order of insertion.
         was_trainable: ``requires_grad`` of the backbone's parameters before the first freeze.
         trained: names of the backbone's parameters that some freeze left trainable.
-        slots: places of parameters that deltas replaced, by name.
+        slots: places of parameters that deltas replaced, by name; `child_slots`: of modules.
         merged: the modules of the backbone that deltas are folded into, by name.
         untied_configs: configs whose ``tie_word_embeddings`` merging set to False.
         trimmed: whether `state_dict()` is reduced to its active part while a delta is attached.
@@ -63,6 +64,7 @@ class BackboneState(TrimmedStateDict):
         self.was_trainable: dict[str, bool] = {}
         self.trained: set[str] = set()
         self.slots: dict[str, ParameterSlot] = {}
+        self.child_slots: dict[str, ChildSlot] = {}
         self.merged: dict[str, MergedHost] = {}
         self.untied_configs: list[Any] = []
         self.trimmed = False
@@ -119,7 +121,8 @@ class BackboneState(TrimmedStateDict):
         changes.do_first(forget_compiled_code)
         left = [other for other in self.deltas if other is not delta]
         slots = {n: s for n, s in self.slots.items() if changes.get(s, "layers")}
-        changes.set(self, deltas=left, slots=slots)
+        child_slots = {n: s for n, s in self.child_slots.items() if changes.get(s, "layers")}
+        changes.set(self, deltas=left, slots=slots, child_slots=child_slots)
         self.settle_hooks(changes, backbone)
         if left:
             return
@@ -244,7 +247,7 @@ def own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if slot.top is not None
         for place in slot.places
     }
-    for name, module in own_modules(backbone, remove_duplicate=False):
+    for name, module in own_modules(backbone, remove_duplicate=False, originals=True):
         for own_name, p in module._parameters.items():
             if p is not None and id(p) not in foreign:
                 yield dotted(name, own_name), p

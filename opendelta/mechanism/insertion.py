@@ -3,8 +3,8 @@
 An *insertion* is one change of the backbone that can be attached, detached and taken off. It only
 *prepares* that, see `opendelta.mechanism.changes`. What others need to know of it they ask; a new
 kind answers, and nobody asks what kind it is. Here: `ModuleInsertion` (a delta submodule called by
-a dispatcher), `Replacement` (a swapped child) and `EndInsertion` (a hook that always runs last);
-in `opendelta.mechanism.slot` a parameter put in the place of another.
+a dispatcher) and `EndInsertion` (a hook that always runs last); in `opendelta.mechanism.slot` a
+parameter put in the place of another, in `opendelta.mechanism.child_slot` a module.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from opendelta.backends.quantised import is_offloaded
 from opendelta.backends.sharding import is_shard
 from opendelta.exceptions import InsertionError
 from opendelta.ground.names import dotted
-from opendelta.ground.seams import forget_compiled_code
 from opendelta.ground.walk import every_module, every_parameter, named_parameters_of, named_tensors
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.dispatch import ADDITIVE, FUSING, Dispatcher, Entry, Seat, after
 from opendelta.mechanism.hooks import add_forward_hook, take_off
-from opendelta.mechanism.ownership import STANDS_FOR
 from opendelta.mechanism.places import Place, follow, place_of
 
 
@@ -37,7 +35,8 @@ class Insertion:
         host: the module that it sits on; `host_name`: its name in the backbone.
         name: under which it stands there.
         module: the delta module that it brings, None for none.
-        slot: the place of a parameter in which it stands, None if in none.
+        slot: the place of a parameter in which it stands, None if in none; `child_slot`: likewise,
+            of a module.
         table: which of the host's tables it stands in.
         is_additive: whether it only adds to what the host gives.
         fuses: whether it is handed the deltas before it on its host.
@@ -52,6 +51,7 @@ class Insertion:
     name: str = ""
     module: nn.Module | None = None
     slot: Any = None
+    child_slot: Any = None
     table: ClassVar[str] = "_modules"
     is_additive: bool = False
     fuses: bool = False
@@ -169,6 +169,10 @@ class Insertion:
     def look(self) -> bool:
         """Take up what was put in its place by others; whether that may have happened."""
         return False
+
+    def stand_in(self, place: nn.Module) -> nn.Module:
+        """What computes in the stead of one of its sites, for what no method put there."""
+        return place
 
     def sites(self, is_called: Callable[[nn.Module], bool]) -> list[nn.Module] | None:
         """In a mixed batch: the modules to whose output it is added row by row.
@@ -327,51 +331,6 @@ class ModuleInsertion(WithModule):
             args, kwargs = self.action(module, host, (x,), {})
             return type(host).forward(host, *args, **kwargs)
         return self.action(module, host, (x,), {}, type(host).forward(host, x))
-
-
-class Replacement(WithModule):
-    """A child of `host` swapped for a delta module; detaching puts the original back."""
-
-    def __init__(self, host: nn.Module, host_name: str, child_name: str, module: nn.Module) -> None:
-        super().__init__(host, host_name, child_name, module)
-        original = host._modules[child_name]
-        assert original is not None
-        self.original: nn.Module = original
-        module.__dict__[STANDS_FOR] = [original]  # how it is told from the backbone's own
-
-    @property
-    def brought(self) -> list[nn.Module]:
-        return [self.module]
-
-    @property
-    def led_by(self) -> nn.Module:
-        return self.original
-
-    @property
-    def attached(self) -> bool:
-        return self.host._modules.get(self.name) is self.module
-
-    def _swap(self, changes: Changes, incoming: nn.Module) -> None:
-        children = changes.of(self.host._modules)
-        outgoing = children[self.name]
-        if outgoing is incoming or outgoing is None:
-            return
-        now = place_of(outgoing)
-        new = follow(incoming.parameters(), changes.get(self, "left_at"), now)
-        if new is not None:
-            incoming.to(device=new[0], dtype=new[1])
-        changes.set(self, left_at=now)
-        children[self.name] = incoming
-        changes.do_first(forget_compiled_code)
-
-    def attach(self, changes: Changes) -> None:
-        self._swap(changes, self.module)
-
-    def detach(self, changes: Changes) -> None:
-        self._swap(changes, self.original)
-
-    def sites(self, is_called: Callable[[nn.Module], bool]) -> list[nn.Module] | None:
-        raise acts_on_whole_batches(self)
 
 
 class EndInsertion(Insertion):

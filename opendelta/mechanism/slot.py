@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -253,6 +255,18 @@ class CarriedParameter(ParameterInsertion):
     ) -> None:
         super().__init__(slot, host_name, parameter, ignored, saved)
         self.trains, self.aside = True, aside
+
+    def sites(self, is_called: Callable[[nn.Module], bool]) -> list[nn.Module]:
+        if not all(map(is_called, self.slot.places)):
+            raise acts_on_whole_batches(self)
+        return self.slot.places
+
+    def stand_in(self, place: nn.Module) -> nn.Module:
+        """`place`, or a twin of it, with this parameter: it computes in its stead."""
+        twin = copy.copy(place)
+        twin._parameters = {**place._parameters, self.name: self.parameter}
+        twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+        return twin
 
     def enter(self, changes: Changes, later: Iterable[Insertion] = ()) -> None:
         if self.aside is None:

@@ -37,6 +37,7 @@ from opendelta.mechanism.slot import CarriedParameter
 from opendelta.saving.backbone_check import check_backbone
 from opendelta.saving.checkpoint import delta_config, require_own
 from opendelta.saving.hashing import bare_parameters, gen_parameter_hash
+from opendelta.saving.made_modules import made_modules
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def from_finetuned(
         check_hash: see there.
         overriding: fields of the config.
     """
-    backbone = uncompiled(backbone)
+    backbone, given = uncompiled(backbone), overriding.pop("own_modules", None)
     with agreeing(backbone, CheckpointError) as read:
         path = source() if config is None or tensors is None else Path()
         from_file = config is None
@@ -103,8 +104,11 @@ def from_finetuned(
             model_class.__name__,
         )
     with one_at_a_time(), random_state_kept_on_error():
+        own = made_modules(backbone, made.own_modules or [], tensors, given or {})
         with held_back() as plans:
-            delta: Delta = model_class.from_config(made, backbone, check_hash=False)
+            delta: Delta = model_class.from_config(
+                made, backbone, check_hash=False, **({"own_modules": own} if own else {})
+            )
         changes = Changes()
         for plan in plans:
             plan.prepare()

@@ -58,7 +58,8 @@ class SaveLoadMixin(Delta):
             backbone_model: modified in place.
             check_hash: whether a hash in the config is compared with the backbone's; ``"full"``
                 reads the whole backbone for it.
-            kwargs: fields that override the config's, and `interactive_modify`.
+            kwargs: fields that override the config's, and `interactive_modify`; `own_modules`
+                may hold modules, as in the constructor.
 
         Raises:
             ConfigError: for the config of another method, or an unknown field.
@@ -67,6 +68,7 @@ class SaveLoadMixin(Delta):
             BackboneMismatchWarning: if the hash differs.
         """
         model_class = loading.class_for(cls, config)
+        own = kwargs.pop("own_modules", None)
         made = model_class.config_from(config, **kwargs)
         check_backbone(made, backbone_model, check_hash)
         taken = inspect.signature(model_class.__init__).parameters
@@ -74,6 +76,8 @@ class SaveLoadMixin(Delta):
         fields = {name: getattr(made, name) for name in names}
         if made.from_file and "backend" not in kwargs:
             fields.pop("backend", None)  # what it was trained on; this backbone says where it is
+        if own is not None:
+            fields["own_modules"] = own
         if "interactive_modify" in kwargs:
             fields["interactive_modify"] = kwargs["interactive_modify"]
         with held_back() as plans, within(warnings.catch_warnings()):
@@ -237,8 +241,9 @@ class SaveLoadMixin(Delta):
             state_dict: tensors to load instead of the folder's.
             check_hash: whether to compare the backbone's hash with the config's; ``"full"`` reads
                 the whole backbone for it, whatever was read before.
-            kwargs: fields of the config to override, and ``center``, ``revision`` and ``token``
-                of deltas that are downloaded, see `opendelta.center.resolve.resolve`.
+            kwargs: ``own_modules``, name -> module, for modules of the delta's own that cannot be
+                made from their tensors; fields of the config to override; ``center``, ``revision``
+                and ``token`` of deltas that are downloaded, see `opendelta.center.resolve.resolve`.
 
         Raises:
             CheckpointError: if a file is missing or damaged, or keys do not fit (a `CenterError`

@@ -200,13 +200,15 @@ def _frozen(
                 reached = bool(patterns) and (
                     (name if by_name else _host(name, own_names)) in selection
                 )
-                if reached and not insertion.of_method and other is not delta:
-                    raise AddressingError(
-                        f"exclude names {name!r}, which is now that of a loaded "
-                        f"{type(other).__name__}: freeze_module of that delta trains it; detach() "
-                        "it to train the backbone's own."
-                    )
                 carried = not insertion.of_method and other is delta and not inside_deltas
+                if reached and not insertion.of_method and other is not delta:
+                    if insertion.attached and inside_deltas:
+                        raise AddressingError(
+                            f"exclude names {name!r}, in whose place stands that of another "
+                            f"{type(other).__name__}: freeze_module of that delta trains it; "
+                            "detach() it to train the backbone's own."
+                        )
+                    reached = False
                 flag = (kept or reached or carried) and id(p) not in constant
                 flags[p] = flag
                 trains = trains or flag
@@ -219,6 +221,13 @@ def _frozen(
         for root, found in states
         for name, slot in found.slots.items()
         if slot.original is not None and slot.top is not None
+    ]
+    set_aside += [
+        (dotted(root, dotted(name, own_name)), p)
+        for root, found in states
+        for name, slot in found.child_slots.items()
+        if slot.top is not None
+        for own_name, p in slot.original.named_parameters()
     ]
     in_place = [
         (dotted(name, own_name), p)
