@@ -129,8 +129,9 @@ class AutoDeltaModel(_ClassMethodsOnly):
         """An adapter that PEFT saved (LoRA, DoRA, (IA)³), on `backbone_model` in eval mode.
 
         Where it is and of which rank is read off the tensors, whatever patterns PEFT was given.
-        What PEFT trained of the backbone itself (`modules_to_save`, biases) is loaded into it and
-        becomes the delta's `unfrozen_modules`, which `freeze_module` leaves trainable.
+        `modules_to_save` become the delta's `own_modules`. What else PEFT trained of the backbone
+        itself (biases, tied embeddings) stands in its place while the delta is attached, and is
+        among its `unfrozen_modules`, which `freeze_module` leaves trainable.
 
         Args:
             path: the folder that PEFT's ``save_pretrained`` wrote.

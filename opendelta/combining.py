@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +15,10 @@ from opendelta.delta.record import record_of
 from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.blocks import within
 from opendelta.mechanism.changes import Changes, one_at_a_time
+from opendelta.mechanism.child_slot import OwnModule
 from opendelta.mechanism.insertion import switch
+from opendelta.saving.loading import take_over
+from opendelta.verbs.arithmetic import besides
 
 
 def combine(deltas: Sequence[DeltaBase], weights: Sequence[float]) -> DeltaBase:
@@ -35,9 +40,12 @@ def combine(deltas: Sequence[DeltaBase], weights: Sequence[float]) -> DeltaBase:
         The new delta, detached: nothing changes until its ``attach()``. The others stay as they
         are.
 
+    What only one of them has besides (modules of its own, parameters that its file carried) is
+    copied.
+
     Raises:
-        ConfigError: if weights are not as many as deltas or not finite, or the deltas' methods,
-            hyper-parameters or modules do not fit together.
+        ConfigError: if several have such, if weights are not as many as deltas or not finite, or
+            the deltas' methods, hyper-parameters or modules do not fit together.
         InsertionError: if the deltas are on different backbones, or one was removed.
 
     Example:
@@ -51,21 +59,47 @@ def combine(deltas: Sequence[DeltaBase], weights: Sequence[float]) -> DeltaBase:
     deltas, weights = list(deltas), [float(weight) for weight in weights]
     _check(deltas, weights)
     first = deltas[0]
-    config = first.combined_config(deltas)
+    config = copy.copy(first.combined_config(deltas))
+    owner = _owner(deltas)
+    kept = {} if owner is None else besides(owner)
+    modules = [i for d in deltas if d is owner for i in d.insertions if isinstance(i, OwnModule)]
+    own = {f"[r]^{re.escape(i.full_name)}$": copy.deepcopy(i.module) for i in modules}
     with one_at_a_time(), within(torch.no_grad(), torch.random.fork_rng(devices=[])):
         values = first.combined_tensors(deltas, weights)
         with held_back() as plans:
-            combined = type(first).from_config(config, first.backbone_model, check_hash=False)
+            combined = type(first).from_config(
+                config, first.backbone_model, check_hash=False, own_modules=own
+            )
         changes = Changes()
         for plan in plans:
             plan.prepare()
         for name, tensor in combined.own_tensors():
-            tensor.data = values[name].to(tensor.device)
+            value = values[name] if name in values else kept.pop(name)
+            tensor.data = value.detach().to(tensor.device)
         for plan in plans:
             plan.enter(changes)
+        if kept:
+            take_over(combined, kept, changes, is_new=True)
         switch(changes, reversed(combined.insertions), False)
         changes.carry_out()
     return combined
+
+
+def _owner(deltas: Sequence[DeltaBase]) -> DeltaBase | None:
+    """The only delta that has more than its method put there.
+
+    Raises:
+        ConfigError: if several have.
+    """
+    owners = [delta for delta in deltas if besides(delta)]
+    if len(owners) > 1:
+        names = [next(iter(besides(delta))) for delta in owners]
+        raise ConfigError(
+            f"{len(owners)} of the deltas have modules of their own, or parameters that their "
+            f"files carried ({', '.join(map(repr, dict.fromkeys(names)))}), which do not add up: "
+            "combine deltas of which one has, at most."
+        )
+    return owners[0] if owners else None
 
 
 def _check(deltas: list[DeltaBase], weights: list[float]) -> None:

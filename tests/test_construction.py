@@ -326,7 +326,7 @@ def test_transposed_convolutions_and_read_projections() -> None:
         (LoraModel, "target_modules", "modified_modules"),
         (opendelta.PrefixModel, "num_virtual_tokens", "prefix_token_num"),
         (opendelta.SoftPromptModel, "num_virtual_tokens", "soft_token_num"),
-        (opendelta.AdapterModel, "modules_to_save", "unfrozen_modules"),
+        (opendelta.AdapterModel, "modules_to_save", "own_modules"),
     ],
 )
 def test_names_of_other_libraries_are_answered_by_those_used_here(

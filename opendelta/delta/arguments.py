@@ -22,7 +22,7 @@ ELSEWHERE = {
     "alpha": ("lora_alpha",),
     "dropout": ("lora_dropout",),
     "target_modules": ("modified_modules",),
-    "modules_to_save": ("unfrozen_modules",),
+    "modules_to_save": ("own_modules",),
     "num_virtual_tokens": ("prefix_token_num", "soft_token_num"),
     "feedforward_modules": ("on_input",),
 }

@@ -81,7 +81,7 @@ class ConfigFields:
         self.backbone_class = backbone_class
         self.backbone_checkpoint_name = backbone_checkpoint_name
         self.backbone_hash = backbone_hash
-        self.own_modules = None if own_modules is None else list(own_modules)
+        self.own_modules = list(own_modules) if own_modules else None
         for name, default in self.method_fields.items():
             if self.derived or name in kwargs:  # a config written by hand sets its own fields
                 setattr(self, name, copy.copy(kwargs.pop(name, default)))

@@ -29,7 +29,7 @@ def is_merged(delta: Delta) -> bool:
 
 def is_attached(delta: Delta) -> bool:
     """Whether any part of a delta is attached; a merged one is not, though it acts."""
-    return any(insertion.attached for insertion in delta.insertions)
+    return any(insertion.attached for insertion in delta.insertions) and not is_merged(delta)
 
 
 @contextmanager

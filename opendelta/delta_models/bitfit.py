@@ -119,7 +119,7 @@ class BitFitModel(DeltaBase):
     ) -> dict[str, Tensor]:
         """Differences to the backbone's own biases are summed, so those count for what is left."""
         sums, originals = super().combined_tensors(deltas, weights), unmerged(self.backbone_model)
-        for insertion in self.insertions:
+        for insertion in (i for i in self.insertions if i.of_method):
             insertion.look()
             original, name = insertion.slot.original, dotted(insertion.host_name, insertion.name)
             if original is not None:

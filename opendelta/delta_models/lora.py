@@ -80,7 +80,7 @@ class LoraModel(LowRankModel):
         """Ranks add up, module by module; with alpha equal to the rank nothing is scaled."""
         ranks: Counter[str] = Counter()
         for delta in deltas:
-            for insertion in delta.insertions:
+            for insertion in (i for i in delta.insertions if i.of_method):
                 layer: Any = insertion.module
                 ranks[insertion.host_name] += layer.r
         usual = max(ranks.values(), key=list(ranks.values()).count)
@@ -103,7 +103,7 @@ class LoraModel(LowRankModel):
         """Factors beside each other: ``[B1 B2] [A1; A2] = B1 A1 + B2 A2``."""
         factors: dict[str, list[Tensor]] = {}
         for delta, weight in zip(deltas, weights, strict=True):
-            for insertion in delta.insertions:
+            for insertion in (i for i in delta.insertions if i.of_method):
                 layer: Any = insertion.module
                 name = dotted(insertion.host_name, insertion.file_name)
                 factors.setdefault(f"{name}.lora_A", []).append(layer.lora_A)

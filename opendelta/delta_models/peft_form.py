@@ -15,6 +15,7 @@ from opendelta.delta.config import ConfigFields
 from opendelta.exceptions import ConfigError
 from opendelta.ground.names import dotted, lineage
 from opendelta.mechanism.backbone_state import bare, own_parameters
+from opendelta.mechanism.child_slot import OwnModule
 from opendelta.mechanism.insertion import ModuleInsertion
 from opendelta.mechanism.ownership import own_modules
 from opendelta.saving.peft_files import (
@@ -22,6 +23,7 @@ from opendelta.saving.peft_files import (
     Fields,
     PeftConfig,
     covered,
+    own_of,
     patterns,
     require_modules,
     short_names,
@@ -99,8 +101,8 @@ class PeftForm(DeltaBase):
         """Write this delta as a PEFT adapter: ``PeftModel.from_pretrained(backbone, path)``.
 
         The folder gets ``adapter_config.json`` and ``adapter_model.safetensors``. They hold what
-        `save_finetuned` would save: this delta, and the backbone's parameters that were trained
-        with it (whole modules as PEFT's `modules_to_save`).
+        `save_finetuned` would save: this delta with its own modules, which become PEFT's
+        `modules_to_save`, and the backbone's parameters that were trained with it.
 
         Args:
             path: the folder; it is made if it does not exist.
@@ -114,14 +116,22 @@ class PeftForm(DeltaBase):
 
     def peft_form(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's config and tensors of this delta."""
-        layers: dict[str, Any] = {i.host_name: i for i in self.insertions}
-        own = {name for name, _ in self.own_tensors()}
+        layers: dict[str, Any] = {i.host_name: i for i in self.insertions if i.of_method}
+        own = {name for i in layers.values() for name, _ in i.named_tensors()}
+        places = [i.full_name for i in self.insertions if isinstance(i, OwnModule)]
         trained = {n: tensor for n, tensor in self.checkpoint_tensors().items() if n not in own}
         with bare(self.backbone_model) as backbone:
             others = [name for name, _ in backbone.named_modules() if name and name not in layers]
             made, fields = self.peft_layers(layers, others)
             tensors = {PREFIX + name: tensor for name, tensor in made.items()}
             whole = whole_modules(backbone, trained, layers)
+            lost = next((name for name in places if name not in whole), None)
+            if lost is not None:
+                raise ConfigError(
+                    f"{lost!r}, a module of this delta's own, cannot be one of PEFT's "
+                    "modules_to_save: it is made of other parameters than the backbone's there, or "
+                    "another name ends like its own."
+                )
             for name in whole:  # for its buffers
                 tensors |= backbone.get_submodule(name).state_dict(prefix=f"{PREFIX}{name}.")
         for name, tensor in trained.items():
@@ -167,7 +177,11 @@ class PeftForm(DeltaBase):
         modules = dict(own_modules(backbone))
         require_modules(layers, modules, backbone, cls.title)
         fields, own_tensors = cls.layers_from_peft(config, settings, layers, modules)
-        trained = to_be_loaded(trained, tuple(settings["modules_to_save"]), backbone)
+        saved = tuple(settings["modules_to_save"])
+        places = own_of(trained, saved, backbone, layers)
+        heads = {n: t for n, t in trained.items() if any(a in places for a in lineage(n))}
+        rest = {name: tensor for name, tensor in trained.items() if name not in heads}
+        trained = to_be_loaded(rest, saved, backbone)
         every = list(own_modules(backbone, remove_duplicate=False))
         hosts = {id(modules[host]) for host in layers}
         own = dict(own_parameters(backbone))
@@ -178,8 +192,9 @@ class PeftForm(DeltaBase):
             **fields,
             modified_modules=patterns(list(layers), [n for n, m in every if id(m) not in hosts]),
             unfrozen_modules=[EVERY_DELTA, *patterns(unfrozen, others)],
+            own_modules=places or None,
         )
-        return made, {**own_tensors, **trained}
+        return made, {**own_tensors, **heads, **trained}
 
 
 def peft_targets(names: list[str], others: list[str]) -> list[str] | str:

@@ -129,6 +129,26 @@ class OwnModule(Replacement):
     of_method = False
     is_named_as_own = True
 
+    @property
+    def folds(self) -> bool:
+        return False  # it costs nothing where it stands
+
+    def step_aside(self, changes: Changes) -> None:
+        """It stays."""
+
+    def step_back(self, changes: Changes, later: Iterable[Insertion]) -> None:
+        """It has stayed."""
+
+    def keep(self, changes: Changes) -> None:
+        slot = self.child_slot
+        left = [layer for layer in changes.get(slot, "layers") if layer is not self]
+        changes.set(slot, layers=left, original=self.module)
+        for layer in left:
+            changes.set(layer.module, **{STANDS_FOR: [self.module]})
+        changes.of(self.module.__dict__).pop(STANDS_FOR)
+        for p in self.module.parameters():
+            changes.do(p.__dict__.pop, "_is_delta", None)
+
     def stand_in(self, place: nn.Module) -> nn.Module:
         """What computes in the stead of `place`, the backbone's own module."""
         return self.module

@@ -144,6 +144,14 @@ class Insertion:
         self.attach(changes)
 
     @property
+    def folds(self) -> bool:
+        """Whether it is folded into its host's parameters where its delta is merged."""
+        return self.content is not None
+
+    def keep(self, changes: Changes) -> None:
+        """Be the backbone's own from now on, if it is not folded in."""
+
+    @property
     def fold_rank(self) -> int:
         """When it is folded in: parameters, then what acts on the output, then on the input."""
         return 0

@@ -183,16 +183,21 @@ def _load(
         )
     _require_fit(delta, tensors, targets, [*own, *(carried or ())])
     values = {own[name]: value for name, value in tensors.items() if name in own}
-    values |= _take_over(delta, {n: t for n, t in tensors.items() if n not in own}, changes, is_new)
+    values |= take_over(delta, {n: t for n, t in tensors.items() if n not in own}, changes, is_new)
     _carry_out(backbone, changes, values, [*own.values()] if is_new else [])
 
 
-def _take_over(
+def take_over(
     delta: Delta, tensors: dict[str, Tensor], changes: Changes, is_new: bool
 ) -> dict[Tensor, Tensor]:
     """Let parameters of the backbone that a file carries be the delta's, in their places.
 
     What this delta was training there stays the same object, for its optimizer holds it.
+
+    Args:
+        delta: whose; `tensors`: name in the backbone -> value.
+        changes: what it comes in with.
+        is_new: whether the delta has just been made.
 
     Returns:
         Those that stay -> their values.

@@ -159,6 +159,32 @@ def whole_modules(backbone: nn.Module, trained: Iterable[str], hosts: Iterable[s
     ]
 
 
+def own_of(
+    trained: Iterable[str],
+    modules_to_save: tuple[str, ...],
+    backbone: nn.Module,
+    hosts: Collection[str],
+) -> list[str]:
+    """Names of the modules that PEFT saved whole and that can be a delta's own, the outermost.
+
+    Those that hold tied parameters, or are around or inside a host, stay the backbone's.
+    """
+    holders: dict[int, list[str]] = defaultdict(list)
+    for name, p in own_parameters(backbone):
+        holders[id(p)].append(name)
+    tied = [name for names in holders.values() if len(names) > 1 for name in names]
+    found: list[str] = []
+    for name, _ in own_modules(backbone, originals=True):
+        saved = name and f"model.{name}".endswith(modules_to_save)
+        if not saved or any(outer in found for outer in lineage(name)):
+            continue
+        inside = [n for n in (*tied, *hosts) if f"{n}.".startswith(f"{name}.")]
+        around = [host for host in hosts if f"{name}.".startswith(f"{host}.")]
+        if not inside and not around and any(n.startswith(f"{name}.") for n in trained):
+            found.append(name)
+    return found
+
+
 def to_be_loaded(
     trained: dict[str, Tensor], modules_to_save: tuple[str, ...], backbone: nn.Module
 ) -> dict[str, Tensor]:

@@ -26,6 +26,12 @@ def require_equal_hyperparameters(deltas: Sequence[Delta]) -> None:
             )
 
 
+def besides(delta: Delta) -> dict[str, Tensor]:
+    """What a delta has that its method did not put there: name in a file -> tensor."""
+    others = [insertion for insertion in delta.insertions if not insertion.of_method]
+    return {name: t for insertion in others for name, t in insertion.named_tensors()}
+
+
 def weighted_sums(deltas: Sequence[Delta], weights: Sequence[float]) -> dict[str, Tensor]:
     """Name in a saved file -> weighted sum of the deltas' tensors of that name.
 
@@ -35,7 +41,10 @@ def weighted_sums(deltas: Sequence[Delta], weights: Sequence[float]) -> dict[str
         ConfigError: if the deltas' tensors do not have the same names and shapes, or one that
             never trains is not the same in all.
     """
-    tensors = [{n: t.detach() for n, t in delta.own_tensors()} for delta in deltas]
+    apart = {name for delta in deltas for name in besides(delta)}
+    tensors = [
+        {n: t.detach() for n, t in delta.own_tensors() if n not in apart} for delta in deltas
+    ]
     shapes = [{name: tensor.shape for name, tensor in each.items()} for each in tensors]
     for other in shapes:
         unlike = sorted(name for name, _ in other.items() ^ shapes[0].items())

@@ -131,8 +131,8 @@ def require_neutral(delta: Delta, state: BackboneState) -> None:
     order = {id(insertion): number for number, insertion in enumerate(state.insertions)}
     folds = [fold for host in state.merged.values() for fold in host.folds]
     folded = [fold.insertion for fold in folds if fold.delta is not delta]
-    mine = [insertion for insertion in delta.insertions if insertion.content is not None]
-    apart = {id(insertion) for insertion in (*folded, *mine)}
+    mine = [insertion for insertion in delta.insertions if insertion.folds]
+    apart = {id(insertion) for insertion in (*folded, *delta.insertions)}
     others = [insertion for insertion in state.insertions if id(insertion) not in apart]
     for around, merged, reads in ((others, mine, True), (mine, folded, False)):
         on: dict[int, list[Insertion]] = defaultdict(list)

@@ -63,6 +63,8 @@ def merge_and_remove(delta: Delta, safe: bool = False, untie: bool = False) -> A
             require_mergeable(delta)
             _fold_in(delta, state, changes, safe, untie)
         _keep(delta, state, changes)
+        for insertion in delta.insertions:
+            insertion.keep(changes)
         take_off(delta, changes)
     return delta.backbone_model
 
@@ -73,7 +75,7 @@ def _fold_in(delta: Delta, state: BackboneState, changes: Changes, safe: bool, u
     order = {id(other): number for number, other in enumerate(state.deltas)}
     on: dict[str, list[Insertion]] = defaultdict(list)
     for insertion in delta.insertions:
-        if insertion.content is not None:
+        if insertion.folds:
             on[insertion.host_name].append(insertion)
     require_neutral(delta, state)
     folded = {id(i) for i in delta.insertions}
