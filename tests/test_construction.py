@@ -8,6 +8,7 @@ from typing import Any
 import backbones
 import pytest
 import torch
+from cases import put
 from placed import PLACED_METHODS, classifier, fingerprint, told, unchanged
 from torch import nn
 
@@ -27,6 +28,17 @@ from opendelta import (
     ParallelAdapterModel,
 )
 from opendelta.exceptions import AddressingError, ConfigError, UnknownArgumentError
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("method", PLACED_METHODS)
+def test_what_is_new_is_in_the_mode_of_its_host(method: str, trains: bool) -> None:
+    model = backbones.build("bert").train(trains)
+    delta = put(method, "bert", model)
+    brought = [m for i in delta.insertions for m in i.brought]
+    assert all(part.training is trains for m in brought for part in m.modules())
+    assert brought or method == "BitFitModel"
+
 
 # --- the fingerprint itself ----------------------------------------------------------------------
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -324,6 +326,46 @@ def test_a_fusion_trains_itself_and_the_others() -> None:
     model(x).sum().backward()
     for delta in (scale, lora, fusion):
         assert all(p.grad is not None and p.grad.any() for p in delta.parameters())
+
+
+def test_in_a_route_each_delta_is_told_the_arguments_of_its_rows() -> None:
+    model, mixed = llama(), {n: torch.cat([t[n] for t in TEXTS]) for n in TEXTS[0]}
+    rows = [{n: t[i : i + 1] for n, t in mixed.items()} for i in range(4)]
+    bare = [model(**row).logits for row in rows]
+    one, other = last_token(model), last_token(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.neg_()
+    plain = llama()
+    alone = [by_hand(plain, rows[0]).logits, by_hand(plain, rows[1], -FACTORS).logits]
+    alone += [bare[2], by_hand(plain, rows[3]).logits]
+    with opendelta.route(model, [one, other, None, one]):
+        torch.testing.assert_close(model(**mixed).logits, torch.cat(alone))
+
+
+def test_a_call_that_hands_its_argument_through_is_let_go() -> None:
+    """Its graph is then the argument's too, which would hold on to it for ever."""
+
+    class Through(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor, more: Any) -> tuple[Tensor, Tensor]:
+            return x, self.inner(x)
+
+    class Marker:
+        pass
+
+    model = Through()
+    LoraModel(model, modified_modules=["inner"], lora_r=1)
+    x, marker = torch.ones(1, 2, requires_grad=True) * 2, Marker()
+    is_there = weakref.ref(marker)
+    output = model(x, marker)
+    assert output[0] is x
+    del output, marker
+    gc.collect()
+    assert is_there() is None
 
 
 def test_a_fusion_of_a_batch_is_not_routed() -> None:

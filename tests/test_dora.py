@@ -247,6 +247,19 @@ def test_a_weight_that_is_loaded_later_is_the_one_that_counts() -> None:
     close(model(x), again(x))
 
 
+def test_a_weight_that_a_fused_optimizer_trains_is_the_one_that_counts() -> None:
+    """Which writes into it without raising its version."""
+    model = Net()
+    delta = DoraModel(model, 2, 3, modified_modules=["lin"])
+    delta.freeze_module(exclude=["deltas", "lin"])
+    optimizer = torch.optim.AdamW([model.lin.weight], lr=0.1, fused=True)
+    for _ in range(2):
+        model(rows()).square().sum().backward()
+        optimizer.step()
+    weight = next(iter(delta.folds(delta.insertions[0]).values()))
+    close(model(rows()), rows() @ weight.T + model.lin.bias)
+
+
 def test_a_row_of_zeros_stays_its_bias() -> None:
     model = Net()
     with torch.no_grad():

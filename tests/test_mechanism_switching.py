@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,28 @@ def test_what_replaces_and_what_was_replaced_share_a_dtype(while_attached: bool)
         switch()
         assert dtypes(model) == {BF16}
         assert model(x).dtype == BF16
+
+
+def test_one_delta_at_a_time_is_constructed() -> None:
+    """Another thread waits, with its plan as well, for both would change the same tables."""
+    made: list[DeltaBase] = []
+
+    class Slow(DeltaBase):
+        def __init__(self, backbone_model: nn.Module, modified_modules: Any = None) -> None:
+            self._construct()
+
+        def update_module(self, module: nn.Module, key: str) -> None:
+            other.start()
+            other.join(0.5)
+            assert not made
+            self.insert_module(module.get_submodule(key), "after", nn.Identity(), "slow")
+
+    model = backbones.build("mlp")
+    options = {"modified_modules": ["first"], "lora_r": 1}
+    other = threading.Thread(target=lambda: made.append(LoraModel(model, **options)))
+    slow = Slow(model, modified_modules=["first"])
+    other.join()
+    assert opendelta.deltas(model) == [slow, *made] and len(made) == 1
 
 
 @pytest.mark.parametrize("first_off", [0, 1])

@@ -52,6 +52,28 @@ def test_a_plan_is_what_is_constructed_then(
     assert f"{sum(own.values()):,}" in text and page.startswith("<table") and "</table>" in page
 
 
+def test_a_plan_that_is_looked_at_is_not_carried_out() -> None:
+    model = backbones.build("bert")
+    plan = LoraModel.preview(model)
+    with unchanged(model), pytest.raises(InsertionError, match="construct the LoraModel"):
+        plan.carry_out()
+
+
+def test_a_method_that_draws_numbers_by_itself_leaves_the_random_state() -> None:
+    class Draws(DeltaBase):
+        def __init__(self, backbone_model: nn.Module, modified_modules: Any = None) -> None:
+            self._construct()
+
+        def update_module(self, module: nn.Module, key: str) -> None:
+            layer = nn.Linear(1, 1)
+            torch.randn(3, device="cpu")
+            self.insert_module(module.get_submodule(key), "after", layer, "draws")
+
+    model, state = backbones.build("mlp"), torch.get_rng_state()
+    Draws.preview(model, modified_modules=["first"])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_of_a_plan_hold_no_values(method: str) -> None:
     """Nor is the backbone's own copied: a parameter that is taken over counts by its shape."""

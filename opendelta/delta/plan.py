@@ -268,6 +268,11 @@ class Plan:
                 self._follow_host(insertion)
         backend = self.record.base["backend"]
         join_engine(self.backbone, self.insertions, backend)
+        if self.is_noted:  # BMTrain puts parameters of its own into the place of ours
+            changes = Changes()
+            hold(self.delta, changes, self.insertions)
+            changes.carry_out()
+            label(self.insertions)
 
     def note(self, changes: Changes) -> None:
         """Let the delta hold what it is about to put on its backbone."""
