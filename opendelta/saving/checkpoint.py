@@ -21,7 +21,7 @@ from opendelta.ground.files import (
     SAFETENSORS_FILE,
     TORCH_FILE,
     WEIGHT_FILES,
-    read_config,
+    delta_config,
     write_atomically,
     write_tensors,
 )
@@ -164,14 +164,6 @@ def require_own(delta: Delta, backbone: nn.Module | None) -> None:
         raise InsertionError("backbone_model is not the backbone that this delta is on.")
 
 
-def delta_config(folder: Path) -> dict[str, Any]:
-    """The fields of the delta's config in a folder; none where there is no such config."""
-    try:
-        return read_config(folder) if folder.is_dir() else {}
-    except CheckpointError:
-        return {}
-
-
 def _warn_of_what_is_left_out(delta: Delta) -> None:
     backbone = delta.backbone_model
     if record_of(delta).left_trainable is not None or not any(
@@ -202,12 +194,8 @@ def _note_weights(file: Path, digest: str) -> None:
 
 def _refuse_foreign(folder: Path) -> None:
     """Keep a delta from overwriting another model's files, which have the same names."""
-    if not (folder / CONFIG_FILE).exists():
-        return
-    try:
-        read_config(folder)
-    except CheckpointError as error:
+    if (folder / CONFIG_FILE).exists() and not delta_config(folder):
         raise CheckpointError(
             f"{folder} already holds a {CONFIG_FILE} that is not a delta's, and saving would "
-            f"replace it ({error}) Choose another folder, or pass overwrite=True."
-        ) from error
+            "replace it. Choose another folder, or pass overwrite=True."
+        )

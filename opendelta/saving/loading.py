@@ -21,18 +21,21 @@ from opendelta.delta.registry import model_class_for
 from opendelta.delta.switching import is_attached
 from opendelta.exceptions import CheckpointError, ConfigError
 from opendelta.ground.files import (
+    CONFIG_FILE,
+    delta_config,
     read_config,
     read_tensors,
     read_verified,
     require_tensors,
     weights_in,
 )
+from opendelta.ground.seams import names_in_model
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import BackboneState, deltas, own_parameters, unmerged
 from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.engines import require_whole
 from opendelta.saving.backbone_check import check_backbone
-from opendelta.saving.checkpoint import delta_config, require_own
+from opendelta.saving.checkpoint import require_own
 from opendelta.saving.hashing import gen_parameter_hash
 
 logger = logging.getLogger(__name__)
@@ -90,7 +93,9 @@ def from_finetuned(
         made.from_file = made.from_file or from_file
         if tensors is None:
             folder = path.parent if path.suffix == ".json" else path
-            tensors = read_verified(folder, made.weights_file, made.weights_sha256)
+            vouches = from_file or bool(delta_config(folder))  # not that of another folder
+            told = (made.weights_file, made.weights_sha256) if vouches else (None, None)
+            tensors = _named_as_here(read_verified(folder, *told), folder, backbone)
         read.append(_fingerprint(tensors))
     check_backbone(made, backbone, check_hash)
     if any(type(other) is model_class and is_attached(other) for other in deltas(backbone)):
@@ -110,6 +115,16 @@ def from_finetuned(
         _set_to_eval(backbone, delta, changes)
         _load(delta, tensors, changes, is_new=True)
     return delta
+
+
+def _named_as_here(
+    tensors: dict[str, Tensor], folder: Path, backbone: nn.Module
+) -> dict[str, Tensor]:
+    """Tensors under the names that they have in the model, also where ``save_pretrained`` wrote."""
+    if not (folder / CONFIG_FILE).is_file() or delta_config(folder):
+        return tensors
+    names = names_in_model(backbone, tensors)
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def _set_to_eval(backbone: nn.Module, delta: Delta, changes: Changes) -> None:
@@ -135,6 +150,7 @@ def load_checkpoint(
     with agreeing(delta.backbone_model, CheckpointError) as read:
         values = delta_config(Path(path))
         tensors = read_tensors(weights_in(path, values.get("weights_file")), load_func)
+        tensors = _named_as_here(tensors, Path(path), delta.backbone_model)
         read.append(_fingerprint(tensors))
     _load(delta, tensors, Changes(), values.get("backbone_hash_excludes"))
 
