@@ -33,8 +33,8 @@ def report_unreached(insertions: Iterable[Insertion]) -> None:
 
 def report_unfrozen(backbone: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """In the first forward in training: tell if nobody has frozen any of these."""
-    trains = [p.requires_grad for p in parameters if p.is_floating_point()]
-    if trains and all(trains):
+    trains = {id(p): p.requires_grad for p in parameters if p.is_floating_point()}
+    if trains and all(trains.values()):
         warn(
             f"The whole {type(backbone).__name__} trains, all {len(trains)} parameters of its own: "
             "freeze_module was never called, and save_finetuned writes the delta alone. Call "
