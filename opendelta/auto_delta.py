@@ -72,7 +72,7 @@ class AutoDeltaConfig(_ClassMethodsOnly):
             CheckpointError: if there is no config, or it is not a delta's.
         """
         source = resolve(finetuned_delta_path, **source_arguments(kwargs))
-        config = cls.from_dict(read_config(source), **kwargs)
+        config = cls.from_dict(read_config(source, to_load=True), **kwargs)
         config.from_file = True
         return config
 

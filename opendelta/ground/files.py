@@ -61,8 +61,12 @@ def delta_config(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields in a delta's ``config.json`` (a folder that holds it, or the file itself).
+def read_config(path: str | os.PathLike[str], to_load: bool = False) -> dict[str, Any]:
+    """The fields in a delta's ``config.json``.
+
+    Args:
+        path: a folder that holds it, or the file itself.
+        to_load: whether the delta is to be loaded, so that errors tell what else may be done.
 
     Raises:
         CheckpointError: if it is missing, is not JSON, or is not a delta's config.
@@ -81,8 +85,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         of_peft = (file.parent / "adapter_config.json").is_file()
         hint = " It is PEFT's: AutoDeltaModel.from_peft reads it." if of_peft else ""
         raise CheckpointError(
-            f"{file.parent} holds no {CONFIG_FILE}: no delta was saved there."
-            f"{hint}{_ways_on(file.parent)}"
+            f"{file.parent} holds no {CONFIG_FILE}: no delta was saved there.{hint}"
+            f"{_ways_on(file.parent) if to_load else ''}"
         ) from error
     except (ValueError, RecursionError) as error:  # the latter where brackets nest too deep
         raise CheckpointError(f"{file} is not valid JSON ({error}).") from error
@@ -91,7 +95,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         what = f"the config of a {kind!r} backbone" if kind else "not the config of a delta"
         raise CheckpointError(
             f"{file} is {what}: it has no 'delta_type'. Load a backbone with its own class, then "
-            f"its delta from the folder that save_finetuned wrote.{_ways_on(file.parent)}"
+            "its delta from the folder that save_finetuned wrote."
+            f"{_ways_on(file.parent) if to_load else ''}"
         )
     return values
 

@@ -22,6 +22,7 @@ from opendelta.ground.files import (
     TORCH_FILE,
     WEIGHT_FILES,
     delta_config,
+    read_config,
     write_atomically,
     write_tensors,
 )
@@ -194,8 +195,12 @@ def _note_weights(file: Path, digest: str) -> None:
 
 def _refuse_foreign(folder: Path) -> None:
     """Keep a delta from overwriting another model's files, which have the same names."""
-    if (folder / CONFIG_FILE).exists() and not delta_config(folder):
+    if not (folder / CONFIG_FILE).exists():
+        return
+    try:
+        read_config(folder)
+    except CheckpointError as error:
         raise CheckpointError(
             f"{folder} already holds a {CONFIG_FILE} that is not a delta's, and saving would "
-            "replace it. Choose another folder, or pass overwrite=True."
-        )
+            f"replace it ({error}) Choose another folder, or pass overwrite=True."
+        ) from error

@@ -85,7 +85,7 @@ def from_finetuned(
         path = source() if config is None or tensors is None else Path()
         from_file = config is None
         if config is None:
-            values = read_config(path)
+            values = read_config(path, to_load=True)
             config = class_for(cls, values).config_class.from_dict(values, **overriding)
             overriding = {}
         model_class = class_for(cls, config)
