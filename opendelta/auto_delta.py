@@ -63,8 +63,8 @@ class AutoDeltaConfig(_ClassMethodsOnly):
         """The config of a saved delta of any method.
 
         Args:
-            finetuned_delta_path: a folder that holds ``config.json``, or that file, or its URL,
-                or the name of a delta on a center.
+            finetuned_delta_path: a folder that holds ``config.json``, or a Trainer's checkpoint
+                with a delta in it, or that file, or its URL, or the name of a delta on a center.
             kwargs: fields to override, and where it comes from (``center``, ``cache_dir``, ...,
                 see `opendelta.center.resolve.resolve`).
 
@@ -72,7 +72,7 @@ class AutoDeltaConfig(_ClassMethodsOnly):
             CheckpointError: if there is no config, or it is not a delta's.
         """
         source = resolve(finetuned_delta_path, **source_arguments(kwargs))
-        config = cls.from_dict(read_config(source), **kwargs)
+        config = cls.from_dict(read_config(source, to_load=True), **kwargs)
         config.from_file = True
         return config
 

@@ -56,7 +56,8 @@ class BaseDeltaConfig(ConfigFields):
         Raises:
             CheckpointError: if there is no such file, or it is not a delta's.
         """
-        values = read_config(resolve(finetuned_delta_path, **source_arguments(kwargs)))
+        source = resolve(finetuned_delta_path, **source_arguments(kwargs))
+        values = read_config(source, to_load=True)
         if cls.delta_type and canonical_type(values["delta_type"]) != cls.delta_type:
             raise ConfigError(
                 f"{finetuned_delta_path} holds a {values['delta_type']!r} delta, not a "

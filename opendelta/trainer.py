@@ -13,19 +13,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from opendelta.backends.sharding import is_sharded, reshard
 from opendelta.basemodel import DeltaBase
 from opendelta.exceptions import InsertionError
+from opendelta.ground.files import IN_CHECKPOINT
 from opendelta.mechanism.backbone_state import deltas
 from opendelta.mechanism.engines import require_whole
-
-FOLDER = "delta"
 
 
 class DeltaCallback(TrainerCallback):
     """Writes a delta into each checkpoint folder of a Trainer, under ``delta/``; steps with it.
 
     ``Trainer(..., callbacks=[DeltaCallback(delta)])`` is all there is to do. The folder
-    ``checkpoint-500/delta`` is one that `save_finetuned` wrote. ``resume_from_checkpoint`` reads
-    what the Trainer itself saves beside it. After each step of the optimizer the delta's `on_step`
-    is called, while gradients are there; under DeepSpeed, which steps by itself, they are gone.
+    ``checkpoint-500/delta`` is one that `save_finetuned` wrote, and
+    ``from_finetuned("checkpoint-500", model)`` loads it. ``resume_from_checkpoint`` reads what the
+    Trainer itself saves beside it, which is what trains, not a whole model.
+
+    After each step of the optimizer the delta's `on_step` is called, while gradients are there;
+    under DeepSpeed, which steps by itself, they are gone.
 
     Args:
         delta: what to save; it is on the Trainer's model.
@@ -49,7 +51,7 @@ class DeltaCallback(TrainerCallback):
         reshard(backbone)
         if state.is_world_process_zero or is_sharded(backbone):
             checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            self.delta.save_finetuned(checkpoint / FOLDER)
+            self.delta.save_finetuned(checkpoint / IN_CHECKPOINT)
 
 
 @contextmanager

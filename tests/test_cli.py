@@ -136,6 +136,20 @@ def test_info_counts_what_a_delta_holds(method: str, run: Run) -> None:
     assert f"model.safetensors ({size:,} bytes)" in row(table, "files")
 
 
+def test_a_checkpoint_of_a_trainer_is_known_by_the_delta_in_it(run: Run) -> None:
+    delta = place("LoraModel", "bert_cls", lora_r=3)
+    delta.freeze_module()
+    delta.save_finetuned("out/checkpoint-4/delta")
+    delta.backbone_model.config.save_pretrained("out/checkpoint-4")
+    Path("out/checkpoint-4/model.safetensors").write_bytes(b"the Trainer's")
+    table = run("info out/checkpoint-4")
+    assert "lora_r=3" in row(table, "settings")
+    assert row(table, "sha256") == f"{delta.config.weights_sha256}: checked"
+    run("convert out/checkpoint-4 other --to bin")
+    converted = torch.load("other/pytorch_model.bin")
+    assert {*converted} == {name for name, _ in delta.named_parameters()}
+
+
 def test_info_of_a_name_downloads_no_weights(run: Run, tmp_path: Path) -> None:
     delta = place("LoraModel", "mlp", lora_r=3)
     delta.freeze_module()

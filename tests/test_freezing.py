@@ -11,7 +11,7 @@ from typing import Any
 import backbones
 import pytest
 import torch
-from cases import built, randomise
+from cases import IMPOSSIBLE, METHODS, built, output, randomise
 from hypothesis import given
 from hypothesis import strategies as st
 from pieces import part_and_whole
@@ -370,6 +370,71 @@ def test_a_freeze_that_forgets_the_deltas_says_so() -> None:
         warnings.simplefilter("error")
         delta.freeze_module(exclude=[delta])
         delta.freeze_module(exclude=["lora_B", "classifier"])
+
+
+def warnings_of(model: nn.Module, backbone: str, times: int = 1) -> list[str]:
+    """What the library warns of while the model runs."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(times):
+            output(model, backbone)
+    return [str(w.message) for w in caught if issubclass(w.category, DeltaWarning)]
+
+
+FORGOTTEN = [
+    (m, b) for m in METHODS for b in ("bert_cls", "llama", "mlp") if (m, b) not in IMPOSSIBLE
+]
+
+
+@pytest.mark.parametrize(("method", "backbone"), FORGOTTEN)
+def test_a_forgotten_freeze_is_told_once_when_training_begins(method: str, backbone: str) -> None:
+    model, delta = built(method, backbone)
+    assert warnings_of(model, backbone) == []  # in eval
+    with torch.no_grad():
+        assert warnings_of(model.train(), backbone) == []
+    with delta.detached:
+        assert warnings_of(model, backbone) == []  # the backbone alone trains
+    (message,) = warnings_of(model, backbone, times=2)
+    own = {id(p) for p in model.parameters()} - {id(p) for p in delta.parameters()}
+    assert "freeze_module was never called" in message and f"all {len(own)} parameters" in message
+    assert warnings_of(model, backbone) == []
+
+
+@pytest.mark.parametrize("frozen", ["deltas alone", "nothing, on purpose", "one by hand", "before"])
+@pytest.mark.parametrize("backbone", ["bert_cls", "llama", "mlp"])
+def test_a_backbone_that_somebody_froze_is_trained_without_a_word(
+    backbone: str, frozen: str
+) -> None:
+    model, delta = built("LoraModel", backbone)
+    children = [name for name, _ in model.named_children()]
+    if frozen == "deltas alone":
+        delta.freeze_module()
+    elif frozen == "nothing, on purpose":
+        delta.freeze_module(exclude=["deltas", *children])
+    elif frozen == "one by hand":
+        next(model.parameters()).requires_grad = False
+    else:
+        delta.freeze_module()
+        built_on_top = place("BitFitModel", backbone, model)
+        assert all(p.requires_grad for p in built_on_top.parameters())
+    assert trainable(model)
+    assert warnings_of(model.train(), backbone, times=2) == []
+
+
+def test_forgetting_is_told_of_a_loaded_delta_a_new_life_and_a_routed_batch(tmp_path: Path) -> None:
+    model, delta = built("LoraModel", "bert_cls")
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    assert warnings_of(model.train(), "bert_cls") == []
+    delta.remove()  # which unfreezes
+    again = AutoDeltaModel.from_finetuned(tmp_path, model)
+    assert warnings_of(model, "bert_cls") == []
+    assert len(warnings_of(model.train(), "bert_cls")) == 1
+    again.remove()
+    routed = LoraModel(model)
+    routed.detach()
+    with opendelta.route(model, [routed, None]):
+        assert len(warnings_of(model, "bert_cls", times=2)) == 1
 
 
 # --- the trimmed state dict -----------------------------------------------------------------------

@@ -697,7 +697,7 @@ def test_a_delta_that_the_first_forward_never_reaches_is_named_once() -> None:
 
 
 def test_a_delta_that_is_reached_or_detached_is_not_named() -> None:
-    model = Bypassed()
+    model = Bypassed().eval()
     opendelta.LoraModel(model, modified_modules=["called"], lora_r=1)
     unreached = opendelta.LoraModel(model, modified_modules=["read"], lora_r=1)
     unreached.detach()

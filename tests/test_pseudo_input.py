@@ -167,7 +167,7 @@ def test_the_pseudo_forward_is_no_first_forward() -> None:
             return self.b(y) if both else y
 
     for both in (True, False):
-        model: Any = Ways()
+        model: Any = Ways().eval()
         model.dummy_inputs = (X,)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

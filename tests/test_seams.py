@@ -1,4 +1,4 @@
-"""Private names of torch that the library leans on, one test for each; and what an import costs."""
+"""Private names that the library leans on, one test for each; and what an import costs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,29 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTModel,
+)
 
 import opendelta
 from opendelta.ground import seams
 
-# --- torch's private names ------------------------------------------------------------------------
+SMALL: dict[str, Any] = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+# --- private names of torch and transformers ------------------------------------------------------
 
 
 def test_forward_hooks() -> None:
@@ -139,6 +155,53 @@ def test_is_running() -> None:
         return seams.is_running("generate")
 
     assert generate() and not inner() and not seams.is_running("generate")
+
+    def work(module: str) -> bool:
+        return seams.is_running("work", module)
+
+    assert work(__name__) and not work("torch")
+
+
+def test_is_for_a_model_folder(tmp_path: Path) -> None:
+    """A model is saved by its user, by a Trainer when that is asked to, and as a checkpoint."""
+    told: list[bool] = []
+    model = BertForSequenceClassification(BertConfig(vocab_size=9, **SMALL))
+    model.register_state_dict_post_hook(lambda *_: told.append(seams.is_for_a_model_folder()))
+
+    def save_model() -> bool:
+        model.state_dict()
+        return told.pop()
+
+    rows = [{"input_ids": torch.arange(5), "labels": torch.tensor(0)}] * 8
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=1, save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True
+    )
+    trainer = Trainer(model=model, args=settings, train_dataset=rows)
+    trainer.train()
+    assert told == [False] and (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+    trainer.save_model()
+    model.save_pretrained(tmp_path)
+    assert told[1:] == [True, True]
+    assert not save_model() and not seams.is_for_a_model_folder()
+
+
+def test_names_in_model(tmp_path: Path) -> None:
+    """They are what ``from_pretrained`` finds, also for tensors that only we know."""
+    sizes = {"image_size": 4, "patch_size": 2, **SMALL}
+    made = ViTModel(ViTConfig(**sizes))
+    assert made.get_submodule("layers.0.attention.q_proj")
+    made.layers[0].attention.q_proj.register_parameter("more", nn.Parameter(torch.ones(1)))
+    made.save_pretrained(tmp_path)
+    (tmp_path / "plain").mkdir()
+    ViTModel(ViTConfig(**sizes)).save_pretrained(tmp_path / "plain")
+    names = {*load_file(tmp_path / "model.safetensors")}
+    assert len(names - {*made.state_dict()}) > 20  # all of the layers
+    read = ViTModel.from_pretrained(tmp_path / "plain")
+    for model in (made, read):
+        found = seams.names_in_model(model, names)
+        assert found.keys() == names and {*found.values()} == {*made.state_dict()}
+        assert seams.names_in_model(model, found.values()) == {n: n for n in found.values()}
+    assert seams.names_in_model(nn.Linear(1, 1), names) == {name: name for name in names}
 
 
 def test_frame_of_module_call() -> None:

@@ -13,7 +13,7 @@ from opendelta.center.cache import default_cache_dir, is_offline
 from opendelta.center.center import DeltaCenter
 from opendelta.center.contents import TEXT_LIMIT
 from opendelta.exceptions import CenterError, UnreachableError
-from opendelta.ground.files import CONFIG_FILE, resolve_folder, write_atomically
+from opendelta.ground.files import CONFIG_FILE, delta_folder, resolve_folder, write_atomically
 
 # Arguments of loading that say where a delta comes from, and how.
 SOURCE_ARGUMENTS = frozenset(
@@ -33,10 +33,10 @@ def resolve(
 ) -> Path:
     """The folder, or the config file, that a path, name or URL stands for.
 
-    In this order: a local file or folder; the ``http(s)`` URL of a config file; the name of a
-    delta on a center. The center is asked which version is the current one, and that comes from
-    the cache if it is there. Offline, or where the center does not answer, the last one that was
-    pulled is used, and the log says which.
+    In this order: a local file or folder, of a Trainer's checkpoint the ``delta`` in it; the
+    ``http(s)`` URL of a config file; the name of a delta on a center. The center is asked which
+    version is the current one, and that comes from the cache if it is there. Offline, or where the
+    center does not answer, the last one that was pulled is used, and the log says which.
 
     Args:
         path_or_name: a path, ``user/name``, or the URL of a config file.
@@ -47,6 +47,8 @@ def resolve(
         CheckpointError: if it is neither a path nor a name.
         CenterError: if a center refuses it, does not answer, or sends something damaged.
     """
+    if os.path.isdir(path_or_name):
+        return delta_folder(path_or_name)
     if os.path.exists(path_or_name):
         return Path(path_or_name)
     if not isinstance(path_or_name, str) or path_or_name.startswith((".", "/", "~")):

@@ -17,8 +17,8 @@ from opendelta.exceptions import CheckpointError, ConfigError
 from opendelta.ground.files import (
     SAFETENSORS_FILE,
     TORCH_FILE,
+    delta_folder,
     read_tensors,
-    resolve_folder,
     write_tensors,
 )
 from opendelta.saving.peft_files import CONFIG_FILE as PEFT_CONFIG_FILE
@@ -46,14 +46,14 @@ def run_convert(asked: argparse.Namespace) -> None:
         delta = AutoDeltaModel.from_peft(source, _backbone(asked.model, asked.model_class))
         delta.save_finetuned(target, save_function=torch.save if to == "bin" else None)
     elif to == "peft":
-        config = AutoDeltaConfig.from_finetuned(resolve_folder(source))
+        config = AutoDeltaConfig.from_finetuned(delta_folder(source))
         method = model_class_for(config)
         if not hasattr(method, "peft_type"):
             raise ConfigError(f"{source} holds a {config.delta_type!r} delta, which PEFT has not.")
         backbone = _backbone(asked.model, asked.model_class or config.backbone_class)
         method.from_finetuned(source, backbone).export_peft(target)
     else:
-        _save_anew(resolve_folder(source), target, TORCH_FILE if to == "bin" else SAFETENSORS_FILE)
+        _save_anew(delta_folder(source), target, TORCH_FILE if to == "bin" else SAFETENSORS_FILE)
     print(target)
 
 

@@ -19,7 +19,7 @@ from opendelta.center.contents import FILES, DeltaInfo, expected_files
 from opendelta.cli.shared import plain
 from opendelta.delta.config import ConfigFields
 from opendelta.exceptions import CenterError
-from opendelta.ground.files import read_verified, resolve_folder, weights_in
+from opendelta.ground.files import delta_folder, read_verified, weights_in
 from opendelta.inspection.display import show
 
 
@@ -28,7 +28,7 @@ def run_info(asked: argparse.Namespace) -> None:
     local = os.path.exists(asked.delta)
     found = _local_info(asked.delta) if local else _center_info(asked)
     config = AutoDeltaConfig.from_dict(found.config)
-    weights = _weights(Path(asked.delta), config) if local else None
+    weights = _weights(delta_folder(asked.delta), config) if local else None
     if asked.json:
         print(json.dumps({**vars(found), "weights": weights}, indent=2, sort_keys=True))
         return
@@ -74,7 +74,7 @@ def _values(tensors: Iterable[Tensor]) -> int:
 
 
 def _local_info(path: str) -> DeltaInfo:
-    folder = resolve_folder(path)
+    folder = delta_folder(path)
     sizes = {n: (folder / n).stat().st_size for n in FILES if (folder / n).is_file()}
     return DeltaInfo.of(folder, sizes, path)
 

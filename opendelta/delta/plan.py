@@ -309,8 +309,6 @@ class Plan:
         p = next(module.parameters(), None)
         if p is not None and (p.device, p.dtype) != (device or p.device, dtype or p.dtype):
             module.to(device=device, dtype=dtype)
-        if module.training != host.training:
-            module.train(host.training)
 
 
 def reads_without_calling(backbone: nn.Module, name: str) -> bool:

@@ -24,6 +24,7 @@ CONFIG_FILE = "config.json"
 SAFETENSORS_FILE = "model.safetensors"
 TORCH_FILE = "pytorch_model.bin"
 WEIGHT_FILES = (SAFETENSORS_FILE, TORCH_FILE)
+IN_CHECKPOINT = "delta"  # the folder that `DeltaCallback` writes into a Trainer's checkpoint
 
 
 def resolve_folder(path: str | os.PathLike[str]) -> Path:
@@ -41,8 +42,31 @@ def resolve_folder(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields in a delta's ``config.json`` (a folder that holds it, or the file itself).
+def delta_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder of a saved delta: `path`, or the one that lies in this checkpoint of a Trainer.
+
+    Raises:
+        CheckpointError: if there is no such folder.
+    """
+    folder = resolve_folder(path)
+    inside = folder / IN_CHECKPOINT
+    return inside if (inside / CONFIG_FILE).is_file() and not delta_config(folder) else folder
+
+
+def delta_config(folder: Path) -> dict[str, Any]:
+    """The fields of the delta's config in a folder; none where there is no such config."""
+    try:
+        return read_config(folder) if folder.is_dir() else {}
+    except CheckpointError:
+        return {}
+
+
+def read_config(path: str | os.PathLike[str], to_load: bool = False) -> dict[str, Any]:
+    """The fields in a delta's ``config.json``.
+
+    Args:
+        path: a folder that holds it, or the file itself.
+        to_load: whether the delta is to be loaded, so that errors tell what else may be done.
 
     Raises:
         CheckpointError: if it is missing, is not JSON, or is not a delta's config.
@@ -62,6 +86,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         hint = " It is PEFT's: AutoDeltaModel.from_peft reads it." if of_peft else ""
         raise CheckpointError(
             f"{file.parent} holds no {CONFIG_FILE}: no delta was saved there.{hint}"
+            f"{_ways_on(file.parent) if to_load else ''}"
         ) from error
     except (ValueError, RecursionError) as error:  # the latter where brackets nest too deep
         raise CheckpointError(f"{file} is not valid JSON ({error}).") from error
@@ -71,8 +96,26 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} is {what}: it has no 'delta_type'. Load a backbone with its own class, then "
             "its delta from the folder that save_finetuned wrote."
+            f"{_ways_on(file.parent) if to_load else ''}"
         )
     return values
+
+
+def _ways_on(folder: Path) -> str:
+    """How to get at the delta in a folder that was written of a whole model, for a message."""
+    runs = [run for run in folder.glob("checkpoint-*") if (run / IN_CHECKPOINT).is_dir()]
+    if runs:
+        last = max(runs, key=lambda run: (len(run.name), run.name))
+        return f" The checkpoints in it hold one each: name one of them, such as {str(last)!r}."
+    if not any((folder / name).is_file() for name in (*WEIGHT_FILES, "trainer_state.json")):
+        return ""
+    return (
+        " If a Trainer or save_pretrained wrote it of a model with a delta on it, there are three "
+        "ways to go on: pass delta_config=, the config of that delta, to load the tensors that "
+        "lie here; or put the same delta on the model with its own class and call "
+        f"delta.load_checkpoint({str(folder)!r}); or train with callbacks=[DeltaCallback(delta)], "
+        f"which writes a folder {IN_CHECKPOINT!r} that can be loaded into each checkpoint."
+    )
 
 
 def weights_in(path: str | os.PathLike[str], preferred: str | None = None) -> Path:

@@ -1,12 +1,13 @@
-"""Private names of torch that the library leans on, each with the reason and the versions tried.
+"""Private names of torch and transformers that are leaned on, each with reason and versions tried.
 
-Where torch moves one of them, the test of that name in ``tests/test_seams.py`` fails.
+Where one of them moves, the test of that name in ``tests/test_seams.py`` fails.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -70,12 +71,52 @@ def runs_backward() -> bool:
     return torch._C._current_graph_task_id() >= 0
 
 
-def is_running(function: str) -> bool:
-    """Whether a function of this name is running, further out."""
+def is_running(function: str, module: str | None = None) -> bool:
+    """Whether a function of this name is running, further out; of this module, if one is named."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_name != function:
+    while frame is not None:
+        if frame.f_code.co_name == function and module in (None, frame.f_globals.get("__name__")):
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
+
+
+def is_for_a_model_folder() -> bool:
+    """Whether a state dict is asked for here to be written into a folder that looks like a model's.
+
+    A hook on a state dict is not told what it is for. ``save_pretrained`` asks for it, or already
+    the `save_model` of transformers' Trainer; where `_save_checkpoint` calls that, it is for the
+    Trainer to resume from. Transformers 5.20 to 5.23.
+    """
+    if not (is_running("save_pretrained") or is_running("save_model", "transformers.trainer")):
+        return False
+    return not is_running("_save_checkpoint")
+
+
+def names_in_model(model: nn.Module, saved: Iterable[str]) -> dict[str, str]:
+    """Names in a file that ``save_pretrained`` wrote of `model` -> names in the model.
+
+    Where transformers has renamed modules, its files keep the older names, those of a delta's
+    tensors included. ``from_pretrained`` alone takes that back, ``load_state_dict`` does not.
+    Transformers 5.20 to 5.23.
+    """
+    modelling = sys.modules.get("transformers.modeling_utils")
+    if modelling is None or not isinstance(model, modelling.PreTrainedModel):
+        return {name: name for name in saved}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightRenaming
+
+    known = getattr(model, "_weight_conversions", None)
+    if known is None:  # it was made from a config
+        known = get_model_conversion_mapping(model, add_legacy=False)
+        known = [each for each in known if not isinstance(each, PrefixChange)]
+    renamings = copy.deepcopy([each for each in known if isinstance(each, WeightRenaming)])
+    found = {}
+    for name in saved:
+        found[name] = name
+        for renaming in renamings:  # which note that they were used
+            found[name], _ = renaming.rename_source_key(found[name])
+    return found
 
 
 def frame_of_module_call() -> FrameType | None:

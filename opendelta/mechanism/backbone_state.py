@@ -54,6 +54,7 @@ class BackboneState(TrimmedStateDict):
         held: overrides `trimmed` after an attach or detach with ``reset_state_dict=False``.
         told_ties: tied names that a freeze has already mentioned.
         is_new: whether the next forward tells which deltas it never reached.
+        is_untrained: whether no forward in training has run with a delta yet.
         is_unsettled: whether forwards with gradients still look for deltas that would not train.
         repacks: whether 4-bit weights may be repacked under a training model.
         probing: whether a pseudo input runs, which is nobody's first forward.
@@ -70,6 +71,7 @@ class BackboneState(TrimmedStateDict):
         self.trimmed = False
         self.held: bool | None = None
         self.told_ties: set[str] = set()
+        self.is_untrained = True
         self.is_new = self.is_unsettled = self.repacks = self.probing = False
         self.handles: list[RemovableHandle] = []
         self.watching: list[RemovableHandle] = []
@@ -197,8 +199,13 @@ class BackboneState(TrimmedStateDict):
             if module.training:
                 route = None if Dispatcher.router is None else Dispatcher.router(module)
                 for delta in self.deltas if route is None else dict.fromkeys(route.deltas):
-                    acts = delta is not None and (route is not None or delta.is_attached)
-                    term = delta.loss_term() if acts and delta.adds_to_loss else None
+                    if delta is None or (route is None and not delta.is_attached):
+                        continue
+                    if self.is_untrained:
+                        self.is_untrained = False
+                        if not self.was_trainable:  # else that is what freeze_module left
+                            watch.report_unfrozen(module, (p for _, p in own_parameters(module)))
+                    term = delta.loss_term() if delta.adds_to_loss else None
                     if term is not None:
                         output = watch.add_to_loss(module, kwargs, output, term)
                 return output

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
 from opendelta.backends.bmt import is_distributed
+from opendelta.exceptions import DeltaWarning, warn
+from opendelta.ground.seams import is_for_a_model_folder, names_in_model
 from opendelta.ground.walk import named_tensors
+
+_told: WeakSet[nn.Module] = WeakSet()  # of whose folders it was said that they are no models'
 
 
 class TrimmedStateDict:
@@ -27,21 +32,42 @@ class TrimmedStateDict:
         """After ``state_dict()``: reduce in place what `module` put into it."""
         if self.is_trimmed():
             keep = active_names(module, self.constants())
-            for name, _ in named_tensors(module):
-                if name not in keep:
-                    state_dict.pop(prefix + name, None)
+            left_out = [name for name, _ in named_tensors(module) if name not in keep]
+            for name in left_out:
+                state_dict.pop(prefix + name, None)
+            if left_out and module not in _told and is_for_a_model_folder():
+                _told.add(module)
+                _warn_of_folder(module, len(keep), len(left_out))
 
     def accept(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Before ``load_state_dict()``: let a reduced dict stand for itself and what is frozen now.
 
         What has no values on the meta device stays missing, as anywhere. BMTrain, which takes whole
-        values alone, is to load with ``strict=False`` instead.
+        values alone, is to load with ``strict=False`` instead. The older names in files of
+        ``save_pretrained``, from which a Trainer resumes, are known.
         """
         if self.is_trimmed():
-            keep = active_names(module, self.constants())
-            for name, tensor in named_tensors(module):
+            keep, tensors = active_names(module, self.constants()), dict(named_tensors(module))
+            given = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+            if unknown := [name for name in given if name not in tensors]:
+                for saved, name in names_in_model(module, unknown).items():
+                    if name in tensors:
+                        state_dict.setdefault(prefix + name, state_dict.pop(prefix + saved))
+            for name, tensor in tensors.items():
                 if name not in keep and not (tensor.is_meta or is_distributed(tensor)):
                     state_dict.setdefault(prefix + name, tensor.detach())
+
+
+def _warn_of_folder(module: nn.Module, kept: int, left_out: int) -> None:
+    warn(
+        f"What is saved here is not the whole {type(module).__name__}: {kept} tensors, those that "
+        f"train, without the {left_out} that are frozen. from_pretrained would make those up at "
+        "random; only a Trainer that resumes has them at hand. The delta alone is saved by "
+        "delta.save_finetuned(folder). A whole model is written after delta.merge(); where the "
+        "method has no merging, `with delta.detached: model.save_pretrained(folder)` writes the "
+        "backbone, beside which the delta is saved. This is said once.",
+        DeltaWarning,
+    )
 
 
 def active_names(module: nn.Module, constants: set[int]) -> set[str]:

@@ -31,6 +31,19 @@ def report_unreached(insertions: Iterable[Insertion]) -> None:
         )
 
 
+def report_unfrozen(backbone: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """In the first forward in training: tell if nobody has frozen any of these."""
+    trains = {id(p): p.requires_grad for p in parameters if p.is_floating_point()}
+    if trains and all(trains.values()):
+        warn(
+            f"The whole {type(backbone).__name__} trains, all {len(trains)} parameters of its own: "
+            "freeze_module was never called, and save_finetuned writes the delta alone. Call "
+            "delta.freeze_module(exclude=['deltas', 'classifier']), or whatever else shall train "
+            "and be saved, before the optimizer is made.",
+            DeltaWarning,
+        )
+
+
 def require_training(backbone: nn.Module, insertions: Iterable[Insertion]) -> bool:
     """In a forward with gradients: refuse deltas that would not train.
 

@@ -21,6 +21,7 @@ from opendelta.ground.files import (
     SAFETENSORS_FILE,
     TORCH_FILE,
     WEIGHT_FILES,
+    delta_config,
     read_config,
     write_atomically,
     write_tensors,
@@ -162,14 +163,6 @@ def require_own(delta: Delta, backbone: nn.Module | None) -> None:
     """
     if backbone is not None and uncompiled(backbone) is not delta.backbone_model:
         raise InsertionError("backbone_model is not the backbone that this delta is on.")
-
-
-def delta_config(folder: Path) -> dict[str, Any]:
-    """The fields of the delta's config in a folder; none where there is no such config."""
-    try:
-        return read_config(folder) if folder.is_dir() else {}
-    except CheckpointError:
-        return {}
 
 
 def _warn_of_what_is_left_out(delta: Delta) -> None:

@@ -22,12 +22,15 @@ from opendelta.delta.registry import model_class_for
 from opendelta.delta.switching import is_attached, is_merged
 from opendelta.exceptions import CheckpointError, ConfigError
 from opendelta.ground.files import (
+    CONFIG_FILE,
+    delta_config,
     read_config,
     read_tensors,
     read_verified,
     require_tensors,
     weights_in,
 )
+from opendelta.ground.seams import names_in_model
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import BackboneState, deltas
 from opendelta.mechanism.changes import Changes, one_at_a_time
@@ -35,7 +38,7 @@ from opendelta.mechanism.engines import require_whole
 from opendelta.mechanism.insertion import switch
 from opendelta.mechanism.slot import CarriedParameter
 from opendelta.saving.backbone_check import check_backbone
-from opendelta.saving.checkpoint import delta_config, require_own
+from opendelta.saving.checkpoint import require_own
 from opendelta.saving.hashing import bare_parameters, gen_parameter_hash
 from opendelta.saving.made_modules import made_modules
 
@@ -86,7 +89,7 @@ def from_finetuned(
         path = source() if config is None or tensors is None else Path()
         from_file = config is None
         if config is None:
-            values = read_config(path)
+            values = read_config(path, to_load=True)
             config = class_for(cls, values).config_class.from_dict(values, **overriding)
             overriding = {}
         model_class = class_for(cls, config)
@@ -94,7 +97,9 @@ def from_finetuned(
         made.from_file = made.from_file or from_file
         if tensors is None:
             folder = path.parent if path.suffix == ".json" else path
-            tensors = read_verified(folder, made.weights_file, made.weights_sha256)
+            vouches = from_file or bool(delta_config(folder))  # not that of another folder
+            told = (made.weights_file, made.weights_sha256) if vouches else (None, None)
+            tensors = _named_as_here(read_verified(folder, *told), folder, backbone)
         read.append(_fingerprint(tensors))
     check_backbone(made, backbone, check_hash)
     if any(type(other) is model_class and is_attached(other) for other in deltas(backbone)):
@@ -117,6 +122,16 @@ def from_finetuned(
         _set_to_eval(backbone, delta, changes)
         _load(delta, tensors, changes, is_new=True)
     return delta
+
+
+def _named_as_here(
+    tensors: dict[str, Tensor], folder: Path, backbone: nn.Module
+) -> dict[str, Tensor]:
+    """Tensors under the names that they have in the model, also where ``save_pretrained`` wrote."""
+    if not (folder / CONFIG_FILE).is_file() or delta_config(folder):
+        return tensors
+    names = names_in_model(backbone, tensors)
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def _set_to_eval(backbone: nn.Module, delta: Delta, changes: Changes) -> None:
@@ -142,6 +157,7 @@ def load_checkpoint(
     with agreeing(delta.backbone_model, CheckpointError) as read:
         values = delta_config(Path(path))
         tensors = read_tensors(weights_in(path, values.get("weights_file")), load_func)
+        tensors = _named_as_here(tensors, Path(path), delta.backbone_model)
         read.append(_fingerprint(tensors))
     _load(delta, tensors, Changes(), values.get("backbone_hash_excludes"))
 

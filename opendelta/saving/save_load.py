@@ -232,10 +232,12 @@ class SaveLoadMixin(Delta):
         Nothing is frozen: to train on, call `freeze_module`.
 
         Args:
-            finetuned_delta_path: the folder that `save_finetuned` wrote, or ``user/name`` on a
-                center; None if both `delta_config` and `state_dict` are given.
+            finetuned_delta_path: the folder that `save_finetuned` wrote, a Trainer's checkpoint
+                with the ``delta`` that `DeltaCallback` wrote into it, or ``user/name`` on a center;
+                None if both `delta_config` and `state_dict` are given.
             backbone_model: the backbone, modified in place.
-            delta_config: a config (or dict) to use instead of the folder's.
+            delta_config: a config (or dict) to use instead of the folder's. With it, the folder
+                may be one that a Trainer or ``save_pretrained`` wrote of a model with this delta.
             cache_dir, force_download, local_files_only: for deltas that are downloaded, see
                 `DeltaCenter.pull`.
             state_dict: tensors to load instead of the folder's.
