@@ -304,7 +304,7 @@ class DeltaBase(SaveLoadMixin):
     def summary(self) -> Summary:
         """A table of what this delta added, which prints itself in terminals and notebooks."""
         entries = [
-            (i.host_name, i.name, i.content) for i in self.insertions if i.content is not None
+            (i.place_name, i.name, i.content) for i in self.insertions if i.content is not None
         ]
         return summary(entries, num_total_parameters(self.backbone_model))
 

@@ -63,7 +63,7 @@ def combine(deltas: Sequence[DeltaBase], weights: Sequence[float]) -> DeltaBase:
     owner = _owner(deltas)
     kept = {} if owner is None else besides(owner)
     modules = [i for d in deltas if d is owner for i in d.insertions if isinstance(i, OwnModule)]
-    own = {f"[r]^{re.escape(i.full_name)}$": copy.deepcopy(i.module) for i in modules}
+    own = {f"[r]^{re.escape(i.place_name)}$": copy.deepcopy(i.module) for i in modules}
     with one_at_a_time(), within(torch.no_grad(), torch.random.fork_rng(devices=[])):
         values = first.combined_tensors(deltas, weights)
         with held_back() as plans:

@@ -82,7 +82,7 @@ class Plan:
     @property
     def modules(self) -> list[str]:
         """Names of the modules that would carry something of the delta, in order."""
-        brings = {i.host_name for i in self.insertions if i.content is not None}
+        brings = {i.place_name for i in self.insertions if i.content is not None}
         return [name for name, _ in own_modules(self.backbone) if name in brings]
 
     @property
@@ -100,7 +100,7 @@ class Plan:
     def summary(self) -> Summary:
         """The table: what is added where."""
         entries = [
-            (i.host_name, i.name, i.content) for i in self.insertions if i.content is not None
+            (i.place_name, i.name, i.content) for i in self.insertions if i.content is not None
         ]
         return summary(entries, num_total_parameters(self.backbone))
 

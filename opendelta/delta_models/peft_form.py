@@ -118,7 +118,7 @@ class PeftForm(DeltaBase):
         """PEFT's config and tensors of this delta."""
         layers: dict[str, Any] = {i.host_name: i for i in self.insertions if i.of_method}
         own = {name for i in layers.values() for name, _ in i.named_tensors()}
-        places = [i.full_name for i in self.insertions if isinstance(i, OwnModule)]
+        places = [i.place_name for i in self.insertions if isinstance(i, OwnModule)]
         trained = {n: tensor for n, tensor in self.checkpoint_tensors().items() if n not in own}
         with bare(self.backbone_model) as backbone:
             others = [name for name, _ in backbone.named_modules() if name and name not in layers]

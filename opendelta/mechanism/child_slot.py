@@ -52,7 +52,7 @@ class ChildSlot:
         after = self._acting(changes)
         children = changes.of(self.parent._modules)
         outgoing = children[self.name]
-        incoming = self.original if after is None else after.module
+        incoming = changes.get(self, "original") if after is None else after.module
         if outgoing is incoming or outgoing is None:
             return
         now = place_of(outgoing)
@@ -87,8 +87,7 @@ class Replacement(WithModule):
         self.child_slot, self.is_on = slot, False
 
     @property
-    def full_name(self) -> str:
-        """The name of the place in the backbone."""
+    def place_name(self) -> str:
         return dotted(self.host_name, self.name)
 
     @property
@@ -157,7 +156,7 @@ class OwnModule(Replacement):
         original = self.child_slot.original
         if not is_called(original):
             raise InsertionError(
-                f"{self.full_name!r} is read by its parent, never called, so a module of this "
+                f"{self.place_name!r} is read by its parent, never called, so a module of this "
                 "delta's own cannot act there row by row: run the rows apart."
             )
         return [original]

@@ -102,6 +102,11 @@ class Insertion:
         return self.host
 
     @property
+    def place_name(self) -> str:
+        """The name of the place in the backbone that tables show."""
+        return self.host_name
+
+    @property
     def places(self) -> list[nn.Module]:
         """The modules that it changes."""
         return [self.host]
