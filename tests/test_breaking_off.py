@@ -81,11 +81,24 @@ def bare(method: str = "LoraModel") -> nn.Module:
     return BertModel(config).eval()
 
 
-def new(method: str, model: nn.Module, make: Any = None) -> DeltaBase:
+def new(method: str, model: nn.Module, make: Any = None, **more: Any) -> DeltaBase:
     torch.manual_seed(1)
     made = getattr(opendelta, method) if make is None else make
-    delta: DeltaBase = made(model, **{**ON_NET, **ON_BERT}[method])
+    delta: DeltaBase = made(model, **{**ON_NET, **ON_BERT}[method], **more)
     return delta
+
+
+def owning(method: str, model: nn.Module) -> DeltaBase:
+    return new(method, model, own_modules=["norm" if isinstance(model, Net) else "pooler"])
+
+
+def placed_owning(method: str, *acts: Callable[[DeltaBase], Any]) -> tuple[nn.Module, DeltaBase]:
+    model = bare(method)
+    delta = owning(method, model)
+    randomise(delta)
+    for act in acts:
+        act(delta)
+    return model, delta
 
 
 def placed(method: str, *acts: Callable[[DeltaBase], Any]) -> tuple[nn.Module, DeltaBase]:
@@ -183,6 +196,9 @@ def operations(method: str) -> dict[str, Operation]:
             partial(two, method),
             lambda m, a, b: opendelta.combine([a, b], weights=[1.0, 0.5]),
         ),
+        "construct with its own": (lambda: (bare(method),), lambda m: owning(method, m)),
+        "detach with its own": (partial(placed_owning, method), lambda m, d: d.detach()),
+        "remove with its own": (partial(placed_owning, method), lambda m, d: d.remove()),
         "with detached": (on, partial(in_block, "detached")),
         "with attached": (partial(on, DETACH), partial(in_block, "attached")),
     }
@@ -194,6 +210,10 @@ def operations(method: str) -> dict[str, Operation]:
             "unmerge": (partial(on, MERGE), lambda m, d: d.unmerge()),
             "remove a merged one": (partial(on, MERGE), lambda m, d: d.remove()),
             "merge for good": (on, lambda m, d: d.merge_and_remove()),
+            "merge for good with its own": (
+                partial(placed_owning, method),
+                lambda m, d: d.merge_and_remove(),
+            ),
             "load into a merged one": (partial(on, MERGE), lambda m, d: d.load_checkpoint(folder)),
         }
         if method not in ("BitFitModel", "DoraModel"):  # of which two on one module cannot be
@@ -363,6 +383,8 @@ QUICK = {  # one operation of each kind
     **dict.fromkeys(("with attached",), "AdapterModel"),
     "merge where it is tied": "LoraModel",
     "merge for good": "LoraModel",
+    "construct with its own": "LoraModel",
+    "merge for good with its own": "LoraModel",
 }
 
 
