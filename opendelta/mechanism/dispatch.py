@@ -160,7 +160,8 @@ class Dispatcher:
         handle: kept for taking the hook off, and in pickles, where it keeps torch's hook counter
             from handing out the same id again in another process.
         fuses: whether one of the entries is handed those before it.
-        fired: whether its module was called since it was registered (outside compiled code).
+        names: of its deltas, attached or not.
+        fired: those that were here when the module was called last (outside compiled code).
         router: finds the route that is in force for a module, see `opendelta.routing`; None while
             there is none in any thread.
     """
@@ -171,7 +172,9 @@ class Dispatcher:
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.handle: RemovableHandle | None = None
-        self.fuses = self.fired = False
+        self.fuses = False
+        self.names: frozenset[str] = frozenset()
+        self.fired: frozenset[str] = frozenset()
 
     @classmethod
     def on(cls, module: nn.Module, changes: Changes | None = None) -> Self | None:
@@ -212,7 +215,9 @@ class Dispatcher:
 
     def _let(self, changes: Changes, entries: list[Entry]) -> None:
         fuses = any(action in FUSING for _, action in entries)
-        changes.set(self, entries=entries, fuses=fuses)
+        names = frozenset(name for name, _ in entries)
+        fired = changes.get(self, "fired") & names
+        changes.set(self, entries=entries, fuses=fuses, names=names, fired=fired)
 
 
 class BeforeDispatcher(Dispatcher):
@@ -222,7 +227,7 @@ class BeforeDispatcher(Dispatcher):
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if not torch.compiler.is_compiling():
-            self.fired = True
+            self.fired = self.names
         if Dispatcher.router is not None and (route := Dispatcher.router(module)) is not None:
             args, kwargs = route.run(self.entries, module, (args, kwargs))
             return args, kwargs
@@ -244,7 +249,7 @@ class AfterDispatcher(Dispatcher):
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         if not torch.compiler.is_compiling():
-            self.fired = True
+            self.fired = self.names
         if Dispatcher.router is not None and (route := Dispatcher.router(module)) is not None:
             return route.run(self.entries, module, (args, kwargs, output))[2]
         if self.fuses:

@@ -123,6 +123,19 @@ class Insertion:
 
     # --- what others ask --------------------------------------------------------------------
 
+    def misfit(self) -> str | None:
+        """Which size its host has, and which it is made for, where they differ."""
+        return None
+
+    def grow(self, changes: Changes) -> bool:
+        """Let it have the size of a host that has grown; whether it can."""
+        return False
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether its host was called since it is there; None if it needs no call to act."""
+        return None
+
     @property
     def dispatcher(self) -> Dispatcher | None:
         """What calls it."""
@@ -254,6 +267,19 @@ class ModuleInsertion(WithModule):
     @property
     def dispatcher(self) -> Dispatcher | None:
         return self.side.on(self.host)
+
+    @property
+    def reached(self) -> bool | None:
+        return None if self.dispatcher is None else self.name in self.dispatcher.fired
+
+    def misfit(self) -> str | None:
+        asked: Any = getattr(self.module, "misfit", None)
+        said: str | None = None if asked is None else asked(self.host)
+        return said
+
+    def grow(self, changes: Changes) -> bool:
+        asked: Any = getattr(self.module, "grow", None)
+        return asked is not None and bool(asked(self.host, changes))
 
     @property
     def brought(self) -> list[nn.Module]:
