@@ -17,8 +17,8 @@ from opendelta.delta.pseudo_input import measure_widths
 from opendelta.delta.record import record_of
 from opendelta.exceptions import DeltaWarning, InsertionError, warn
 from opendelta.ground.blocks import undone
+from opendelta.ground.bytecode import children_read
 from opendelta.ground.names import dotted, numbered
-from opendelta.ground.seams import children_read
 from opendelta.ground.walk import child_of, unblocked
 from opendelta.ground.widths import read_widths
 from opendelta.inspection.statistics import num_total_parameters
@@ -153,8 +153,8 @@ class Plan:
             parent = host_name.rpartition(".")[0]
             takes = self._takes(parent)
             raise InsertionError(
-                f"The weight of {host_name!r} is read by its parent {parent!r}, which never calls "
-                "it, so a delta on it would not act. "
+                f"{host_name!r} is read by its parent {parent!r}, never called, so a delta on it "
+                "would not act. "
                 + (f"Name {parent!r} instead." if takes else "Leave it out with exclude_modules.")
             )
         mine = [i for i in self.on(module) if i.module is not None]

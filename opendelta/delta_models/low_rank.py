@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.addressing.patterns import as_patterns, matches_any
 from opendelta.backends.sharding import is_shard
-from opendelta.delta.plan import Plan
+from opendelta.delta.plan import Plan, reads_without_calling
 from opendelta.delta_models.host_kinds import (
     Embedding,
     HostKind,
@@ -86,7 +86,7 @@ class LoraLayer(nn.Module):
         if isinstance(self.kind, Embedding) and not torch.compiler.is_compiling():
             misfit = self.misfit(host)
             if misfit is not None:
-                raise of_other_size(f"The {self._get_name()} on a {type(host).__name__}", misfit)
+                raise of_other_size(f"The {self._get_name()} beside {type(host).__name__}", misfit)
 
     @torch.no_grad()
     def grow(self, host: nn.Module, changes: Changes) -> bool:
@@ -176,14 +176,16 @@ class LowRankModel(PeftLora):
         raise NotImplementedError
 
     def default_targets(self, structure: CommonStructureMap) -> list[list[str]]:
-        """The projections of q and v; in a backbone without any, those of the feed-forward."""
-        roles = self.default_modified_modules
-        if set(roles).isdisjoint(structure.roles()):
-            roles = ["ff.w1", "ff.w2"]
-        transposed = {
-            name for name, m in self.plan.targeting.own if getattr(m, "transposed", False)
-        }
-        found = [[n for n in structure.addressed(role) if n not in transposed] for role in roles]
+        """The projections of q and v; where none of those is called, those of the feed-forward."""
+        backbone, own = self.plan.backbone, self.plan.targeting.own
+        transposed = {name for name, m in own if getattr(m, "transposed", False)}
+
+        def linear(roles: list[str]) -> list[list[str]]:
+            return [[n for n in structure.addressed(r) if n not in transposed] for r in roles]
+
+        found = linear(self.default_modified_modules)
+        if all(reads_without_calling(backbone, name) for hits in found for name in hits):
+            found += linear(["ff.w1", "ff.w2"])
         return found
 
     def plan_targets(self, plan: Plan, patterns: list[str]) -> None:

@@ -30,8 +30,8 @@ def require_hookable(module: nn.Module, name: str) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise InsertionError(
             f"{name!r} is compiled by TorchScript, which runs no hooks, so a delta on it would not "
-            "act. Put the delta on the model of Python, then trace that (torch.jit.trace), or leave "
-            "the module out with exclude_modules."
+            "act. Put the delta on the model of Python, then trace that (torch.jit.trace), or "
+            "leave the module out with exclude_modules."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from opendelta.delta.delta import Delta
 from opendelta.delta.registry import every_method
@@ -47,6 +48,14 @@ def require_mergeable(delta: Delta) -> None:
         )
     require_hosts(delta.backbone_model, delta.insertions)
     _require_reached(delta)
+    computed = [i for i in delta.insertions if i.content is not None and is_parametrized(i.host)]
+    if computed:
+        raise InsertionError(
+            f"{computed[0].host_name!r} is parametrized (weight norm and the like): its weight is "
+            "computed anew from other parameters whenever it is used, so there is none to merge "
+            "into. Keep the delta, or leave such modules out with exclude_modules. Nothing was "
+            "merged."
+        )
 
 
 def _require_reached(delta: Delta) -> None:
