@@ -44,6 +44,7 @@ class Insertion:
         reads_host: whether it depends on more of the host than what that is given and gives.
         saved: whether it goes into files.
         is_named_as_own: whether patterns for the backbone name it itself (BitFit's ``bias``).
+        trained: names of its parameters that the last freeze left trainable.
     """
 
     host: nn.Module
@@ -57,6 +58,7 @@ class Insertion:
     reads_host: bool = False
     saved: bool = True
     is_named_as_own: ClassVar[bool] = False
+    trained: frozenset[str] = frozenset()
 
     # --- on and off -------------------------------------------------------------------------
 
@@ -279,7 +281,12 @@ class ModuleInsertion(WithModule):
 
     def grow(self, changes: Changes) -> bool:
         asked: Any = getattr(self.module, "grow", None)
-        return asked is not None and bool(asked(self.host, changes))
+        if asked is None or not asked(self.host, changes):
+            return False
+        for name, p in self.named_parameters():
+            if name in self.trained:  # transformers freezes it with the embedding that it resizes
+                changes.do(p.requires_grad_, True)
+        return True
 
     @property
     def brought(self) -> list[nn.Module]:

@@ -198,6 +198,9 @@ def _frozen(
                 flag = (kept or reached) and id(p) not in constant
                 flags[p] = flag
                 trains = trains or flag
+            own = insertion.named_parameters()
+            trained_names = (name for name, p in own if flags.get(p, p.requires_grad))
+            changes.set(insertion, trained=frozenset(trained_names))
     deltas_train = trains
 
     named: dict[int, list[str]] = {}
