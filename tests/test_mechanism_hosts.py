@@ -35,7 +35,7 @@ VERBS: dict[str, Callable[[DeltaBase, Path], Any]] = {
 # What of a backbone is replaced by a copy of itself, and it is where each method sits.
 PARTS = {"bert_cls": "bert.encoder.layer.1", "llama": "model.layers.1", "t5": "encoder.block.1"}
 HERE = [
-    (method, backbone)
+    pytest.param(method, backbone, marks=() if backbone == "bert_cls" else pytest.mark.slow)
     for method in METHODS
     for backbone in PARTS
     if method not in ("SoftPromptModel", "CompacterModel", "LowRankAdapterModel")
