@@ -771,3 +771,19 @@ def test_a_parametrized_weight_is_refused_with_its_reason() -> None:
     delta = LoraModel(model, modified_modules=["[r]^[01]$"])
     with pytest.raises(InsertionError, match="'0' is parametrized .*exclude_modules"):
         delta.merge()
+
+
+@pytest.mark.parametrize("verb", ["unmerge", "remove"])
+def test_a_weight_that_was_resized_while_merged(verb: str) -> None:
+    """Unmerging would shrink it again; what is left in for good need not be computed anew."""
+    model: Any = backbones.build("llama")
+    delta = LoraModel(model, modified_modules=["embed_tokens", "q_proj"])
+    randomise(delta)
+    delta.merge(untie=True)
+    embedding = model.get_input_embeddings()
+    model.resize_token_embeddings(embedding.num_embeddings + 4, mean_resizing=False)
+    larger = embedding.weight.detach().clone()
+    with unchanged(model), pytest.raises(InsertionError, match="merge_and_remove"):
+        getattr(delta, verb)()
+    delta.merge_and_remove()
+    assert torch.equal(embedding.weight, larger) and not opendelta.deltas(model)
