@@ -221,12 +221,10 @@ def test_forget_compiled_code() -> None:
     torch._dynamo.reset()
 
 
-def test_has_compiled() -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    assert not seams.has_compiled()
+def test_compiled_graphs() -> None:
+    before = seams.compiled_graphs()
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
-    assert seams.has_compiled()
+    assert seams.compiled_graphs() == before + 1
     torch._dynamo.reset()
 
 

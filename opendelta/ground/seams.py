@@ -122,10 +122,11 @@ def has_ended(frame: FrameType) -> bool:
     return running is None
 
 
-def has_compiled() -> bool:
-    """Whether this process has compiled code, in which hooks note nothing. Torch 2.4 to 2.14."""
-    dynamo = sys.modules.get("torch._dynamo")
-    return dynamo is not None and bool(dynamo.utils.counters["stats"]["unique_graphs"])
+def compiled_graphs() -> int:
+    """How many graphs this process has compiled; in them hooks note nothing. Torch 2.4 to 2.14."""
+    dynamo = sys.modules.get("torch._dynamo")  # a process that never compiled has no graphs
+    count: int = 0 if dynamo is None else dynamo.utils.counters["stats"]["unique_graphs"]
+    return count
 
 
 def forget_compiled_code() -> None:
@@ -133,5 +134,5 @@ def forget_compiled_code() -> None:
 
     Torch 2.4 to 2.14.
     """
-    if has_compiled():
+    if compiled_graphs():
         sys.modules["torch._dynamo"].reset()

@@ -25,7 +25,7 @@ from opendelta.ground.containers import (
     locate_hidden,
     map_hidden,
 )
-from opendelta.ground.seams import forget_compiled_code
+from opendelta.ground.seams import compiled_graphs, forget_compiled_code
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.hooks import add_forward_hook, take_off
 from opendelta.signature import names_in_code
@@ -162,6 +162,7 @@ class Dispatcher:
         fuses: whether one of the entries is handed those before it.
         names: of its deltas, attached or not.
         fired: those that were here when the module was called last (outside compiled code).
+        graphs: how many graphs were compiled before it, to tell whether there are new ones.
         router: finds the route that is in force for a module, see `opendelta.routing`; None while
             there is none in any thread.
     """
@@ -175,6 +176,7 @@ class Dispatcher:
         self.fuses = False
         self.names: frozenset[str] = frozenset()
         self.fired: frozenset[str] = frozenset()
+        self.graphs = compiled_graphs()
 
     @classmethod
     def on(cls, module: nn.Module, changes: Changes | None = None) -> Self | None:
@@ -212,6 +214,11 @@ class Dispatcher:
             dispatcher._let(changes, left)
             if not left:
                 take_off(changes, dispatcher.handle)
+
+    def reached(self, name: str) -> bool | None:
+        """Whether a call has reached a delta since it came; None if code that notes none may."""
+        unseen = None if compiled_graphs() != self.graphs else False
+        return name in self.fired or unseen
 
     def _let(self, changes: Changes, entries: list[Entry]) -> None:
         fuses = any(action in FUSING for _, action in entries)

@@ -135,7 +135,7 @@ class Insertion:
 
     @property
     def reached(self) -> bool | None:
-        """Whether its host was called since it is there; None if it needs no call to act."""
+        """Whether its host was called since it is there; None if that is not known or needed."""
         return None
 
     @property
@@ -272,7 +272,7 @@ class ModuleInsertion(WithModule):
 
     @property
     def reached(self) -> bool | None:
-        return None if self.dispatcher is None else self.name in self.dispatcher.fired
+        return None if self.dispatcher is None else self.dispatcher.reached(self.name)
 
     def misfit(self) -> str | None:
         asked: Any = getattr(self.module, "misfit", None)

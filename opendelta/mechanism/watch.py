@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from opendelta.exceptions import DeltaWarning, InsertionError, warn
 from opendelta.ground.containers import Args, Kwargs
 from opendelta.ground.names import dotted
-from opendelta.ground.seams import has_compiled
 from opendelta.ground.walk import every_module
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.engines import require_reduced
@@ -37,7 +36,7 @@ def report_unreached(insertions: Iterable[Insertion], training: bool, left: int)
     """
     attached = [i for i in insertions if i.attached and i.reached is not None]
     missed = [i for i in attached if not i.reached]
-    if not missed or has_compiled():
+    if not missed:
         return 0
     if training:
         ran = [_layers(i.host_name) for i in attached if i.reached]
