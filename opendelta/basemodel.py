@@ -138,6 +138,10 @@ class DeltaBase(SaveLoadMixin):
             set_state_dict: whether ``state_dict()`` is reduced to what trains.
             prefix: the name of `module`, if that is not to be looked up.
 
+        Raises:
+            InsertionError: if a module that carries a delta was replaced, or has another size; LoRA
+                on an embedding that got more rows grows with it.
+
         Warns:
             UnmatchedPatternWarning: for a pattern that names nothing.
             DeltaWarning: if nothing is left to train.
@@ -194,7 +198,8 @@ class DeltaBase(SaveLoadMixin):
             reset_state_dict: whether ``state_dict()`` follows (reduced after `freeze_module`).
 
         Raises:
-            InsertionError: if the delta is merged or was removed.
+            InsertionError: if the delta is merged or was removed, or a module that carries it was
+                replaced or has another size (see `freeze_module`).
         """
         switching.attach(self, module, reset_state_dict)
 
@@ -242,7 +247,8 @@ class DeltaBase(SaveLoadMixin):
             InsertionError: if the method cannot be merged, or the delta is merged already, not
                 (wholly) attached or removed; if a weight is tied, quantised, sharded or on the
                 meta device; if another delta on the same module would act otherwise beside this
-                one in the weights; if `safe` and a result is not finite. Nothing is changed then.
+                one in the weights; if forwards called other modules of the delta and never this
+                one; if `safe` and a result is not finite. Nothing is changed then.
         """
         merging.merge(self, safe, untie)
 

@@ -8,7 +8,8 @@ from typing import Any
 import backbones
 import pytest
 import torch
-from cases import put
+import transformers
+from cases import METHODS, put, randomise
 from placed import PLACED_METHODS, classifier, fingerprint, told, unchanged
 from torch import nn
 
@@ -27,7 +28,12 @@ from opendelta import (
     OpenDeltaError,
     ParallelAdapterModel,
 )
-from opendelta.exceptions import AddressingError, ConfigError, UnknownArgumentError
+from opendelta.exceptions import (
+    AddressingError,
+    ConfigError,
+    InsertionError,
+    UnknownArgumentError,
+)
 
 
 @pytest.mark.parametrize("trains", [True, False])
@@ -324,11 +330,166 @@ def test_transposed_convolutions_and_read_projections() -> None:
     )
     for pattern, words in (
         ("up", ("'up'", "ConvTranspose1d", "transposed")),
-        ("out_proj", ("attention.out_proj", "never called", "'attention'")),
+        ("out_proj", ("attention.out_proj", "never called", "'attention'", "exclude_modules")),
     ):
         with unchanged(model), pytest.raises(OpenDeltaError) as caught:
             LoraModel(model, modified_modules=["fine", pattern])
         told(caught.value, words)
+        LoraModel(model, modified_modules=["fine", pattern], exclude_modules=[pattern]).remove()
+
+
+# --- weights that are read, layers without a size, compiled layers --------------------------------
+
+
+class Mixer(nn.Module):
+    """Reads the weight of one of its linears, as Mamba's mixer does, and calls the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.step, self.out = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.into(x) @ self.step.weight.t() + self.step.bias)  # type: ignore[no-any-return]
+
+
+def mamba() -> nn.Module:
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)
+    return transformers.MambaModel(config)
+
+
+def jamba() -> nn.Module:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "mamba_dt_rank": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 2}
+    return transformers.JambaModel(transformers.JambaConfig(**sizes, **heads, num_hidden_layers=4))
+
+
+# backbone, what it reads, that one's parent
+READ: dict[str, tuple[Any, str, str]] = {
+    "mamba": (mamba, "layers.0.mixer.dt_proj", "layers.0.mixer"),
+    "mamba's convolution": (mamba, "layers.0.mixer.conv1d", "layers.0.mixer"),
+    "jamba": (jamba, "layers.0.mamba.conv1d", "layers.0.mamba"),
+    "plain": (lambda: nn.Sequential(Mixer(), nn.Linear(8, 8)), "0.step", "0"),
+    "torch's attention": (
+        lambda: nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}),
+        "attention.out_proj",
+        "attention",
+    ),
+}
+ON_ONE = [m for m in PLACED_METHODS if m not in ("ParallelAdapterModel", "BitFitModel")]
+
+
+def on_one(method: str, model: nn.Module, name: str, **more: Any) -> Any:
+    small = {"reduction_factor": 2} if method in ("CompacterModel", "LowRankAdapterModel") else {}
+    return getattr(opendelta, method)(model, modified_modules=[f"[r]^{name}$"], **small, **more)
+
+
+@pytest.mark.parametrize("method", ON_ONE)
+@pytest.mark.parametrize("kind", READ)
+def test_a_weight_that_is_read_is_refused_with_what_can_be_named_instead(
+    method: str, kind: str
+) -> None:
+    build, name, parent = READ[kind]
+    model = build()
+    with unchanged(model), pytest.raises(InsertionError, match="never called") as caught:
+        on_one(method, model, name)
+    try:
+        on_one(method, build(), parent)
+    except OpenDeltaError:  # of a plain network an adapter cannot tell how wide a module is
+        offered = "Leave it out with exclude_modules"
+    else:
+        offered = f"Name {parent!r} instead"
+    told(caught.value, (repr(name), offered))
+    assert method != "LoraModel" or (offered.startswith("Name") == (kind != "torch's attention"))
+
+
+def test_a_linear_that_is_read_and_called_is_taken() -> None:
+    """As in attentions of one's own, whose parameters are called as torch's are."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_proj_weight = nn.Parameter(torch.ones(24, 8))
+            self.out_proj = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = (x @ self.in_proj_weight.t())[..., :8].to(self.out_proj.weight.dtype)
+            return self.out_proj(x)  # type: ignore[no-any-return]
+
+    model = nn.Sequential(Attention())
+    delta = LoraModel(model, modified_modules=["0.out_proj"])
+    nn.init.ones_(delta.insertions[0].module.lora_B)
+    assert not torch.equal(model(torch.ones(1, 8)), Attention()(torch.ones(1, 8)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("place", ["0", "1"])
+def test_layers_without_a_size_are_refused(method: str, place: str) -> None:
+    """Wherever in the backbone they are: freezing and saving need them all."""
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    with pytest.raises(InsertionError, match=r"'0' is a LazyLinear.*call the model once"):
+        getattr(opendelta, method)(model, modified_modules=[place])
+    assert not opendelta.deltas(model) and not model[1]._forward_hooks
+    model(torch.ones(2, 3))
+    if method in ON_ONE:
+        on_one(method, model, place).freeze_module()
+        model(torch.ones(2, 3))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.second(self.first(x))
+        return out
+
+
+SCRIPTED = {
+    "script": torch.jit.script,
+    "trace": lambda module: torch.jit.trace(module, torch.ones(2, 8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("compiling", SCRIPTED)
+@pytest.mark.parametrize("method", METHODS)
+def test_modules_of_torchscript_are_refused(method: str, compiling: str) -> None:
+    scripted = SCRIPTED[compiling](Block())
+    with pytest.raises(InsertionError, match=r"compiled by TorchScript.*torch\.jit\.trace"):
+        getattr(opendelta, method)(scripted)
+    if method not in PLACED_METHODS:
+        return
+    model = nn.Sequential(scripted, nn.Linear(8, 8))
+    for names in (["0"], ["0.first"]):
+        names *= 1 + (method == "ParallelAdapterModel")
+        with pytest.raises(InsertionError, match=r"compiled by TorchScript.*exclude_modules"):
+            getattr(opendelta, method)(model, modified_modules=names)
+    assert not opendelta.deltas(model) and not model._forward_hooks
+    if method in (*ON_ONE, "BitFitModel"):  # beside them all is as ever
+        delta = on_one(method, model, "1")
+        delta.freeze_module()
+        model(torch.ones(2, 8))
+        assert not any(p.requires_grad for p in scripted.parameters())
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("method", ON_ONE)
+def test_an_embedding_bag_is_no_embedding(method: str, mode: str) -> None:
+    """Low-rank terms and scales are refused; what acts on the output does so on a bag's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.EmbeddingBag(20, 8, mode=mode), nn.Linear(8, 8))
+    ids = torch.randint(0, 20, (8, 8))  # as many rows as the bags have ids: sums would broadcast
+    bare = model[0](ids)
+    try:
+        delta = on_one(method, model, "0")
+    except InsertionError as error:
+        told(error, ("'0'", "EmbeddingBag"))
+        assert method in ("LoraModel", "DoraModel", "IA3Model")
+        return
+    randomise(delta)
+    (insertion,) = delta.insertions
+    assert torch.equal(model[0](ids), insertion.module(bare))
 
 
 @pytest.mark.parametrize(

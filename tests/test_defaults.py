@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import backbones
@@ -172,6 +173,35 @@ def test_lora_goes_on_the_feed_forward_where_there_is_no_attention() -> None:
         for part in ("intermediate", "output")
     ]
     assert changed_by_training(model, delta, input_ids=IDS)
+
+
+def test_default_places_whose_weights_are_read_are_left_out_with_one_warning() -> None:
+    """WavLM's attention hands the weights of its projections to a function of torch's."""
+    sizes = {k: v for k, v in TEXT.items() if k != "max_position_embeddings"}
+    shape = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3)}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    more = {"num_feat_extract_layers": 2, "layerdrop": 0.0, "mask_time_prob": 0.0}
+    config = transformers.WavLMConfig(**sizes, **shape, **positions, **more)
+    model = transformers.WavLMModel(config).eval()
+    feed_forward = {
+        "LoraModel": ["intermediate_dense", "output_dense"],
+        "DoraModel": ["intermediate_dense", "output_dense"],
+        "IA3Model": ["output_dense"],
+    }
+    for method, leaves in feed_forward.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", opendelta.DeltaWarning)
+            delta = getattr(opendelta, method)(model)
+            model(torch.randn(1, 400))
+        (warning,) = [str(w.message) for w in caught if w.category is opendelta.DeltaWarning]
+        assert f"{method} left out 'encoder.layers.0." in warning and " and 1 more, " in warning
+        names = [f"encoder.layers.{i}.feed_forward.{leaf}" for i in (0, 1) for leaf in leaves]
+        assert hosts(delta) == names
+        assert getattr(opendelta, method).preview(model).modules == names
+        delta.remove()
+    with pytest.raises(InsertionError, match="v_proj' is read by its parent"):
+        LoraModel(model, modified_modules=["v_proj"])
+    AdapterModel(model)
 
 
 def test_lora_on_queries_that_the_backbone_scales_in_place() -> None:

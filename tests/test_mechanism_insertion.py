@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -670,37 +669,3 @@ def test_a_delta_beside_what_a_module_runs_acts_once_on_replicas_too(own: bool) 
     for p in delta.parameters():
         p.zero_()
     assert torch.equal(model(x), bare) and torch.equal(replica(x), expected)
-
-
-# --- the first forward ---------------------------------------------------------------------------
-
-
-class Bypassed(nn.Module):
-    """Reads the weight of one of its linears and calls the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.called, self.read = nn.Linear(3, 3), nn.Linear(3, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(self.called(x), self.read.weight)
-
-
-def test_a_delta_that_the_first_forward_never_reaches_is_named_once() -> None:
-    model = Bypassed()
-    opendelta.LoraModel(model, modified_modules=["called", "read"], lora_r=1)
-    with pytest.warns(opendelta.DeltaWarning, match=r"no effect on it: read\.lora\."):
-        model(torch.ones(1, 3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(torch.ones(1, 3))
-
-
-def test_a_delta_that_is_reached_or_detached_is_not_named() -> None:
-    model = Bypassed().eval()
-    opendelta.LoraModel(model, modified_modules=["called"], lora_r=1)
-    unreached = opendelta.LoraModel(model, modified_modules=["read"], lora_r=1)
-    unreached.detach()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(torch.ones(1, 3))

@@ -671,3 +671,134 @@ def test_compiled_code_follows() -> None:
     delta.merge_and_remove()
     close(output(compiled, "mlp"), with_one)
     torch.compiler.reset()
+
+
+# --- what no forward has reached ------------------------------------------------------------------
+
+
+class Unread(nn.Module):
+    """Calls one linear, and reads the weight of another in a way that no code tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.reads = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.called(x)
+        if self.reads:
+            return x @ self.get_parameter("read.weight").t()
+        out: torch.Tensor = self.get_submodule("read")(x)
+        return out
+
+
+METHODS_ON_LINEARS = [method for method in FOLDING if method != "BitFitModel"]
+DEEP = {
+    "bert": ["query", "value"],
+    "llama": ["q_proj", "v_proj"],
+    "t5": ["SelfAttention.q", "SelfAttention.v"],
+}
+
+
+def unread(method: str) -> tuple[Unread, DeltaBase]:
+    torch.manual_seed(0)
+    model = Unread().eval()
+    delta: DeltaBase = getattr(opendelta, method)(model, modified_modules=["called", "read"])
+    randomise(delta)
+    return model, delta
+
+
+@pytest.mark.filterwarnings("ignore:The first forward never called")
+@pytest.mark.parametrize("verb", ["merge", "merge_and_remove"])
+@pytest.mark.parametrize("method", METHODS_ON_LINEARS)
+def test_what_forwards_never_reached_is_not_merged(method: str, verb: str) -> None:
+    model, delta = unread(method)
+    x = torch.randn(2, 4)
+    expected = model(x)
+    with unchanged(model), pytest.raises(InsertionError, match="never 'read'") as caught:
+        getattr(delta, verb)()
+    assert "eval" in str(caught.value) and "exclude_modules" in str(caught.value)
+    assert torch.equal(model(x), expected)
+    model.reads = False  # a forward that reaches it
+    expected = model(x)
+    getattr(delta, verb)()
+    close(model(x), expected)
+
+
+@pytest.mark.parametrize("method", METHODS_ON_LINEARS)
+def test_before_any_forward_all_is_merged(method: str) -> None:
+    _, delta = unread(method)
+    delta.merge()
+    assert delta.is_merged
+
+
+@pytest.mark.filterwarnings("ignore:The first forward never called")
+@pytest.mark.parametrize("method", METHODS_ON_LINEARS)
+def test_forwards_without_it_say_nothing_about_a_delta(method: str) -> None:
+    """Those before it came, and those before it was unmerged."""
+    model, first = unread(method)
+    model(torch.ones(2, 4))
+    second: DeltaBase = getattr(opendelta, method)(model, modified_modules=["called", "read"])
+    randomise(second)
+    first.remove()
+    second.merge()
+    model(torch.ones(2, 4))
+    second.unmerge()
+    second.merge()
+    second.unmerge()
+    model(torch.ones(2, 4))
+    with pytest.raises(InsertionError, match="never 'read'"):
+        second.merge()
+
+
+@pytest.mark.parametrize("method", METHODS_ON_LINEARS)
+@pytest.mark.parametrize("backbone", DEEP)
+def test_the_one_that_no_forward_reached_is_named(method: str, backbone: str) -> None:
+    model: Any = backbones.build(backbone)
+    delta: DeltaBase = getattr(opendelta, method)(model, modified_modules=DEEP[backbone])
+    randomise(delta)
+    *reached, last = delta.insertions
+    for insertion in reached:
+        insertion.host(torch.ones(1, 64))
+    with unchanged(model), pytest.raises(InsertionError, match=f"never '{last.host_name}'"):
+        delta.merge()
+    expected = backbones.run(model, backbone)
+    delta.merge()
+    close(backbones.run(model, backbone), expected)
+
+
+def test_what_is_called_in_compiled_code_is_merged() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    delta = LoraModel(model, modified_modules=["0", "1"])
+    randomise(delta)
+    torch._dynamo.reset()
+    model[1].compile(backend="eager")
+    x = torch.randn(2, 4)
+    expected = model(x)
+    delta.merge()
+    close(model(x), expected)
+    torch._dynamo.reset()
+
+
+def test_a_parametrized_weight_is_refused_with_its_reason() -> None:
+    linear = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    model = nn.Sequential(linear, nn.Linear(4, 4))
+    delta = LoraModel(model, modified_modules=["[r]^[01]$"])
+    with pytest.raises(InsertionError, match="'0' is parametrized .*exclude_modules"):
+        delta.merge()
+
+
+@pytest.mark.parametrize("verb", ["unmerge", "remove"])
+def test_a_weight_that_was_resized_while_merged(verb: str) -> None:
+    """Unmerging would shrink it again; what is left in for good need not be computed anew."""
+    model: Any = backbones.build("llama")
+    delta = LoraModel(model, modified_modules=["embed_tokens", "q_proj"])
+    randomise(delta)
+    delta.merge(untie=True)
+    embedding = model.get_input_embeddings()
+    model.resize_token_embeddings(embedding.num_embeddings + 4, mean_resizing=False)
+    larger = embedding.weight.detach().clone()
+    with unchanged(model), pytest.raises(InsertionError, match="merge_and_remove"):
+        getattr(delta, verb)()
+    delta.merge_and_remove()
+    assert torch.equal(embedding.weight, larger) and not opendelta.deltas(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from transformers import (
 
 import opendelta
 from opendelta.ground import seams
+from opendelta.ground.bytecode import children_read
 
 SMALL: dict[str, Any] = {
     "hidden_size": 8,
@@ -282,6 +284,13 @@ def test_forget_compiled_code() -> None:
     torch._dynamo.reset()
 
 
+def test_compiled_graphs() -> None:
+    before = seams.compiled_graphs()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    assert seams.compiled_graphs() == before + 1
+    torch._dynamo.reset()
+
+
 def test_each_has_its_test() -> None:
     own = [
         name
@@ -290,6 +299,87 @@ def test_each_has_its_test() -> None:
     ]
     assert len(own) > 8
     assert [name for name in own if f"test_{name}" not in globals()] == []
+
+
+# --- byte code ------------------------------------------------------------------------------------
+
+CHILDREN = """
+    called handed read fact method_read inside_lambda inside_list by_property past_hooks given
+    only_in_init never_used called_by_subclass aliased nested_call bias_alone
+""".split()
+
+
+class Reading(nn.Module):
+    """Uses each of its children in the way that its name says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in CHILDREN:
+            self.add_module(name, nn.Linear(3, 3))
+        self.beside = self.handed
+        nn.init.zeros_(self.only_in_init.weight)
+
+    def forward(self, x: Any, y: Any) -> Any:
+        x = self.called(x) @ self.called.weight
+        z = y @ self.read.weight.t() + self.read.bias
+        z = z.to(self.fact.weight.dtype).view(self.fact.weight.shape)
+        x, y = y, x
+        x = x @ self.handed.weight
+        z = [i @ self.inside_list.weight for i in z]
+        z = (lambda of: of @ self.inside_lambda.weight)(z[0])
+        z = self.past_hooks.forward(z) @ self.past_hooks.weight
+        z = nn.functional.linear(z, self.given.weight, self.given.bias)
+        alias = self.aliased
+        z = z @ self.aliased.weight @ alias.weight
+        z = z @ self.called_by_subclass.weight + self.bias_alone.bias
+        return self.other(z, x) + self.by_property_too
+
+    def other(self, x: Any, y: Any) -> Any:
+        def nested(of: Any) -> Any:
+            return self.nested_call(of) @ self.nested_call.weight
+
+        return nested(x) @ self.method_read.weight, y
+
+    @property
+    def by_property_too(self) -> Any:
+        return self.by_property.weight + 1
+
+    def unused(self) -> Any:
+        return self.never_used.weight + 1
+
+
+class Calling(Reading):
+    def more(self, x: Any) -> Any:
+        return self.called_by_subclass(x)
+
+
+READ = {
+    "read",
+    "method_read",
+    "inside_lambda",
+    "inside_list",
+    "by_property",
+    "given",
+    "called_by_subclass",
+}
+
+
+def test_children_read() -> None:
+    """Those whose values the forward takes, and which no code calls or hands on."""
+    assert children_read(Reading()) == READ
+    assert children_read(Calling()) == READ - {"called_by_subclass"}
+    assert children_read(nn.MultiheadAttention(4, 2)) == {"out_proj"}
+    assert children_read(nn.TransformerEncoderLayer(4, 2)) == frozenset()
+    assert children_read(nn.Linear(2, 2)) == children_read(nn.ModuleList()) == frozenset()
+    assert children_read(torch.jit.trace(nn.Linear(2, 2), torch.ones(2))) == frozenset()
+
+
+def test_children_read_where_the_forward_is_wrapped() -> None:
+    """As Accelerate's hooks wrap it: what is wrapped says so."""
+    model = Reading()
+    inner = model.forward
+    model.forward = functools.wraps(inner)(lambda *args: inner(*args))  # type: ignore[method-assign]
+    assert children_read(model) == READ
 
 
 # --- importing ------------------------------------------------------------------------------------

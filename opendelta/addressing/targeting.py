@@ -19,6 +19,7 @@ from opendelta.addressing.targets import (
 from opendelta.exceptions import AddressingError, InsertionError
 from opendelta.ground.names import dotted, lineage
 from opendelta.ground.walk import child_of, unblocked, uncompiled
+from opendelta.mechanism.hosts import require_hookable
 from opendelta.mechanism.ownership import own_modules
 
 Defaults = Callable[[CommonStructureMap], list[list[str]]]
@@ -161,6 +162,10 @@ class Targeting:
                 f"exclude_modules={[*self.exclude]} leaves nothing of what "
                 f"modified_modules={list(patterns)} addresses."
             )
+        modules = dict(self.own)
+        for hits in kept:
+            for name in hits:
+                require_hookable(modules[name], name)
         return kept
 
     def recognised(self) -> CommonStructureMap:

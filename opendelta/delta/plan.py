@@ -15,10 +15,11 @@ from opendelta.addressing.targeting import Targeting
 from opendelta.backends.sharding import class_name, full, full_shape
 from opendelta.delta.pseudo_input import measure_widths
 from opendelta.delta.record import record_of
-from opendelta.exceptions import InsertionError
+from opendelta.exceptions import DeltaWarning, InsertionError, warn
 from opendelta.ground.blocks import undone
+from opendelta.ground.bytecode import children_read
 from opendelta.ground.names import dotted, numbered
-from opendelta.ground.walk import unblocked
+from opendelta.ground.walk import child_of, unblocked
 from opendelta.ground.widths import read_widths
 from opendelta.inspection.statistics import num_total_parameters
 from opendelta.inspection.table import Summary, summary
@@ -27,6 +28,7 @@ from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.child_slot import ChildSlot, Replacement
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.engines import join_engine
+from opendelta.mechanism.hosts import require_hookable, require_made
 from opendelta.mechanism.insertion import EndInsertion, Insertion, ModuleInsertion
 from opendelta.mechanism.ownership import inserted_names, own_modules
 from opendelta.mechanism.places import place_of
@@ -65,9 +67,12 @@ class Plan:
     def __init__(self, delta: nn.Module) -> None:
         self.delta = delta
         self.record = record_of(delta)
+        require_hookable(self.backbone, type(self.backbone).__name__)
         self.targeting: Targeting = self.record.look_anew()
+        require_made(self.targeting.own)
         self.targets: list[str] = []
         self.insertions: list[Insertion] = []
+        self.left_out: list[str] = []  # default places on which nothing would act
         self._on: dict[int, list[Insertion]] = {}
         self._measured: dict[str, tuple[int, int]] = {}
         self.is_preview = self.is_noted = False
@@ -143,9 +148,15 @@ class Plan:
         module = unblocked(module)
         host_name = self.targeting.name_of(module)
         if reads_without_calling(self.backbone, host_name):
+            if self.record.uses_defaults:
+                self.left_out.append(host_name)
+                return
+            parent = host_name.rpartition(".")[0]
+            takes = self._takes(parent)
             raise InsertionError(
-                f"{host_name!r} is read by its parent, never called, so a delta on it would not "
-                f"act. Name its parent {host_name.rpartition('.')[0]!r} instead."
+                f"{host_name!r} is read by its parent {parent!r}, never called, so a delta on it "
+                "would not act. "
+                + (f"Name {parent!r} instead." if takes else "Leave it out with exclude_modules.")
             )
         mine = [i for i in self.on(module) if i.module is not None]
         same = next((i for i in mine if i.module is delta_module), None)
@@ -208,16 +219,32 @@ class Plan:
         """Id of each parameter called `name` on its module -> the modules that share it."""
         places: dict[int, list[tuple[str, nn.Module]]] = {}
         for module_name, module in own_modules(self.backbone):
-            p = module._parameters.get(name)
+            p = dict(module._parameters.items()).get(name)  # TorchScript's table has no get()
             if p is not None:
                 places.setdefault(id(p), []).append((module_name, module))
         return places
 
     def add(self, insertion: Insertion) -> None:
         """Plan one insertion."""
+        for place in insertion.places:
+            require_hookable(place, insertion.host_name)
         self.insertions.append(insertion)
         for place in insertion.places:
             self._on.setdefault(id(place), []).append(insertion)
+
+    def _takes(self, name: str) -> bool:
+        """Whether the delta could be put on the module called `name`, of the backbone's own."""
+        trial = Plan(self.delta)
+        if not name:
+            return False
+        with undone(partial(setattr, self.record, "plan", self.record.plan)):
+            self.record.plan = trial
+            try:
+                update: Any = self.delta.update_module
+                update(self.backbone, name)
+            except Exception:  # of whatever kind: what a method says of a module it does not take
+                return False
+        return bool(trial.insertions)
 
     def _free_name(self, host: nn.Module, base: str) -> str:
         """`base`, or `base_1`, ... if deltas of that name are on `host` already."""
@@ -242,6 +269,16 @@ class Plan:
     def carry_out(self) -> None:
         """Put everything on the backbone, or, after an error, nothing."""
         held = _HELD.get()
+        if self.left_out:
+            shown, more = ", ".join(map(repr, self.left_out[:3])), len(self.left_out) - 3
+            warn(
+                f"{type(self.delta).__name__} left out {shown}"
+                + f" and {more} more" * (more > 0)
+                + ", which are among its default places: their weights are read by the modules "
+                "around them, which never call them, so that a delta there would not act.",
+                DeltaWarning,
+            )
+            self.left_out.clear()
         if self.is_preview:
             raise InsertionError(
                 f"This is a preview: construct the {type(self.delta).__name__} to carry it out."
@@ -314,12 +351,11 @@ class Plan:
 def reads_without_calling(backbone: nn.Module, name: str) -> bool:
     """Whether the module called `name` is one whose weight its parent reads, never calling it.
 
-    That is the output projection of `nn.MultiheadAttention`.
+    As the output projection of `nn.MultiheadAttention` is, and the convolution of Mamba.
     """
-    parent_name, _, child = name.rpartition(".")
-    if child != "out_proj":
-        return False
-    return hasattr(backbone.get_submodule(parent_name), "in_proj_weight")
+    *path, child = name.split(".")
+    parent = child_of(backbone, *path)
+    return parent is not None and child in children_read(parent)
 
 
 def hold(delta: nn.Module, changes: Changes, insertions: Sequence[Insertion]) -> None:

@@ -17,6 +17,7 @@ from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import BackboneState
 from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.engines import join_engine
+from opendelta.mechanism.hosts import require_hosts
 from opendelta.mechanism.insertion import Insertion, switch
 
 
@@ -72,7 +73,9 @@ def acting(
 def attach(delta: Delta, module: nn.Module | None = None, follow: bool = True) -> None:
     """Let a delta act, see `DeltaBase.attach`."""
     with acting(delta) as (state, changes):
-        _put_on(delta, inside(delta, module), state, changes)
+        insertions = inside(delta, module)
+        require_hosts(delta.backbone_model, insertions, changes)
+        _put_on(delta, insertions, state, changes)
         changes.set(state, held=None if follow else state.is_trimmed())
 
 

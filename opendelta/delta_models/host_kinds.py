@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from opendelta.addressing.feed_forward import about_experts
 from opendelta.backends import dense
-from opendelta.backends.sharding import is_dtensor
+from opendelta.backends.sharding import full_shape, is_dtensor, is_flattened
 from opendelta.delta.plan import Plan, reads_without_calling
 from opendelta.delta_models.low_rank_add import low_rank_add
 from opendelta.exceptions import InsertionError
@@ -164,6 +164,14 @@ class Convolution(HostKind):
         return vector.view(-1, *(1 for _ in self.kernel[1:]))
 
 
+def vocabulary(host: Any) -> int:
+    """How many rows an embedding has: in its weight, for ties grow without the attribute."""
+    weight = host._parameters.get("weight")
+    plain = type(weight) is nn.Parameter and weight.dim() == 2 and not is_flattened(weight)
+    rows: int = full_shape(weight)[0] if plain else host.num_embeddings
+    return rows
+
+
 class Embedding(HostKind):
     """An embedding: ``B A[:, ids]``.
 
@@ -172,7 +180,7 @@ class Embedding(HostKind):
     """
 
     def __init__(self, host: Any) -> None:
-        self.width_in, self.width_out = host.num_embeddings, host.embedding_dim
+        self.width_in, self.width_out = vocabulary(host), host.embedding_dim
         self.padding_idx = host.padding_idx
 
     def shapes(self, r: int) -> Shapes:
@@ -321,7 +329,8 @@ def host_kind(host: Any) -> HostKind | None:
         linear = hasattr(host, "in_features")
         return SplitLinear(host.in_features, host.out_features) if linear else None
     if hasattr(host, "num_embeddings") and hasattr(host, "embedding_dim"):
-        return Embedding(host)
+        is_bag = hasattr(host, "include_last_offset")  # which sums up the rows of its ids
+        return None if is_bag else Embedding(host)
     if hasattr(host, "in_channels") and not getattr(host, "transposed", True):
         return Convolution(host)
     widths = read_widths(host)

@@ -12,10 +12,20 @@ from torch import Tensor, nn
 from opendelta.basemodel import DeltaBase
 from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
-from opendelta.delta_models.host_kinds import HostKind
+from opendelta.delta_models.host_kinds import Embedding, HostKind
 from opendelta.delta_models.low_rank import LoraLayer, LowRankModel
+from opendelta.ground.containers import Args, Kwargs
 from opendelta.ground.names import dotted
-from opendelta.mechanism.dispatch import AfterDispatcher, onto
+from opendelta.mechanism.dispatch import ADDITIVE, AfterDispatcher, onto
+
+
+def onto_rows(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """`onto` an embedding, which may have got rows that the delta knows nothing of."""
+    delta.require_fit(host)
+    return onto(delta, host, args, kwargs, output)
+
+
+ADDITIVE.add(onto_rows)
 
 
 class LoraConfig(BaseDeltaConfig):
@@ -68,7 +78,8 @@ class LoraModel(LowRankModel):
         self._construct()
 
     def put_on(self, host: nn.Module, name: str, kind: HostKind, *hyper: Any) -> None:
-        self.insert_action(host, LoraLayer(kind, *hyper), "lora", AfterDispatcher, onto)
+        action = onto_rows if isinstance(kind, Embedding) else onto
+        self.insert_action(host, LoraLayer(kind, *hyper), "lora", AfterDispatcher, action)
 
     def folds(self, insertion: Any) -> dict[str, Tensor]:
         """``W + scaling * B A``, whatever the kind of layer."""

@@ -11,16 +11,21 @@ from torch import Tensor, nn
 
 from opendelta.addressing.common_structure import CommonStructureMap
 from opendelta.addressing.patterns import as_patterns, matches_any
-from opendelta.delta.plan import Plan
+from opendelta.backends.sharding import is_shard
+from opendelta.delta.plan import Plan, reads_without_calling
 from opendelta.delta_models.host_kinds import (
+    Embedding,
     HostKind,
     SplitLinear,
+    host_kind,
     layers_of,
     require_kind,
 )
 from opendelta.delta_models.peft_lora import PeftLora
 from opendelta.exceptions import AddressingError, ConfigError, nearest
 from opendelta.ground.containers import Args, Kwargs, first_hidden, map_hidden
+from opendelta.mechanism.changes import Changes
+from opendelta.mechanism.hosts import of_other_size
 
 if TYPE_CHECKING:
     from opendelta.mechanism.rows import Rows
@@ -64,6 +69,44 @@ class LoraLayer(nn.Module):
         dropout = self.lora_dropout if self.training else 0.0
         return self.kind.add(output, x, self.lora_A, self.lora_B, self.scaling, dropout)
 
+    def misfit(self, host: nn.Module) -> str | None:
+        """Which widths the host has, and which this is made for, where they differ."""
+        kind, own = host_kind(host), self.kind
+        if kind is None or (kind.width_in, kind.width_out) == (own.width_in, own.width_out):
+            return None
+        made = f"it is made for {own.width_in} -> {own.width_out}"
+        return f"{made}, and {kind.width_in} -> {kind.width_out} is there now"
+
+    def require_fit(self, host: nn.Module) -> None:
+        """Refuse an embedding whose vocabulary has changed.
+
+        Raises:
+            InsertionError: saying what to do.
+        """
+        if isinstance(self.kind, Embedding) and not torch.compiler.is_compiling():
+            misfit = self.misfit(host)
+            if misfit is not None:
+                raise of_other_size(f"The {self._get_name()} beside {type(host).__name__}", misfit)
+
+    @torch.no_grad()
+    def grow(self, host: nn.Module, changes: Changes) -> bool:
+        """Have a column of A for each row that an embedding got, starting as A does.
+
+        Returns:
+            Whether that is what is wanting.
+        """
+        kind, own, a = host_kind(host), self.kind, self.lora_A
+        more = isinstance(kind, Embedding) and kind.width_in > own.width_in
+        if kind is None or not more or kind.width_out != own.width_out or is_shard(a):
+            return False
+        grown = a.new_empty(kind.shapes(self.r)[0])
+        kind.start(grown)
+        grown[:, : own.width_in] = a
+        changes.do(setattr, a, "grad", None)
+        changes.set_data(a, grown)
+        changes.set(self, kind=kind)
+        return True
+
     def update(self, dtype: torch.dtype) -> Tensor:
         """What the term comes to as a change of its host's weight, in that one's layout."""
         return self.kind.update(self.lora_A.to(dtype), self.scaling * self.lora_B.to(dtype))
@@ -89,6 +132,8 @@ class LoraLayer(nn.Module):
         x = first_hidden(args, kwargs)
         repeats = rows.repeats(x, host)  # raises where these are not the rows
         if not layers[0].kind.by_rows:
+            for layer in layers:
+                layer.require_fit(host)
             members, back = rows.members(x.device, repeats)
 
             def add(hidden: Tensor) -> Tensor:
@@ -131,14 +176,16 @@ class LowRankModel(PeftLora):
         raise NotImplementedError
 
     def default_targets(self, structure: CommonStructureMap) -> list[list[str]]:
-        """The projections of q and v; in a backbone without any, those of the feed-forward."""
-        roles = self.default_modified_modules
-        if set(roles).isdisjoint(structure.roles()):
-            roles = ["ff.w1", "ff.w2"]
-        transposed = {
-            name for name, m in self.plan.targeting.own if getattr(m, "transposed", False)
-        }
-        found = [[n for n in structure.addressed(role) if n not in transposed] for role in roles]
+        """The projections of q and v; where none of those is called, those of the feed-forward."""
+        backbone, own = self.plan.backbone, self.plan.targeting.own
+        transposed = {name for name, m in own if getattr(m, "transposed", False)}
+
+        def linear(roles: list[str]) -> list[list[str]]:
+            return [[n for n in structure.addressed(r) if n not in transposed] for r in roles]
+
+        found = linear(self.default_modified_modules)
+        if all(reads_without_calling(backbone, name) for hits in found for name in hits):
+            found += linear(["ff.w1", "ff.w2"])
         return found
 
     def plan_targets(self, plan: Plan, patterns: list[str]) -> None:

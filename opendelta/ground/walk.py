@@ -52,7 +52,8 @@ def child_of(module: nn.Module, *path: str) -> nn.Module | None:
     """The module inside `module` that `path` leads to, if there is one."""
     found: nn.Module | None = unblocked(module)
     for part in path:
-        child = None if found is None else found._modules.get(part)
+        # TorchScript's table of children has no get().
+        child = found._modules[part] if found is not None and part in found._modules else None
         found = None if child is None else unblocked(child)
     return found
 
@@ -69,7 +70,7 @@ def unblocked(module: nn.Module) -> nn.Module:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside what `torch.compile` returned; any other module itself."""
-    inner = model._modules.get("_orig_mod")
+    inner = child_of(model, "_orig_mod")
     return model if inner is None else inner
 
 

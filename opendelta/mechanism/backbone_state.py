@@ -27,6 +27,7 @@ from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.child_slot import ChildSlot
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.hooks import add_forward_hook, add_state_dict_hooks, take_off
+from opendelta.mechanism.hosts import require_hosts
 from opendelta.mechanism.insertion import Insertion, switch
 from opendelta.mechanism.merged_weight import MergedHost
 from opendelta.mechanism.ownership import own_modules
@@ -53,8 +54,10 @@ class BackboneState(TrimmedStateDict):
         trimmed: whether `state_dict()` is reduced to its active part while a delta is attached.
         held: overrides `trimmed` after an attach or detach with ``reset_state_dict=False``.
         told_ties: tied names that a freeze has already mentioned.
-        is_new: whether the next forward tells which deltas it never reached.
         is_untrained: whether no forward in training has run with a delta yet.
+        is_new: whether the next forward asks whether the deltas' modules are still there.
+        unheard: in how many forwards to look for deltas that are never reached, the last of them
+            in evaluation.
         is_unsettled: whether forwards with gradients still look for deltas that would not train.
         repacks: whether 4-bit weights may be repacked under a training model.
         probing: whether a pseudo input runs, which is nobody's first forward.
@@ -73,6 +76,7 @@ class BackboneState(TrimmedStateDict):
         self.told_ties: set[str] = set()
         self.is_untrained = True
         self.is_new = self.is_unsettled = self.repacks = self.probing = False
+        self.unheard = 0
         self.handles: list[RemovableHandle] = []
         self.watching: list[RemovableHandle] = []
 
@@ -115,7 +119,7 @@ class BackboneState(TrimmedStateDict):
             changes.set(self, deltas=[*listed, delta])
         packed = (p for p in every_parameter(backbone) if type(p) is not nn.Parameter)
         repacks = self.repacks or any(hasattr(p, "quant_state") for p in packed)
-        changes.set(self, is_new=True, is_unsettled=True, repacks=repacks)
+        changes.set(self, is_new=True, unheard=watch.PATIENCE, is_unsettled=True, repacks=repacks)
         self.settle_hooks(changes, backbone)
 
     def forget(self, changes: Changes, delta: Any, backbone: nn.Module) -> None:
@@ -174,6 +178,10 @@ class BackboneState(TrimmedStateDict):
         """Hook before the root."""
         if torch.compiler.is_compiling():
             return
+        if self.is_new and not self.probing:
+            acting = [insertion for insertion in self.insertions if insertion.attached]
+            require_hosts(self.deltas[0].backbone_model, acting)  # not on a replica
+            self.is_new = False
         calls.begin(module, args, kwargs)
         if self.repacks:
             warn_of_repacking(module)
@@ -190,9 +198,8 @@ class BackboneState(TrimmedStateDict):
         calls.end(module, output)
         if self.probing or output is None:
             return None
-        if self.is_new:
-            self.is_new = False
-            watch.report_unreached(self.insertions)
+        if self.unheard > int(module.training):
+            self.unheard = watch.report_unreached(self.insertions, module.training, self.unheard)
         if torch.is_grad_enabled():
             if self.is_unsettled:
                 self.is_unsettled = not watch.require_training(module, self.insertions)

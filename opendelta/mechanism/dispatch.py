@@ -25,7 +25,7 @@ from opendelta.ground.containers import (
     locate_hidden,
     map_hidden,
 )
-from opendelta.ground.seams import forget_compiled_code
+from opendelta.ground.seams import compiled_graphs, forget_compiled_code
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.hooks import add_forward_hook, take_off
 from opendelta.signature import names_in_code
@@ -160,7 +160,9 @@ class Dispatcher:
         handle: kept for taking the hook off, and in pickles, where it keeps torch's hook counter
             from handing out the same id again in another process.
         fuses: whether one of the entries is handed those before it.
-        fired: whether its module was called since it was registered (outside compiled code).
+        names: of its deltas, attached or not.
+        fired: those that were here when the module was called last (outside compiled code).
+        graphs: how many graphs were compiled before it, to tell whether there are new ones.
         router: finds the route that is in force for a module, see `opendelta.routing`; None while
             there is none in any thread.
     """
@@ -171,7 +173,10 @@ class Dispatcher:
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.handle: RemovableHandle | None = None
-        self.fuses = self.fired = False
+        self.fuses = False
+        self.names: frozenset[str] = frozenset()
+        self.fired: frozenset[str] = frozenset()
+        self.graphs = compiled_graphs()
 
     @classmethod
     def on(cls, module: nn.Module, changes: Changes | None = None) -> Self | None:
@@ -210,9 +215,16 @@ class Dispatcher:
             if not left:
                 take_off(changes, dispatcher.handle)
 
+    def reached(self, name: str) -> bool | None:
+        """Whether a call has reached a delta since it came; None if code that notes none may."""
+        unseen = None if compiled_graphs() != self.graphs else False
+        return name in self.fired or unseen
+
     def _let(self, changes: Changes, entries: list[Entry]) -> None:
         fuses = any(action in FUSING for _, action in entries)
-        changes.set(self, entries=entries, fuses=fuses)
+        names = frozenset(name for name, _ in entries)
+        fired = changes.get(self, "fired") & names
+        changes.set(self, entries=entries, fuses=fuses, names=names, fired=fired)
 
 
 class BeforeDispatcher(Dispatcher):
@@ -222,7 +234,7 @@ class BeforeDispatcher(Dispatcher):
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         if not torch.compiler.is_compiling():
-            self.fired = True
+            self.fired = self.names
         if Dispatcher.router is not None and (route := Dispatcher.router(module)) is not None:
             args, kwargs = route.run(self.entries, module, (args, kwargs))
             return args, kwargs
@@ -244,7 +256,7 @@ class AfterDispatcher(Dispatcher):
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         if not torch.compiler.is_compiling():
-            self.fired = True
+            self.fired = self.names
         if Dispatcher.router is not None and (route := Dispatcher.router(module)) is not None:
             return route.run(self.entries, module, (args, kwargs, output))[2]
         if self.fuses:

@@ -44,6 +44,7 @@ class Insertion:
         saved: whether it goes into files.
         of_method: whether the method put it there; else it is a parameter that the file carried.
         is_named_as_own: whether patterns for the backbone name it itself (BitFit's ``bias``).
+        trained: names of its parameters that the last freeze left trainable.
     """
 
     host: nn.Module
@@ -59,6 +60,7 @@ class Insertion:
     saved: bool = True
     of_method: ClassVar[bool] = True
     is_named_as_own: ClassVar[bool] = False
+    trained: frozenset[str] = frozenset()
 
     # --- on and off -------------------------------------------------------------------------
 
@@ -129,6 +131,19 @@ class Insertion:
         return ()
 
     # --- what others ask --------------------------------------------------------------------
+
+    def misfit(self) -> str | None:
+        """Which size its host has, and which it is made for, where they differ."""
+        return None
+
+    def grow(self, changes: Changes) -> bool:
+        """Let it have the size of a host that has grown; whether it can."""
+        return False
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether its host was called since it is there; None if that is not known or needed."""
+        return None
 
     @property
     def dispatcher(self) -> Dispatcher | None:
@@ -273,6 +288,24 @@ class ModuleInsertion(WithModule):
     @property
     def dispatcher(self) -> Dispatcher | None:
         return self.side.on(self.host)
+
+    @property
+    def reached(self) -> bool | None:
+        return None if self.dispatcher is None else self.dispatcher.reached(self.name)
+
+    def misfit(self) -> str | None:
+        asked: Any = getattr(self.module, "misfit", None)
+        said: str | None = None if asked is None else asked(self.host)
+        return said
+
+    def grow(self, changes: Changes) -> bool:
+        asked: Any = getattr(self.module, "grow", None)
+        if asked is None or not asked(self.host, changes):
+            return False
+        for name, p in self.named_parameters():
+            if name in self.trained:  # transformers freezes it with the embedding that it resizes
+                changes.do(p.requires_grad_, True)
+        return True
 
     @property
     def brought(self) -> list[nn.Module]:

@@ -106,6 +106,12 @@ class MergedWeight:
     def wide(self) -> nn.Parameter:
         """The original in float32 or wider, where the parameter is now (it may have moved)."""
         parameter = cast(nn.Parameter, self.parameter)
+        if parameter.shape != self.original.shape:
+            raise InsertionError(
+                f"{self.full_name} has had its shape changed from {tuple(self.original.shape)} to "
+                f"{tuple(parameter.shape)} since a delta was merged into it, so it cannot be what "
+                "it was without the delta. merge_and_remove() leaves it as it is now."
+            )
         values = self.original.to(parameter.device, parameter.dtype)
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         return nn.Parameter(values.to(dtype), requires_grad=False)

@@ -16,19 +16,54 @@ from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.engines import require_reduced
 from opendelta.mechanism.insertion import Insertion
 
+PATIENCE = 8  # forwards in training may skip layers by chance (layerdrop), hardly so many times
 
-def report_unreached(insertions: Iterable[Insertion]) -> None:
-    """After the first forward: tell which deltas it never reached."""
-    attached = [i for i in insertions if i.attached and i.dispatcher is not None]
-    missed = [dotted(i.host_name, i.name) for i in attached if not i.dispatcher.fired]  # type: ignore[union-attr]
-    if missed:
-        shown = ", ".join(missed[:5]) + f" and {len(missed) - 5} more" * (len(missed) > 5)
-        warn(
-            f"The first forward never called the modules that carry these deltas, so they have "
-            f"no effect on it: {shown}. The model may read their weights instead of calling "
-            "them, or this input takes another way; leave them out with exclude_modules.",
-            DeltaWarning,
-        )
+
+def report_unreached(insertions: Iterable[Insertion], training: bool, left: int) -> int:
+    """After a forward: tell which deltas no forward has reached so far.
+
+    What a forward in training skips need not be out of reach: layerdrop leaves out whole layers.
+    There a module is told of where its like was reached in no layer though some layer ran, and
+    after `PATIENCE` forwards in any case.
+
+    Args:
+        insertions: all on the backbone.
+        training: whether the forward was one in training.
+        left: in how many forwards to look, this one included.
+
+    Returns:
+        In how many to look from now on; 1 for one in evaluation.
+    """
+    attached = [i for i in insertions if i.attached and i.reached is not None]
+    missed = [i for i in attached if not i.reached]
+    if not missed:
+        return 0
+    if training:
+        ran = [_layers(i.host_name) for i in attached if i.reached]
+        alike, stacks = {name for name, _ in ran}, {stack for _, stack in ran}
+        sure = []
+        for insertion in missed:
+            name, stack = _layers(insertion.host_name)
+            if name not in alike and (not stack or stack in stacks or left == 2):
+                sure.append(insertion)
+        if not sure:
+            return max(left - 1, 1)
+        missed = sure
+    names = [dotted(i.host_name, i.name) for i in missed]
+    shown = ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
+    warn(
+        f"The first forward never called the modules that carry these deltas, so they have "
+        f"no effect on it: {shown}. The model may read their weights instead of calling "
+        "them, or this input takes another way; leave them out with exclude_modules.",
+        DeltaWarning,
+    )
+    return 0
+
+
+def _layers(name: str) -> tuple[str, str]:
+    """A module's name with its numbers left open, and the part up to the last of them."""
+    parts = ["*" if part.isdigit() else part for part in name.split(".")]
+    return ".".join(parts), ".".join(parts)[: ".".join(parts).rfind("*") + 1]
 
 
 def report_unfrozen(backbone: nn.Module, parameters: Iterable[nn.Parameter]) -> None:

@@ -15,6 +15,7 @@ from opendelta.backends.sharding import agreeing, class_name, full, reshard, wri
 from opendelta.delta.config import require_json
 from opendelta.delta.delta import Delta
 from opendelta.delta.record import record_of
+from opendelta.delta.switching import is_merged
 from opendelta.exceptions import CheckpointError, DeltaWarning, InsertionError, warn
 from opendelta.ground.files import (
     CONFIG_FILE,
@@ -29,6 +30,7 @@ from opendelta.ground.files import (
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import deltas, own_parameters, unmerged
 from opendelta.mechanism.engines import require_whole
+from opendelta.mechanism.hosts import require_hosts
 from opendelta.saving.backbone_check import why_unhashed
 from opendelta.saving.hash_cache import backbone_hash
 from opendelta.saving.hashing import bare_parameters
@@ -38,6 +40,11 @@ if TYPE_CHECKING:
     from opendelta.center.publish import Publication
 
 logger = logging.getLogger(__name__)
+
+_WRITE_AS_IT_IS = (
+    " To write what it has learned all the same: save_finetuned(folder, "
+    "state_dict=dict(delta.own_tensors()))."
+)
 
 
 def save_finetuned(
@@ -111,6 +118,8 @@ def checkpoint_tensors(delta: Delta) -> dict[str, Tensor]:
     backbone = delta.backbone_model
     require_whole(backbone)
     reshard(backbone)
+    if not (record_of(delta).removed or is_merged(delta)):
+        require_hosts(backbone, delta.insertions, otherwise=_WRITE_AS_IT_IS)
     tensors: dict[str, Tensor] = dict(delta.own_tensors())
     wanted, originals = set(declared_backbone_parameters(delta)), unmerged(backbone)
     for name, p in own_parameters(backbone):

@@ -12,7 +12,7 @@ from opendelta.addressing.patterns import as_patterns, matches_any
 from opendelta.addressing.targeting import Targeting
 from opendelta.delta.delta import Delta
 from opendelta.delta.record import record_of
-from opendelta.delta.switching import acting
+from opendelta.delta.switching import acting, is_merged
 from opendelta.exceptions import (
     AddressingError,
     ConfigError,
@@ -30,6 +30,7 @@ from opendelta.mechanism.backbone_state import (
 )
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.hooks import add_state_dict_hooks
+from opendelta.mechanism.hosts import require_hosts
 from opendelta.mechanism.ownership import own_modules
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ def freeze(
     record = record_of(delta)
     with acting(delta, None) as (state, changes):
         backbone, targeting = delta.backbone_model, record.targeting
+        own = [] if is_merged(delta) else delta.insertions
+        require_hosts(backbone, [i for i in state.insertions if i.attached or i in own], changes)
         module = backbone if module is None else uncompiled(module)
         part = prefix or ("" if module is backbone else targeting.name_of(module))
         asked: Any = exclude if exclude is not None else (delta.unfrozen_modules or [EVERY_DELTA])
@@ -212,6 +215,9 @@ def _frozen(
                 flag = (kept or reached or carried) and id(p) not in constant
                 flags[p] = flag
                 trains = trains or flag
+            own = insertion.named_parameters()
+            trained_names = (name for name, p in own if flags.get(p, p.requires_grad))
+            changes.set(insertion, trained=frozenset(trained_names))
     deltas_train = trains
 
     named: dict[int, list[str]] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from opendelta.delta.delta import Delta
 from opendelta.delta.registry import every_method
@@ -18,6 +19,7 @@ from opendelta.ground.containers import hidden_of
 from opendelta.ground.examples import example_input
 from opendelta.ground.names import dotted
 from opendelta.mechanism.backbone_state import BackboneState
+from opendelta.mechanism.hosts import require_hosts
 from opendelta.mechanism.insertion import Insertion
 from opendelta.mechanism.merged_weight import Fold, MergedWeight
 
@@ -43,6 +45,35 @@ def require_mergeable(delta: Delta) -> None:
         raise InsertionError(
             f"This {name} is not attached, or only in part: attach() it, then merge."
         )
+    require_hosts(delta.backbone_model, delta.insertions)
+    _require_reached(delta)
+    computed = [i for i in delta.insertions if i.content is not None and is_parametrized(i.host)]
+    if computed:
+        raise InsertionError(
+            f"{computed[0].host_name!r} is parametrized (weight norm and the like): its weight is "
+            "computed anew from other parameters whenever it is used, so there is none to merge "
+            "into. Keep the delta, or leave such modules out with exclude_modules. Nothing was "
+            "merged."
+        )
+
+
+def _require_reached(delta: Delta) -> None:
+    """Refuse modules that no forward called, while others of the delta were.
+
+    Raises:
+        InsertionError: naming them.
+    """
+    seen = [i for i in delta.insertions if i.reached is not None]
+    never = list(dict.fromkeys(i.host_name for i in seen if not i.reached))
+    if not never or len(never) == len({i.host_name for i in seen}):
+        return
+    shown = ", ".join(map(repr, never[:5])) + f" and {len(never) - 5} more" * (len(never) > 5)
+    raise InsertionError(
+        f"Forwards called other modules of this {type(delta).__name__} and never {shown}. Where "
+        "the model reads such weights past the modules, the delta has had no effect, and merging "
+        "would give it one. Run a forward that calls them (in eval mode, where no layer is skipped "
+        "by chance), or construct the delta with exclude_modules for them. Nothing was merged."
+    )
 
 
 def _require_same(fold: Fold, host: nn.Module, made: dict[str, Tensor]) -> None:

@@ -159,7 +159,6 @@ def _keep(delta: Delta, state: BackboneState, changes: Changes) -> None:
         mine = [fold for fold in folds if fold.delta is delta]
         if not mine:
             continue
-        _, values = host.computed(mine, weights)
         for name in [name for fold in mine for name in fold.names]:
             if weights[name].tied is not None:
                 untie_for_good(weights[name].tied, state, changes)
@@ -168,7 +167,7 @@ def _keep(delta: Delta, state: BackboneState, changes: Changes) -> None:
         if not kept.folds:
             del merged[host.name]
             continue
-        for name, value in values.items():
+        for name, value in host.computed(mine, weights)[1].items():
             kept.weights[name] = weight = copy.copy(weights[name])
             weight.original, weight.tied = value, None
         kept.put(changes, *kept.computed(kept.folds, kept.weights))
