@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,9 +21,9 @@ from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.blocks import undone
 from opendelta.ground.containers import Args, Kwargs
 from opendelta.ground.names import dotted
-from opendelta.ground.seams import forget_compiled_code
+from opendelta.ground.seams import forget_compiled_code, runs_backward
 from opendelta.ground.walk import every_parameter
-from opendelta.mechanism import calls, watch
+from opendelta.mechanism import calls, recomputed, watch
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.hooks import add_forward_hook, add_state_dict_hooks, take_off
@@ -69,6 +70,7 @@ class BackboneState(TrimmedStateDict):
         self.held: bool | None = None
         self.told_ties: set[str] = set()
         self.is_new = self.is_unsettled = self.repacks = self.probing = False
+        self._acting: tuple[object, dict[Insertion, str]] = None, {}
         self.handles: list[RemovableHandle] = []
         self.watching: list[RemovableHandle] = []
 
@@ -170,6 +172,8 @@ class BackboneState(TrimmedStateDict):
         if torch.compiler.is_compiling():
             return
         calls.begin(module, args, kwargs)
+        if runs_backward() or (module.training and not torch.is_grad_enabled()):
+            recomputed.note_or_compare(self, partial(self.standing, module))
         if self.repacks:
             warn_of_repacking(module)
 
@@ -182,7 +186,9 @@ class BackboneState(TrimmedStateDict):
                     "out: compile the parts inside, or add delta.loss_term() by hand."
                 )
             return None
-        calls.end(module, output)
+        nodes = calls.end(module, output)
+        if nodes:
+            recomputed.guard(nodes, partial(self.standing, module))
         if self.probing or output is None:
             return None
         if self.is_new:
@@ -200,6 +206,18 @@ class BackboneState(TrimmedStateDict):
                         output = watch.add_to_loss(module, kwargs, output, term)
                 return output
         return None
+
+    def standing(self, root: nn.Module) -> recomputed.Standing:
+        """What acts on the backbone now, for this thread."""
+        since, acting = self._acting
+        if since is not Changes.latest:
+            since = Changes.latest
+            acting = {i: recomputed.ATTACHED for i in self.insertions if i.attached}
+            folds = (fold for host in self.merged.values() for fold in host.folds)
+            acting |= {fold.insertion: recomputed.MERGED for fold in folds}
+            self._acting = since, acting
+        route = None if Dispatcher.router is None else Dispatcher.router(root)
+        return recomputed.Standing(acting, None if route is None else route.deltas)
 
     # --- the state dict ---------------------------------------------------------------------
 

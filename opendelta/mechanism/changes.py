@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -29,7 +29,13 @@ _put_data: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignor
 
 
 class Changes:
-    """What is about to change; nothing of it has yet."""
+    """What is about to change; nothing of it has yet.
+
+    Attributes:
+        latest: stands for those that were carried out last, in the whole process.
+    """
+
+    latest: ClassVar[object] = object()
 
     def __init__(self) -> None:
         self._tables: dict[int, tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]] = {}
@@ -74,6 +80,7 @@ class Changes:
         for owner, values in self._attributes.values():
             steps.append(partial(owner.__dict__.update, values))
         steps += self._others
+        steps.append(partial(setattr, Changes, "latest", object()))
         deque(map(_call, steps), maxlen=0)
 
 

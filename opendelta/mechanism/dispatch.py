@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opendelta.exceptions import InsertionError
 from opendelta.ground.containers import (
     Args,
     Kwargs,
@@ -210,6 +211,18 @@ class Dispatcher:
             if not left:
                 take_off(changes, dispatcher.handle)
 
+    def _taken_along(self, module: nn.Module) -> InsertionError:
+        """The refusal to run on a module that took over the hooks of another, not its deltas.
+
+        The one that does so (torch's quantisation, its fusing of modules) hands hooks no keywords.
+        """
+        names = ", ".join(repr(name) for name, _ in self.entries)
+        return InsertionError(
+            f"A {type(module).__name__} was put in the place of a module that carries {names}, and "
+            "took over its hooks without the delta. Quantise or fuse the model before the delta is "
+            "constructed, or after delta.merge_and_remove()."
+        )
+
     def _let(self, changes: Changes, entries: list[Entry]) -> None:
         fuses = any(action in FUSING for _, action in entries)
         changes.set(self, entries=entries, fuses=fuses)
@@ -220,7 +233,11 @@ class BeforeDispatcher(Dispatcher):
 
     before = True
 
-    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    def __call__(
+        self, module: nn.Module, args: Args, kwargs: Kwargs | None = None
+    ) -> tuple[Args, Kwargs]:
+        if kwargs is None:
+            raise self._taken_along(module)
         if not torch.compiler.is_compiling():
             self.fired = True
         if Dispatcher.router is not None and (route := Dispatcher.router(module)) is not None:
@@ -242,7 +259,10 @@ class AfterDispatcher(Dispatcher):
 
     before = False
 
-    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, *given: Any) -> Any:
+        if not given:
+            raise self._taken_along(module)
+        (output,) = given
         if not torch.compiler.is_compiling():
             self.fired = True
         if Dispatcher.router is not None and (route := Dispatcher.router(module)) is not None:
