@@ -47,14 +47,13 @@ def low_rank_add(
 def fused_applies(output: Tensor, x: Tensor, lora_a: Tensor) -> bool:
     """Whether `LowRankAdd` computes what the plain operations would, and faster.
 
-    Not for tensor subclasses (shards, quantised ones), nested tensors, compilation, and functional or forward-mode
+    Not for tensor subclasses (shards, quantised ones), compilation, and functional or forward-mode
     differentiation, nor for few rows.
     """
     return (
         not torch.compiler.is_compiling()
         and type(output) is Tensor
         and type(x) is Tensor
-        and not x.is_nested
         and x.numel() > FEW_ROWS * x.shape[-1]
         and output.shape[:-1] == x.shape[:-1]
         and output.device == x.device == lora_a.device

@@ -21,6 +21,7 @@ from opendelta.exceptions import InsertionError
 from opendelta.ground.containers import (
     Args,
     Kwargs,
+    by_row,
     first_hidden,
     hidden_of,
     locate_hidden,
@@ -47,7 +48,7 @@ def before(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Arg
         new_args, new_kwargs = delta.pre_forward(*args, **kwargs)
         return new_args, new_kwargs
     where = locate_hidden(args, kwargs)
-    changed = delta(first_hidden(args, kwargs))
+    changed = by_row(delta, first_hidden(args, kwargs))
     if isinstance(where, int):
         return (*args[:where], changed, *args[where + 1 :]), kwargs
     return args, {**kwargs, where: changed}
@@ -57,7 +58,7 @@ def after(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) 
     """Pass the output through the delta (``delta.post_forward`` where there is one)."""
     if hasattr(delta, "post_forward"):
         return delta.post_forward(output)
-    return map_hidden(output, delta)
+    return map_hidden(output, partial(by_row, delta))
 
 
 def parallel(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
@@ -68,7 +69,7 @@ def parallel(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: An
 def onto(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Let the delta add onto the output itself: ``delta(hidden output, hidden input)``."""
     source = first_hidden(args, kwargs)
-    return map_hidden(output, lambda hidden: delta(hidden, source))
+    return map_hidden(output, lambda hidden: by_row(delta, hidden, source))
 
 
 def fuse(
