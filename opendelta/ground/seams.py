@@ -115,7 +115,7 @@ def checkpointed_regions(until: FrameType | None) -> Iterator[tuple[Any, bool]]:
 
 
 def reentrant_checkpoint() -> Any:
-    """The node of the graph whose forward, or backward, runs around here for reentrant checkpointing.
+    """The node of reentrant checkpointing whose forward, or backward, runs around here.
 
     The forward records no graph there, and the backward has nothing but this node in common with
     it. Torch 2.13.
@@ -125,21 +125,21 @@ def reentrant_checkpoint() -> Any:
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if (
-            frame.f_globals.get("__name__") == "torch.utils.checkpoint"
-            and frame.f_code.co_name in ("forward", "backward")
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint" and frame.f_code.co_name in (
+            "forward",
+            "backward",
         ):
             return frame.f_locals["ctx"]
         frame = frame.f_back
     return None
 
 
-def at_end_of_backward(act: Callable[[], object]) -> None:
+def at_end_of_backward(act: Callable[[], None]) -> None:
     """Call something when the backward that runs in this thread is over; not after an error.
 
     Torch has no public way, and leans on this for DDP and FSDP2. Torch 2.1 to 2.14.
     """
-    torch.autograd.Variable._execution_engine.queue_callback(act)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(act)
 
 
 def has_ended(frame: FrameType) -> bool:

@@ -6,7 +6,7 @@ hooks, from where it is copied, pickled and found again together with the backbo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -56,6 +56,8 @@ class BackboneState(TrimmedStateDict):
         is_new: whether the next forward tells which deltas it never reached.
         is_unsettled: whether forwards with gradients still look for deltas that would not train.
         repacks: whether 4-bit weights may be repacked under a training model.
+        blank: insertions that came without values, on a backbone on the meta device.
+        given: names that state dicts have given values to since.
         probing: whether a pseudo input runs, which is nobody's first forward.
     """
 
@@ -70,6 +72,8 @@ class BackboneState(TrimmedStateDict):
         self.held: bool | None = None
         self.told_ties: set[str] = set()
         self.is_new = self.is_unsettled = self.repacks = self.probing = False
+        self.blank: list[Insertion] = []
+        self.given: set[str] = set()
         self._acting: tuple[object, dict[Insertion, str]] = None, {}
         self.handles: list[RemovableHandle] = []
         self.watching: list[RemovableHandle] = []
@@ -106,8 +110,12 @@ class BackboneState(TrimmedStateDict):
 
     # --- who is listed ----------------------------------------------------------------------
 
-    def enlist(self, changes: Changes, delta: Any, backbone: nn.Module) -> None:
-        """List a delta, and watch the forwards to come."""
+    def enlist(
+        self, changes: Changes, delta: Any, backbone: nn.Module, new: Iterable[Insertion]
+    ) -> None:
+        """List a delta with what is `new` of it, and watch the forwards to come."""
+        if blank := watch.without_values(new):
+            changes.set(self, blank=[*self.blank, *blank])
         listed = changes.get(self, "deltas")
         if not any(other is delta for other in listed):
             changes.set(self, deltas=[*listed, delta])
@@ -169,6 +177,8 @@ class BackboneState(TrimmedStateDict):
 
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Hook before the root."""
+        if self.blank:
+            self.require_values(module)
         if torch.compiler.is_compiling():
             return
         calls.begin(module, args, kwargs)
@@ -176,6 +186,17 @@ class BackboneState(TrimmedStateDict):
             recomputed.note_or_compare(self, partial(self.standing, module))
         if self.repacks:
             warn_of_repacking(module)
+
+    def require_values(self, backbone: nn.Module) -> None:
+        """Refuse to run, or to merge, what has no values, see `watch.require_values`."""
+        self.blank = watch.require_values(backbone, self.blank, self.given)
+
+    def accept(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Before ``load_state_dict()``, see `TrimmedStateDict`; note what gets values."""
+        if self.blank:
+            names = (name for i in self.blank for name, _ in i.named_parameters())
+            self.given |= {name for name in names if prefix + name in state_dict}
+        super().accept(module, state_dict, prefix)
 
     def after(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         """Hook after the root, also after an error."""

@@ -35,7 +35,7 @@ class Standing(NamedTuple):
     route: Sequence[Any] | None
 
     def differing(self, now: Standing) -> list[Insertion]:
-        """The insertions that act otherwise in a route, or by being attached, detached or merged."""
+        """The insertions that act otherwise: in a route, attached, detached or merged."""
         if self == now:
             return []
         if self.route != now.route:
