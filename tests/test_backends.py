@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import types
 from collections.abc import Callable
@@ -265,25 +264,18 @@ on_meta = [
 
 
 def without_values(backbone: str) -> nn.Module:
-    """A backbone on the meta device; the buffers that no state dict holds have values."""
-    plain = backbones.build(backbone)
-    model = copy.deepcopy(plain).to("meta")
-    for name, buffer in plain.named_buffers():
-        place, _, own = name.rpartition(".")
-        model.get_submodule(place)._buffers[own] = buffer.clone()
-    return model
+    """A backbone on the meta device."""
+    return backbones.build(backbone).to("meta")
 
 
-def give(way: str, model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    buffers = {id(b): b.clone() for b in model.buffers()}
-    if way == "assign":
-        model.load_state_dict(state_dict, strict=False, assign=True)
-    else:
-        places = [(m, n, id(b)) for m in model.modules() for n, b in m._buffers.items()]
+def give(way: str, model: nn.Module, backbone: str, state_dict: dict[str, Tensor]) -> None:
+    """Let the backbone have its weights, and the buffers that no state dict holds."""
+    if way == "to_empty":
         model.to_empty(device="cpu")
-        for module, name, number in places:
-            module._buffers[name] = buffers[number]
-        model.load_state_dict(state_dict, strict=False)
+    model.load_state_dict(state_dict, strict=False, assign=way == "assign")
+    for name, buffer in backbones.build(backbone).named_buffers():
+        place, _, own = name.rpartition(".")
+        model.get_submodule(place)._buffers[own] = buffer
 
 
 @pytest.mark.parametrize(("method", "backbone"), on_meta)
@@ -295,7 +287,7 @@ def test_a_delta_that_was_given_no_values_is_refused(
     model, plain = without_values(backbone), backbones.build(backbone)
     delta = cases.put(method, backbone, model)
     assert all(p.is_meta for p in delta.parameters())
-    give(way, model, plain.state_dict())
+    give(way, model, backbone, plain.state_dict())
     for _ in range(2):
         with pytest.raises(InsertionError, match="no values.*then construct"):
             cases.output(model, backbone)
@@ -321,8 +313,8 @@ def test_a_delta_that_is_given_values_with_the_backbone_acts(
     model, plain = without_values(backbone), backbones.build(backbone)
     cases.put(method, backbone, model)
     cases.randomise(cases.put(method, backbone, plain))
-    give(way, model, {name: t.clone() for name, t in plain.state_dict().items()})
-    if method == "BitFitModel":  # nothing says what stands there without it
+    give(way, model, backbone, {name: t.clone() for name, t in plain.state_dict().items()})
+    if (method, backbone) == ("BitFitModel", "bert"):  # nothing says what stands there without it
         with pytest.raises(InsertionError, match="no values.*then construct"):
             cases.output(model, backbone)
         return
@@ -338,7 +330,7 @@ def test_values_that_are_written_in_place_or_loaded_count(tmp_path: Path) -> Non
     for way in ("by hand", "load_checkpoint"):
         model = without_values("bert")
         delta = cases.put("LoraModel", "bert", model)
-        give("to_empty", model, bare)
+        give("to_empty", model, "bert", bare)
         if way == "by hand":
             cases.randomise(delta)
         else:
@@ -348,7 +340,7 @@ def test_values_that_are_written_in_place_or_loaded_count(tmp_path: Path) -> Non
 
 def test_a_backbone_without_values_may_run_on_the_meta_device() -> None:
     model = backbones.build("mlp").to("meta")
-    opendelta.LoraModel(model, modified_modules=["first"])
+    AdapterModel(model, modified_modules=["first"])
     some = torch.empty(2, 6, device="meta")
     assert model(some).is_meta
 
@@ -374,7 +366,7 @@ def test_a_delta_made_within_from_pretrained(
     bare.save_pretrained(tmp_path / "bare")
     whole.save_pretrained(tmp_path / "whole")
     loaded = OwnDelta.from_pretrained(tmp_path / "whole").eval()
-    assert torch.equal(cases.output(loaded, "bert"), cases.output(whole, "bert"))
+    torch.testing.assert_close(cases.output(loaded, "bert"), cases.output(whole, "bert"))
     loaded = OwnDelta.from_pretrained(tmp_path / "bare").eval()
     if method == "AdapterModel":  # whose linears are such as transformers gives values to
         assert cases.output(loaded, "bert").abs().max() < 100

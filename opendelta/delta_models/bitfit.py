@@ -121,6 +121,7 @@ class BitFitModel(DeltaBase):
         Raises:
             InsertionError: if a shard would change its dtype.
         """
+        self.look_at_places()
         insertions: list[Any] = [*self.insertions]
         for insertion in insertions:
             held = insertion.parameter

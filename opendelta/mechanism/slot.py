@@ -107,7 +107,7 @@ class ParameterSlot:
         if content is not None:
             new = follow([content], changes.get(top or self, "left_at"), self.place)
             if new is not None:
-                changes.set_data(content, content.detach().to(device=new[0], dtype=new[1]))
+                changes.set_data(content, changes.data(content).to(device=new[0], dtype=new[1]))
         for place, existed in zip(self.places, self.existed, strict=True):
             table = changes.of(place._parameters)
             if content is None and not existed:

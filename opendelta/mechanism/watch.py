@@ -48,14 +48,14 @@ def require_values(
             left.append(insertion)
             continue
         device, _ = place_of(insertion.led_by) or place_of(backbone) or (None, None)
-        parameters = [*insertion.named_parameters()]
-        if device is not None and device.type == "meta" and all(p.is_meta for _, p in parameters):
+        tensors = [*insertion.named_parameters(), *_buffers(insertion)]
+        if device is not None and device.type == "meta" and all(t.is_meta for _, t in tensors):
             left.append(insertion)  # the backbone has none either
             continue
-        missing = [name for name, p in parameters if not (name in given or _is_written(p))]
+        missing = [name for name, t in tensors if not (name in given or _is_written(t))]
         original = None if insertion.slot is None else insertion.slot.original
         if missing or (original is not None and original.is_meta):
-            name = missing[0] if missing else parameters[0][0]
+            name = missing[0] if missing else tensors[0][0]
             raise InsertionError(
                 f"{name!r} has no values: this delta was constructed while its backbone had none "
                 "(on the meta device, as within from_pretrained), and what gave the backbone its "
@@ -66,11 +66,17 @@ def require_values(
     return left
 
 
-def _is_written(p: Tensor) -> bool:
+def _buffers(insertion: Insertion) -> Iterator[tuple[str, Tensor]]:
+    prefix = dotted(insertion.host_name, insertion.name)
+    module = nn.Module() if insertion.module is None else insertion.module
+    return ((dotted(prefix, name), buffer) for name, buffer in module.named_buffers())
+
+
+def _is_written(tensor: Tensor) -> bool:
     """Whether a tensor that was made on meta has got values that somebody wrote."""
-    if p.is_meta or p.is_inference():  # which counts no changes
-        return not p.is_meta
-    return p._version > 0 or getattr(p, "_is_hf_initialized", False)
+    if tensor.is_meta or tensor.is_inference():  # which counts no changes
+        return not tensor.is_meta
+    return tensor._version > 0 or getattr(tensor, "_is_hf_initialized", False)
 
 
 def report_unreached(insertions: Iterable[Insertion]) -> None:
