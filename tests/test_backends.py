@@ -345,6 +345,15 @@ def test_a_backbone_without_values_may_run_on_the_meta_device() -> None:
     assert model(some).is_meta
 
 
+def test_a_delta_made_on_the_meta_device_on_a_backbone_with_values() -> None:
+    for method in ("LoraModel", "AdapterModel"):
+        model = backbones.build("bert")
+        with torch.device("meta"):
+            cases.put(method, "bert", model)
+        with pytest.raises(InsertionError, match="no values"):
+            cases.output(model, "bert")
+
+
 class OwnDelta(transformers.BertModel):
     """A model that brings its delta along, as some write it."""
 
