@@ -14,6 +14,7 @@ import cases
 import placed
 import pytest
 import torch
+import transformers
 from cases import METHODS, put, randomise
 from pieces import BF16, dtypes
 from placed import unchanged
@@ -250,6 +251,137 @@ def test_a_trimmed_state_dict_gives_a_meta_backbone_no_weights() -> None:
     trimmed = model.state_dict()
     with pytest.raises(RuntimeError, match="Missing key.*embeddings"):
         model.to("meta").load_state_dict(trimmed, assign=True)
+
+
+# --- backbones on the meta device -----------------------------------------------------------------
+
+MODELS = ("bert", "t5", "llama")
+on_meta = [
+    pytest.param(m, b, marks=() if b == "bert" else pytest.mark.slow)
+    for m in cases.METHODS
+    for b in MODELS
+]
+
+
+def without_values(backbone: str) -> nn.Module:
+    """A backbone on the meta device."""
+    return backbones.build(backbone).to("meta")
+
+
+def give(way: str, model: nn.Module, backbone: str, state_dict: dict[str, Tensor]) -> None:
+    """Let the backbone have its weights, and the buffers that no state dict holds."""
+    if way == "to_empty":
+        model.to_empty(device="cpu")
+    model.load_state_dict(state_dict, strict=False, assign=way == "assign")
+    for name, buffer in backbones.build(backbone).named_buffers():
+        place, _, own = name.rpartition(".")
+        model.get_submodule(place)._buffers[own] = buffer
+
+
+@pytest.mark.parametrize(("method", "backbone"), on_meta)
+@pytest.mark.parametrize("way", ["assign", "to_empty"])
+def test_a_delta_that_was_given_no_values_is_refused(
+    method: str, backbone: str, way: str, tmp_path: Path
+) -> None:
+    """It came while its backbone had none; the order that is told is right."""
+    model, plain = without_values(backbone), backbones.build(backbone)
+    delta = cases.put(method, backbone, model)
+    assert all(p.is_meta for p in delta.parameters())
+    give(way, model, backbone, plain.state_dict())
+    for _ in range(2):
+        with pytest.raises(InsertionError, match="no values.*then construct"):
+            cases.output(model, backbone)
+    if method in cases.FOLDING:
+        with pytest.raises(InsertionError, match="meta device"):
+            delta.merge()
+    if method != "BitFitModel":  # which has stood in the place of what was loaded
+        with delta.detached():
+            assert torch.equal(cases.output(model, backbone), cases.output(plain, backbone))
+        with pytest.raises(InsertionError, match="no values.*then construct"):
+            cases.output(model, backbone)
+        delta.remove()
+        for one in (model, plain):
+            cases.randomise(cases.put(method, backbone, one))
+        assert torch.equal(cases.output(model, backbone), cases.output(plain, backbone))
+
+
+@pytest.mark.parametrize(("method", "backbone"), on_meta)
+@pytest.mark.parametrize("way", ["assign", "to_empty"])
+def test_a_delta_that_is_given_values_with_the_backbone_acts(
+    method: str, backbone: str, way: str
+) -> None:
+    model, plain = without_values(backbone), backbones.build(backbone)
+    cases.put(method, backbone, model)
+    cases.randomise(cases.put(method, backbone, plain))
+    give(way, model, backbone, {name: t.clone() for name, t in plain.state_dict().items()})
+    if (method, backbone) == ("BitFitModel", "bert"):  # nothing says what stands there without it
+        with pytest.raises(InsertionError, match="no values.*then construct"):
+            cases.output(model, backbone)
+        return
+    assert torch.equal(cases.output(model, backbone), cases.output(plain, backbone))
+
+
+def test_values_that_are_written_in_place_or_loaded_count(tmp_path: Path) -> None:
+    plain = backbones.build("bert")
+    saved = cases.put("LoraModel", "bert", plain)
+    cases.randomise(saved)
+    saved.save_checkpoint(tmp_path / "w.safetensors")
+    bare = backbones.build("bert").state_dict()
+    for way in ("by hand", "load_checkpoint"):
+        model = without_values("bert")
+        delta = cases.put("LoraModel", "bert", model)
+        give("to_empty", model, "bert", bare)
+        if way == "by hand":
+            cases.randomise(delta)
+        else:
+            delta.load_checkpoint(tmp_path / "w.safetensors")
+        assert torch.equal(cases.output(model, "bert"), cases.output(plain, "bert"))
+
+
+def test_a_backbone_without_values_may_run_on_the_meta_device() -> None:
+    model = backbones.build("mlp").to("meta")
+    AdapterModel(model, modified_modules=["first"])
+    some = torch.empty(2, 6, device="meta")
+    assert model(some).is_meta
+
+
+def test_a_delta_made_on_the_meta_device_on_a_backbone_with_values() -> None:
+    for method in ("LoraModel", "AdapterModel"):
+        model = backbones.build("bert")
+        with torch.device("meta"):
+            cases.put(method, "bert", model)
+        with pytest.raises(InsertionError, match="no values"):
+            cases.output(model, "bert")
+
+
+class OwnDelta(transformers.BertModel):
+    """A model that brings its delta along, as some write it."""
+
+    method = "LoraModel"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        cases.put(self.method, "bert", self)
+
+
+@pytest.mark.parametrize("method", ["LoraModel", "AdapterModel", "PrefixModel", "CompacterModel"])
+def test_a_delta_made_within_from_pretrained(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is on the meta device there; what the file lacks gets no values, or transformers'."""
+    monkeypatch.setattr(OwnDelta, "method", method)
+    bare = backbones.build("bert")
+    whole = OwnDelta(bare.config).eval()
+    bare.save_pretrained(tmp_path / "bare")
+    whole.save_pretrained(tmp_path / "whole")
+    loaded = OwnDelta.from_pretrained(tmp_path / "whole").eval()
+    torch.testing.assert_close(cases.output(loaded, "bert"), cases.output(whole, "bert"))
+    loaded = OwnDelta.from_pretrained(tmp_path / "bare").eval()
+    if method == "AdapterModel":  # whose linears are such as transformers gives values to
+        assert cases.output(loaded, "bert").abs().max() < 100
+    else:
+        with pytest.raises(InsertionError, match="within from_pretrained"):
+            cases.output(loaded, "bert")
 
 
 def test_a_prefix_where_relative_positions_are_offloaded() -> None:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import backbones
@@ -27,7 +28,9 @@ from cases import (
 )
 from pieces import hook_counts
 from placed import contents, unchanged
+from safetensors.torch import load_file
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 
 import opendelta
 from opendelta import AutoDeltaModel
@@ -309,6 +312,84 @@ def test_low_precision(method: str, backbone: str, dtype: torch.dtype) -> None:
     assert error < (0.1 if dtype == torch.bfloat16 else 0.02)
     result.float().pow(2).mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in delta.parameters())
+
+
+@everywhere
+def test_a_delta_in_float32_on_a_backbone_in_16_bits(
+    method: str, backbone: str, tmp_path: Path
+) -> None:
+    """What a GradScaler asks for: trained and saved in float32, with autocast and without."""
+    dtype = torch.float16
+    given = {
+        k: v.to(dtype) if v.is_floating_point() else v
+        for k, v in backbones.inputs(backbone).items()
+    }
+
+    def run(model: nn.Module) -> torch.Tensor:
+        result = model(**given)
+        return (result if isinstance(result, torch.Tensor) else result[0]).float()
+
+    model = backbones.build(backbone).to(dtype)
+    delta = put(method, backbone, model)
+    randomise(delta, 0.05)
+    in_16_bits = run(model).detach()
+    delta.float()
+    delta.freeze_module()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    torch.testing.assert_close(run(model), in_16_bits, atol=2e-2, rtol=2e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for autocast in (True, False):
+        before = [p.detach().clone() for p in delta.parameters()]
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            cost = run(model).square().mean()
+        scaler.scale(cost).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved = [not torch.equal(p, b) for p, b in zip(delta.parameters(), before, strict=True)]
+        assert any(moved) and all(p.isfinite().all() for p in delta.parameters())
+    delta.save_finetuned(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {t.dtype for t in saved.values() if t.is_floating_point()} == {torch.float32}
+    other = backbones.build(backbone).to(dtype)
+    AutoDeltaModel.from_finetuned(tmp_path, backbone_model=other).float()
+    torch.testing.assert_close(run(other), run(model), atol=2e-2, rtol=2e-2)
+    with_delta = run(model).detach()
+    delta.detach()
+    assert torch.equal(run(model), run(backbones.build(backbone).to(dtype).requires_grad_(False)))
+    delta.attach()
+    assert torch.equal(run(model), with_delta)
+    delta.half()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    torch.testing.assert_close(run(model), with_delta, atol=2e-2, rtol=2e-2)
+
+
+@everywhere
+def test_dynamic_quantisation_after_a_delta(method: str, backbone: str) -> None:
+    """It runs, or is refused: torch puts modules without the deltas in the place of those with."""
+    model, delta = built(method, backbone)
+    randomise(delta)
+    expected = backbones.run(model, backbone)
+    on_linears = any(type(i.host) is nn.Linear and i.dispatcher for i in delta.insertions)
+
+    def quantised(model: nn.Module) -> torch.Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return backbones.run(quantize_dynamic(model, {nn.Linear}, torch.qint8), backbone)
+
+    if on_linears:
+        for attached in (True, False):
+            with pytest.raises(InsertionError, match="took over its hooks.*merge_and_remove"):
+                quantised(model)
+            if attached:
+                delta.detach()
+        delta.attach()
+        if method not in FOLDING:
+            return
+        delta.merge_and_remove()
+    assert (quantised(model) - expected).norm() < 0.25 * expected.norm()
 
 
 @pytest.mark.parametrize(("method", "backbone"), marked(pair for pair in PAIRS if pair[1] != "mlp"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import OrderedDict
 from typing import Any
 
@@ -9,8 +11,8 @@ import backbones
 import pytest
 import torch
 import weights
-from cases import built, put, randomise
-from pieces import BF16, dtypes
+from cases import built, output, put, randomise
+from pieces import BF16, dtypes, hook_counts
 from placed import trainable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -235,3 +237,136 @@ def test_bitfit_attaches_and_detaches() -> None:
     delta.attach()
     assert torch.equal(backbones.run(delta.backbone_model, "gpt2"), changed)
     assert not torch.equal(changed, bare)
+
+
+# --- in float32 on a backbone in 16 bits ----------------------------------------------------------
+
+
+class Sum(nn.Module):
+    """Attention of torch's own, which reads the bias of its projection without calling that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.norm = nn.LayerNorm(6)
+        self.conv = nn.Conv1d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(self.attn(x, x, x)[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masters_in_float32_act_rounded(dtype: torch.dtype) -> None:
+    """As the biases in 16 bits do, to the bit; the gradients are those of the rounded ones."""
+    torch.manual_seed(0)
+    model = Sum().to(dtype)
+    delta = BitFitModel(model, modified_modules=["attn", "norm", "conv"])
+    assert dict(delta.named_parameters()).keys() == {
+        "attn.out_proj.bias",
+        "norm.bias",
+        "conv.bias",
+    }
+    randomise(delta)
+    x = X.to(dtype)
+    expected = model(x)
+    wanted = torch.autograd.grad(expected.float().square().sum(), [*delta.parameters()])
+    delta.float()
+    with torch.no_grad():
+        for p in delta.parameters():
+            p.add_(p.abs() * 2.0**-14)  # less than half a digit of either
+    assert torch.equal(model(x), expected)
+    actual = torch.autograd.grad(model(x).float().square().sum(), [*delta.parameters()])
+    for ours, rounded in zip(actual, wanted, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours.to(dtype), rounded)
+    assert all("bias" not in vars(module) for module in model.modules())
+
+
+def test_masters_go_with_copies_and_with_the_delta() -> None:
+    model, delta = built("BitFitModel", "bert")
+    model.to(torch.bfloat16)
+    bare = backbones.run(backbones.build("bert").to(torch.bfloat16), "bert")
+    randomise(delta)
+    hooks = hook_counts(model)
+    expected = backbones.run(model, "bert")
+    delta.float()
+    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(backbones.run(one, "bert"), expected)
+        (theirs,) = opendelta.deltas(one)
+        assert {p.dtype for p in theirs.parameters()} == {torch.float32}
+        theirs.merge_and_remove()
+        assert torch.equal(backbones.run(one, "bert"), expected)
+    delta.to(torch.bfloat16)
+    assert hook_counts(model) == hooks
+    assert torch.equal(backbones.run(model, "bert"), expected)
+    delta.float()
+    delta.remove()
+    assert torch.equal(backbones.run(model, "bert"), bare)
+
+
+def test_a_forward_that_broke_off_leaves_no_cast_bias() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh()).to(torch.bfloat16)
+    x = X.to(torch.bfloat16)
+    bare = model(x)
+    delta = BitFitModel(model, modified_modules=["0"])
+    randomise(delta)
+    expected = model(x)
+    delta.float()
+    for error in (RuntimeError, KeyboardInterrupt):
+
+        def fail(*_: Any, error: Any = error) -> None:
+            raise error
+
+        handle = model[0].register_forward_hook(fail)
+        with pytest.raises(error):
+            model(x)
+        handle.remove()
+        delta.detach()
+        assert torch.equal(model(x), bare)
+        delta.attach()
+        assert torch.equal(model(x), expected)
+    with pytest.raises(KeyboardInterrupt):
+        handle = model[0].register_forward_hook(fail)
+        model(x)
+    handle.remove()
+    delta.remove()
+    assert torch.equal(model(x), bare)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_masters_through_checkpointing_and_the_compiler() -> None:
+    model, delta = built("BitFitModel", "bert")
+    model.to(torch.bfloat16)
+    randomise(delta)
+    delta.float()
+    delta.freeze_module()
+    model.train()
+
+    def gradients(run: Any) -> list[Tensor]:
+        delta.zero_grad()
+        output(run, "bert").square().mean().backward()
+        return [p.grad.clone() for p in delta.parameters() if p.grad is not None]
+
+    expected = gradients(model)
+    torch.compiler.reset()
+    compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for found in (compiled, gradients(model)):
+        for ours, eager in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, eager, atol=1e-4, rtol=1e-2)
+    torch.compiler.reset()
+
+
+def test_shards_keep_the_dtype_of_their_backbone() -> None:
+    model = backbones.build("mlp")
+    delta = put("BitFitModel", "mlp", model)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(InsertionError, match="before the engine shards it"):
+            delta.half()
+        assert {p.dtype for p in delta.parameters()} == {torch.float32}
+    finally:
+        torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ import backbones
 import pytest
 import torch
 import weights
-from cases import randomise
+from cases import METHODS, randomise
 from pieces import replicate
 from placed import unchanged
 from torch import Tensor, nn
@@ -669,3 +669,84 @@ def test_a_delta_beside_what_a_module_runs_acts_once_on_replicas_too(own: bool) 
     for p in delta.parameters():
         p.zero_()
     assert torch.equal(model(x), bare) and torch.equal(replica(x), expected)
+
+
+# --- nested tensors -------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Torch's own encoder, which in evaluation makes nested tensors of a padded batch."""
+
+    def __init__(self, layers: int, activation: str, norm: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, activation, batch_first=True)
+        self.embed = nn.Embedding(50, 16)
+        self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(16) if norm else None)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(ids), src_key_padding_mask=ids == 0)[:, 0])
+
+
+ENCODERS = {
+    "two layers": (2, "relu", False),
+    "a norm": (1, "relu", True),
+    "gelu": (3, "gelu", True),
+}
+ON_ENCODERS: dict[str, list[list[str]]] = {
+    "LoraModel": [["linear1", "linear2"]],
+    "DoraModel": [["linear1", "linear2"]],
+    "IA3Model": [["linear1", "linear2"]],
+    "AdapterModel": [["linear1"], ["linear2", "norm2"], ["[r]layers.[0-9]"]],
+    "CompacterModel": [["linear1"], ["linear2", "norm2"], ["[r]layers.[0-9]"]],
+    "LowRankAdapterModel": [["linear1"], ["linear2", "norm2"], ["[r]layers.[0-9]"]],
+    "ParallelAdapterModel": [["linear1", "linear2"]],
+    "BitFitModel": [["linear1"], ["self_attn", "norm1"]],
+}
+on_encoders = [(method, names) for method, all_names in ON_ENCODERS.items() for names in all_names]
+
+
+def test_every_method_is_tried_on_nested_tensors() -> None:
+    """But those that torch's attention and embeddings by hand cannot have, which say so."""
+    assert set(METHODS) - set(ON_ENCODERS) == {"PrefixModel", "SoftPromptModel"}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize(("method", "names"), on_encoders)
+def test_nested_tensors(method: str, names: list[str], kind: str) -> None:
+    """Evaluation under no_grad takes torch's fast path, and gives what other forwards give."""
+    torch.manual_seed(0)
+    model = Encoder(*ENCODERS[kind]).eval()
+    ids = torch.randint(1, 50, (5, 9))
+    ids[1, 5:] = ids[3, 2:] = 0
+    with torch.no_grad():
+        bare = model(ids)
+    more = {"reduction_factor": 4} if method == "CompacterModel" else {}
+    delta = getattr(opendelta, method)(model, modified_modules=names, **more)
+    randomise(delta)
+    seen: list[bool] = []
+    model.encoder.layers[0].linear1.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].is_nested)
+    )
+    slow = model(ids)
+    with torch.no_grad():
+        fast = model(ids)
+    assert seen == [False, True]
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
+    assert (slow - bare).abs().max() > 1e-3
+    delta.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), bare, atol=1e-5, rtol=1e-4)
+
+
+def test_a_route_with_nested_tensors_says_how_to_have_none() -> None:
+    model = Encoder(2, "relu", False).eval()
+    delta = LoraModel(model, modified_modules=["linear1"])
+    ids = torch.randint(1, 50, (2, 5))
+    ids[1, 3:] = 0
+    rows = [delta, None]
+    error = pytest.raises(InsertionError, match="enable_nested_tensor=False")
+    with opendelta.route(model, rows), torch.no_grad(), error:
+        model(ids)
+    with opendelta.route(model, rows):
+        model(ids)  # gradients are on: there are none

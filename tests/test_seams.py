@@ -291,6 +291,39 @@ def test_compiled_graphs() -> None:
     torch._dynamo.reset()
 
 
+def test_reentrant_checkpoint() -> None:
+    told: list[Any] = []
+
+    def note(x: Tensor) -> Tensor:
+        told.append(seams.reentrant_checkpoint())
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    note(x)
+    checkpoint(note, x, use_reentrant=False)
+    assert told == [None, None]
+    two = [checkpoint(note, x, use_reentrant=True).sum() for _ in range(2)]
+    sum(two).backward()  # type: ignore[union-attr]
+    first, second = told[2:4]
+    assert first is not second and set(map(id, told[4:])) == {id(first), id(second)}
+    first.noted = 1
+
+
+def test_at_end_of_backward() -> None:
+    told: list[str] = []
+
+    def note(grad: Tensor) -> None:
+        seams.at_end_of_backward(lambda: told.append("the end"))
+        told.append("a node")
+
+    x = torch.ones(2, requires_grad=True)
+    middle = x.sin()
+    middle.register_hook(note)
+    x.register_hook(lambda grad: told.append("another"))
+    middle.sum().backward()
+    assert told == ["a node", "another", "the end"]
+
+
 def test_each_has_its_test() -> None:
     own = [
         name

@@ -327,7 +327,7 @@ class Plan:
         for insertion in self.insertions:
             insertion.enter(changes)
         state = BackboneState.create(self.backbone, changes)
-        state.enlist(changes, self.delta, self.backbone)
+        state.enlist(changes, self.delta, self.backbone, self.insertions)
         slots, child_slots = changes.of(state.slots), changes.of(state.child_slots)
         for insertion in self.insertions:
             name = dotted(insertion.host_name, insertion.name)
@@ -344,7 +344,8 @@ class Plan:
             whole = place_of(self.backbone) or (None, None)
             device, dtype = device or whole[0], dtype or whole[1]
         p = next(module.parameters(), None)
-        if p is not None and (p.device, p.dtype) != (device or p.device, dtype or p.dtype):
+        there = None if p is None or p.is_meta else (p.device, p.dtype)  # no values to move
+        if p is not None and there not in (None, (device or p.device, dtype or p.dtype)):
             module.to(device=device, dtype=dtype)
 
 

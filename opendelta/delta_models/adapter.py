@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from opendelta.delta.registry import register
@@ -27,6 +28,12 @@ class Bottleneck(nn.Sequential):
             nn.init.normal_(linear.weight, std=0.01)
             nn.init.zeros_(linear.bias)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it takes: its parameters' dtype, float32 where torch quantised it."""
+        weight = self.down_proj.weight
+        return weight.dtype if isinstance(weight, Tensor) else torch.float32
+
 
 class AdapterLayer(nn.Module):
     """``x + up(act(down(x)))`` for x of shape (..., width)."""
@@ -36,8 +43,7 @@ class AdapterLayer(nn.Module):
         self.modulelist = Bottleneck(width, bottleneck_dim, width, non_linearity)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        dtype = self.modulelist.down_proj.weight.dtype
-        return hidden + self.modulelist(hidden.to(dtype)).to(hidden.dtype)
+        return hidden + self.modulelist(hidden.to(self.modulelist.dtype)).to(hidden.dtype)
 
 
 class AdapterConfig(BaseDeltaConfig):

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from opendelta.addressing.feed_forward import about_experts
 from opendelta.backends.quantised import is_offloaded
+from opendelta.backends.sharding import is_shard
 from opendelta.basemodel import DeltaBase
-from opendelta.delta.plan import Plan, copied
+from opendelta.delta.plan import Plan, copied, reads_without_calling
+from opendelta.delta.record import record_of
 from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.exceptions import InsertionError
@@ -19,12 +21,15 @@ from opendelta.ground.containers import Args, Kwargs, map_hidden
 from opendelta.ground.names import dotted, words
 from opendelta.ground.widths import is_embedding, read_widths
 from opendelta.mechanism.backbone_state import unmerged
+from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.insertion import Insertion
 from opendelta.mechanism.ownership import inserted_names
 from opendelta.mechanism.places import place_of
 from opendelta.mechanism.slot import ParameterInsertion
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from opendelta.mechanism.rows import Rows
 
 
@@ -109,6 +114,40 @@ class BitFitModel(DeltaBase):
         own_modules: list[str] | dict[str, nn.Module] | None = None,
     ) -> None:
         self._construct()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `float`, `half` and `to` do: modules read what is in another dtype as a cast copy.
+
+        So a bias that trains in float32 acts on a backbone in 16 bits.
+
+        Raises:
+            InsertionError: if a shard would change its dtype.
+        """
+        self.look_at_places()
+        insertions: list[Any] = [*self.insertions]
+        for insertion in insertions:
+            held = insertion.parameter
+            if is_shard(held) and fn(torch.empty(0, dtype=held.dtype)).dtype != held.dtype:
+                raise InsertionError(
+                    f"The bias of {insertion.host_name!r} is sharded together with the backbone's "
+                    "parameters, whose dtype it has to have: call float() or half() on the whole "
+                    "backbone, before the engine shards it."
+                )
+        super()._apply(fn, recurse)
+        changes = Changes()
+        for insertion in insertions:
+            if not insertion.ignored:  # else it is added to the output, in that one's dtype
+                insertion.slot.settle_casts(changes, map(self._reader, insertion.places))
+        changes.carry_out()
+        return self
+
+    def _reader(self, place: nn.Module) -> tuple[nn.Module, str]:
+        """The module whose call reads the bias of `place`, and the name of `place` in it."""
+        name = record_of(self).targeting.name_of(place)
+        if not reads_without_calling(self.backbone_model, name):
+            return place, ""
+        parent, _, path = name.rpartition(".")
+        return self.backbone_model.get_submodule(parent), path
 
     def folds(self, insertion: Insertion) -> dict[str, Tensor]:
         """The trained bias, which takes the place of the backbone's own."""

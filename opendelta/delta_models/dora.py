@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.host_kinds import Embedding, HostKind, SplitLinear
 from opendelta.delta_models.low_rank import LoraLayer, LowRankModel
 from opendelta.exceptions import ConfigError, InsertionError
-from opendelta.ground.containers import Args, Kwargs, first_hidden, map_hidden
+from opendelta.ground.containers import Args, Kwargs, by_row, first_hidden, map_hidden
 from opendelta.mechanism.dispatch import AfterDispatcher
 from opendelta.saving.peft_files import Fields
 
@@ -28,7 +29,8 @@ from opendelta.saving.peft_files import Fields
 def rescaled(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Let the delta change the output: ``delta(hidden output, hidden input, host)``."""
     source = first_hidden(args, kwargs)
-    return map_hidden(output, lambda hidden: delta(hidden, source, host))
+    run = partial(delta, host=host)
+    return map_hidden(output, lambda hidden: by_row(run, hidden, source))
 
 
 class DoraLayer(LoraLayer):

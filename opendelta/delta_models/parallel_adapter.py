@@ -42,7 +42,7 @@ class ParallelAdapterLayer(nn.Module):
         self.held: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.modulelist(x.to(self.modulelist.down_proj.weight.dtype))
+        y = self.modulelist(x.to(self.modulelist.dtype))
         return (y if self.scaled == 1 else y * self.scaled).to(x.dtype)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from opendelta.exceptions import InsertionError
@@ -79,3 +80,16 @@ def hidden_of(output: Any) -> Tensor:
 
     map_hidden(output, note)
     return seen[0]
+
+
+def by_row(change: Callable[..., Tensor], hidden: Tensor, *others: Tensor) -> Tensor:
+    """``change(hidden, *others)``; of strided nested tensors, each row by itself.
+
+    `nn.TransformerEncoder` makes such of a padded batch in evaluation, and few operations take
+    them. A row keeps its dimension: it is a batch of one.
+    """
+    if not hidden.is_nested or hidden.layout is not torch.strided:
+        return change(hidden, *others)
+    rows = zip(*(tensor.unbind() for tensor in (hidden, *others)), strict=True)
+    made = [change(*(part[None] for part in row))[0] for row in rows]
+    return torch.nested.as_nested_tensor(made)

@@ -155,6 +155,34 @@ def checkpointed_regions(until: FrameType | None) -> Iterator[tuple[Any, bool]]:
         frame = frame.f_back
 
 
+def reentrant_checkpoint() -> Any:
+    """The node of reentrant checkpointing whose forward, or backward, runs around here.
+
+    The forward records no graph there, and the backward has nothing but this node in common with
+    it. Torch 2.13.
+
+    Returns:
+        The innermost one, None if there is none.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint" and frame.f_code.co_name in (
+            "forward",
+            "backward",
+        ):
+            return frame.f_locals["ctx"]
+        frame = frame.f_back
+    return None
+
+
+def at_end_of_backward(act: Callable[[], None]) -> None:
+    """Call something when the backward that runs in this thread is over; not after an error.
+
+    Torch has no public way, and leans on this for DDP and FSDP2. Torch 2.1 to 2.14.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(act)
+
+
 def has_ended(frame: FrameType) -> bool:
     """Whether a frame of this thread runs no more."""
     running: FrameType | None = sys._getframe()

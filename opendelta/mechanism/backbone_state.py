@@ -6,8 +6,9 @@ hooks, from where it is copied, pickled and found again together with the backbo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,9 +21,9 @@ from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.blocks import undone
 from opendelta.ground.containers import Args, Kwargs
 from opendelta.ground.names import dotted
-from opendelta.ground.seams import forget_compiled_code
+from opendelta.ground.seams import forget_compiled_code, runs_backward
 from opendelta.ground.walk import every_parameter
-from opendelta.mechanism import calls, watch
+from opendelta.mechanism import calls, recomputed, watch
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.child_slot import ChildSlot
 from opendelta.mechanism.dispatch import Dispatcher
@@ -60,6 +61,8 @@ class BackboneState(TrimmedStateDict):
             in evaluation.
         is_unsettled: whether forwards with gradients still look for deltas that would not train.
         repacks: whether 4-bit weights may be repacked under a training model.
+        blank: insertions that came without values, on a backbone on the meta device.
+        given: names that state dicts have given values to since.
         probing: whether a pseudo input runs, which is nobody's first forward.
     """
 
@@ -77,6 +80,9 @@ class BackboneState(TrimmedStateDict):
         self.is_untrained = True
         self.is_new = self.is_unsettled = self.repacks = self.probing = False
         self.unheard = 0
+        self.blank: list[Insertion] = []
+        self.given: set[str] = set()
+        self._acting: tuple[object, dict[Insertion, str]] = None, {}
         self.handles: list[RemovableHandle] = []
         self.watching: list[RemovableHandle] = []
 
@@ -112,8 +118,12 @@ class BackboneState(TrimmedStateDict):
 
     # --- who is listed ----------------------------------------------------------------------
 
-    def enlist(self, changes: Changes, delta: Any, backbone: nn.Module) -> None:
-        """List a delta, and watch the forwards to come."""
+    def enlist(
+        self, changes: Changes, delta: Any, backbone: nn.Module, new: Iterable[Insertion]
+    ) -> None:
+        """List a delta with what is `new` of it, and watch the forwards to come."""
+        if blank := watch.without_values(new):
+            changes.set(self, blank=[*self.blank, *blank])
         listed = changes.get(self, "deltas")
         if not any(other is delta for other in listed):
             changes.set(self, deltas=[*listed, delta])
@@ -176,6 +186,8 @@ class BackboneState(TrimmedStateDict):
 
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Hook before the root."""
+        if self.blank:
+            self.require_values(module)
         if torch.compiler.is_compiling():
             return
         if self.is_new and not self.probing:
@@ -183,8 +195,21 @@ class BackboneState(TrimmedStateDict):
             require_hosts(self.deltas[0].backbone_model, acting)  # not on a replica
             self.is_new = False
         calls.begin(module, args, kwargs)
+        if runs_backward() or (module.training and not torch.is_grad_enabled()):
+            recomputed.note_or_compare(self, partial(self.standing, module))
         if self.repacks:
             warn_of_repacking(module)
+
+    def require_values(self, backbone: nn.Module) -> None:
+        """Refuse to run, or to merge, what has no values, see `watch.require_values`."""
+        self.blank = watch.require_values(backbone, self.blank, self.given)
+
+    def accept(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Before ``load_state_dict()``, see `TrimmedStateDict`; note what gets values."""
+        if self.blank:
+            names = (name for i in self.blank for name, _ in i.named_parameters())
+            self.given |= {name for name in names if prefix + name in state_dict}
+        super().accept(module, state_dict, prefix)
 
     def after(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         """Hook after the root, also after an error."""
@@ -195,7 +220,9 @@ class BackboneState(TrimmedStateDict):
                     "out: compile the parts inside, or add delta.loss_term() by hand."
                 )
             return None
-        calls.end(module, output)
+        nodes = calls.end(module, output)
+        if nodes:
+            recomputed.guard(nodes, partial(self.standing, module))
         if self.probing or output is None:
             return None
         if self.unheard > int(module.training):
@@ -217,6 +244,18 @@ class BackboneState(TrimmedStateDict):
                         output = watch.add_to_loss(module, kwargs, output, term)
                 return output
         return None
+
+    def standing(self, root: nn.Module) -> recomputed.Standing:
+        """What acts on the backbone now, for this thread."""
+        since, acting = self._acting
+        if since is not Changes.latest:
+            since = Changes.latest
+            acting = {i: recomputed.ATTACHED for i in self.insertions if i.attached}
+            folds = (fold for host in self.merged.values() for fold in host.folds)
+            acting |= {fold.insertion: recomputed.MERGED for fold in folds}
+            self._acting = since, acting
+        route = None if Dispatcher.router is None else Dispatcher.router(root)
+        return recomputed.Standing(acting, None if route is None else route.deltas)
 
     # --- the state dict ---------------------------------------------------------------------
 

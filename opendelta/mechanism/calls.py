@@ -158,11 +158,15 @@ def begin(root: nn.Module, args: Args, kwargs: Kwargs) -> None:
     _calls().append(Call(root, args, kwargs))
 
 
-def end(root: nn.Module, output: Any) -> None:
-    """After the root, also after an error: its call is over, and missed ones inside."""
-    calls = _RUNNING.calls
+def end(root: nn.Module, output: Any) -> list[Any]:
+    """After the root, also after an error: its call is over, and missed ones inside.
+
+    Returns:
+        The nodes of its output in the autograd graph.
+    """
+    calls, nodes = _RUNNING.calls, []
     if not any(call.root is root for call in calls):
-        return
+        return []
     while (call := calls.pop()).root is not root:
         pass
     call.frame = None  # which would keep all its variables alive
@@ -172,6 +176,8 @@ def end(root: nn.Module, output: Any) -> None:
             notes: Any = tensor.grad_fn.metadata
             notes["opendelta.call"] = call
             _WITH_GRAPH.add(call)
+            nodes.append(tensor.grad_fn)
+    return nodes
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -29,12 +29,19 @@ _put_data: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignor
 
 
 class Changes:
-    """What is about to change; nothing of it has yet."""
+    """What is about to change; nothing of it has yet.
+
+    Attributes:
+        latest: stands for those that were carried out last, in the whole process.
+    """
+
+    latest: ClassVar[object] = object()
 
     def __init__(self) -> None:
         self._tables: dict[int, tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]] = {}
         self._attributes: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._first: list[partial[Any]] = []
+        self._data: dict[int, tuple[Tensor, Tensor]] = {}
         self._others: list[partial[Any]] = []
 
     def of(self, table: Table) -> Table:
@@ -55,7 +62,11 @@ class Changes:
 
     def set_data(self, tensor: Tensor, values: Tensor) -> None:
         """Let a tensor have other values, in a storage of theirs."""
-        self._others.append(partial(_put_data, tensor, values))
+        self._data[id(tensor)] = tensor, values
+
+    def data(self, tensor: Tensor) -> Tensor:
+        """The values of a tensor as they are going to be."""
+        return self._data.get(id(tensor), (tensor, tensor.detach()))[1]
 
     def do(self, act: Callable[..., Any], *args: Any) -> None:
         """Call something that cannot fail, together with the rest."""
@@ -73,7 +84,9 @@ class Changes:
             steps += _differences(table, old, new)
         for owner, values in self._attributes.values():
             steps.append(partial(owner.__dict__.update, values))
+        steps += (partial(_put_data, *pair) for pair in self._data.values())
         steps += self._others
+        steps.append(partial(setattr, Changes, "latest", object()))
         deque(map(_call, steps), maxlen=0)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from opendelta.exceptions import InsertionError
 from opendelta.ground.names import dotted
 from opendelta.ground.seams import forget_compiled_code
+from opendelta.ground.walk import every_module
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.insertion import Insertion, WithModule, acts_on_whole_batches
 from opendelta.mechanism.ownership import STANDS_FOR
@@ -101,6 +102,13 @@ class Replacement(WithModule):
     @property
     def attached(self) -> bool:
         return self.is_on
+
+    def misfit(self) -> str | None:
+        there = self.child_slot.parent._modules.get(self.name)
+        stands = self.child_slot.top is self
+        if stands and not any(part is self.module for part in every_module(there or nn.Module())):
+            return f"a {type(there).__name__} was put in the place of the delta's own module"
+        return None
 
     def enter(self, changes: Changes, later: Iterable[Insertion] = ()) -> None:
         changes.set(self.module, **{STANDS_FOR: [self.child_slot.original]})

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opendelta.exceptions import InsertionError
 from opendelta.ground.containers import (
     Args,
     Kwargs,
+    by_row,
     first_hidden,
     hidden_of,
     locate_hidden,
@@ -46,7 +48,7 @@ def before(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Arg
         new_args, new_kwargs = delta.pre_forward(*args, **kwargs)
         return new_args, new_kwargs
     where = locate_hidden(args, kwargs)
-    changed = delta(first_hidden(args, kwargs))
+    changed = by_row(delta, first_hidden(args, kwargs))
     if isinstance(where, int):
         return (*args[:where], changed, *args[where + 1 :]), kwargs
     return args, {**kwargs, where: changed}
@@ -56,7 +58,7 @@ def after(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) 
     """Pass the output through the delta (``delta.post_forward`` where there is one)."""
     if hasattr(delta, "post_forward"):
         return delta.post_forward(output)
-    return map_hidden(output, delta)
+    return map_hidden(output, partial(by_row, delta))
 
 
 def parallel(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
@@ -67,7 +69,7 @@ def parallel(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: An
 def onto(delta: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
     """Let the delta add onto the output itself: ``delta(hidden output, hidden input)``."""
     source = first_hidden(args, kwargs)
-    return map_hidden(output, lambda hidden: delta(hidden, source))
+    return map_hidden(output, lambda hidden: by_row(delta, hidden, source))
 
 
 def fuse(
@@ -220,6 +222,18 @@ class Dispatcher:
         unseen = None if compiled_graphs() != self.graphs else False
         return name in self.fired or unseen
 
+    def _taken_along(self, module: nn.Module) -> InsertionError:
+        """The refusal to run on a module that took over the hooks of another, not its deltas.
+
+        The one that does so (torch's quantisation, its fusing of modules) hands hooks no keywords.
+        """
+        names = ", ".join(repr(name) for name, _ in self.entries)
+        return InsertionError(
+            f"A {type(module).__name__} was put in the place of a module that carries {names}, and "
+            "took over its hooks without the delta. Quantise or fuse the model before the delta is "
+            "constructed, or after delta.merge_and_remove()."
+        )
+
     def _let(self, changes: Changes, entries: list[Entry]) -> None:
         fuses = any(action in FUSING for _, action in entries)
         names = frozenset(name for name, _ in entries)
@@ -232,7 +246,11 @@ class BeforeDispatcher(Dispatcher):
 
     before = True
 
-    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    def __call__(
+        self, module: nn.Module, args: Args, kwargs: Kwargs | None = None
+    ) -> tuple[Args, Kwargs]:
+        if kwargs is None:
+            raise self._taken_along(module)
         if not torch.compiler.is_compiling():
             self.fired = self.names
         if Dispatcher.router is not None and (route := Dispatcher.router(module)) is not None:
@@ -254,7 +272,10 @@ class AfterDispatcher(Dispatcher):
 
     before = False
 
-    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, *given: Any) -> Any:
+        if not given:
+            raise self._taken_along(module)
+        (output,) = given
         if not torch.compiler.is_compiling():
             self.fired = self.names
         if Dispatcher.router is not None and (route := Dispatcher.router(module)) is not None:

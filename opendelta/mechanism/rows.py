@@ -39,6 +39,11 @@ class Rows:
         Raises:
             InsertionError: if it does not consist of the rows.
         """
+        if hidden.is_nested:
+            raise InsertionError(
+                f"{self._name_of(host)!r} is called with a nested tensor, which route() cannot "
+                "take apart: give nn.TransformerEncoder enable_nested_tensor=False."
+            )
         entries = hidden.shape[0] if hidden.dim() else 0
         if not entries or entries % len(self):
             raise InsertionError(

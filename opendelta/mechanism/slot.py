@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from opendelta.backends.quantised import is_offloaded
+from opendelta.backends.quantised import compute_dtype, is_offloaded
 from opendelta.backends.sharding import assign, full, is_shard
 from opendelta.exceptions import InsertionError
 from opendelta.ground.containers import Args, Kwargs, map_hidden
@@ -38,6 +39,7 @@ class ParameterSlot:
         layers: the insertions that may stand here, in order.
         held_bare: by how many routes the original is held in its place.
         sharded: whether the parameter in place was seen as a shard.
+        casts: the hooks that let modules read the content in the dtype that they compute in.
     """
 
     def __init__(self, places: list[nn.Module], name: str) -> None:
@@ -47,6 +49,7 @@ class ParameterSlot:
         self.layers: list[ParameterInsertion] = []
         self.held_bare = 0
         self.handle: RemovableHandle | None = None
+        self.casts: list[RemovableHandle] = []
         self.left_at: Place | None = None  # where the original was set aside
         self.sharded = False
 
@@ -106,7 +109,7 @@ class ParameterSlot:
         if content is not None:
             new = follow([content], changes.get(top or self, "left_at"), self.place)
             if new is not None:
-                changes.set_data(content, content.detach().to(device=new[0], dtype=new[1]))
+                changes.set_data(content, changes.data(content).to(device=new[0], dtype=new[1]))
         for place, existed in zip(self.places, self.existed, strict=True):
             table = changes.of(place._parameters)
             if content is None and not existed:
@@ -122,6 +125,35 @@ class ParameterSlot:
                 if name != self.name and p is not None and p.is_floating_point():
                     return p.device, p.dtype
         return None
+
+    def settle_casts(self, changes: Changes, readers: Iterable[tuple[nn.Module, str]]) -> None:
+        """Have what is kept in another dtype than its places compute in read as a cast copy.
+
+        Args:
+            changes: what the hooks come in, or go, with.
+            readers: for each place the module whose call reads it, and the name there of the place.
+        """
+        self.end_casts(changes)
+        wanted = _dtype_beside(self.places[0], self.name)
+        if all(wanted in (None, layer.parameter.dtype) for layer in self.layers):
+            return
+        made = []
+        for reader, path in readers:
+            lend, take = (partial(act, path, self.name) for act in (lend_cast, take_back))
+            made.append(add_forward_hook(changes, reader, lend, before=True))
+            made.append(add_forward_hook(changes, reader, take, always_call=True))
+        changes.set(self, casts=made)
+        changes.do_first(forget_compiled_code)
+
+    def end_casts(self, changes: Changes) -> None:
+        """Have the content read as it is."""
+        for handle in self.casts:
+            take_off(changes, handle)
+        if self.casts:  # a forward that Ctrl-C ended took nothing back
+            for place in self.places:
+                changes.do(place.__dict__.pop, self.name, None)
+            changes.do_first(forget_compiled_code)
+            changes.set(self, casts=[])
 
     def _switch_values(
         self, before: ParameterInsertion | None, after: ParameterInsertion | None
@@ -205,6 +237,7 @@ class ParameterInsertion(Insertion):
         if not left:
             take_off(changes, self.slot.handle)
             changes.set(self.slot, handle=None)
+            self.slot.end_casts(changes)
 
     def differs_beside(self, merged: Insertion, is_earlier: bool) -> bool:
         return merged.slot is self.slot and is_earlier  # which it would uncover
@@ -282,4 +315,38 @@ def add_bias(module: nn.Module, args: Args, kwargs: Kwargs, output: object) -> o
     bias = getattr(module, "bias", None)  # an attribute, not a parameter, on a replica
     if bias is None and module._parameters.get("bias") is not None:
         bias = module.__getattr__("bias")  # there is an attribute too, which says None
-    return output if bias is None else map_hidden(output, lambda hidden: hidden + bias)
+    if bias is None:
+        return output
+    return map_hidden(output, lambda hidden: hidden + bias.to(hidden.dtype))
+
+
+# An attribute of the module itself hides its parameter of the same name: so the parameter, which
+# trains in its own dtype, stays in its place, and for one call its cast copy is read.
+
+
+def lend_cast(path: str, name: str, reader: nn.Module, args: Args) -> None:
+    """Hook before a call that reads a parameter: have a copy in the dtype of its neighbours."""
+    place = reader.get_submodule(path)
+    own = place._parameters.get(name)
+    if own is None:  # none, or that of a replica, which is an attribute and stays cast
+        own = place.__dict__.get(name)
+    else:
+        place.__dict__.pop(name, None)
+    dtype = _dtype_beside(place, name)
+    if own is not None and dtype not in (None, own.dtype):
+        place.__dict__[name] = own.to(dtype)
+
+
+def take_back(path: str, name: str, reader: nn.Module, args: Args, output: object) -> None:
+    """Hook after such a call, also after an error."""
+    place = reader.get_submodule(path)
+    if place._parameters.get(name) is not None:
+        place.__dict__.pop(name, None)
+
+
+def _dtype_beside(place: nn.Module, name: str) -> torch.dtype | None:
+    """What a module computes in, by its other parameters; None if they do not tell."""
+    held = place._parameters or place.__dict__.get("_former_parameters", {})  # a replica's
+    beside = (p for other, p in held.items() if other != name and p is not None)
+    dtypes = (p.dtype for p in beside if p.is_floating_point() and p.element_size() > 1)
+    return compute_dtype(place) or next(dtypes, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,69 @@ from opendelta.ground.walk import every_module
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.engines import require_reduced
 from opendelta.mechanism.insertion import Insertion
+from opendelta.mechanism.places import place_of
+
+
+def without_values(insertions: Iterable[Insertion]) -> list[Insertion]:
+    """Those of new insertions that have none, as on a backbone that is on the meta device."""
+    return [i for i in insertions if any(p.is_meta for _, p in i.named_parameters())]
+
+
+def require_values(
+    backbone: nn.Module, blank: Iterable[Insertion], given: Container[str]
+) -> list[Insertion]:
+    """Refuse deltas that came onto a backbone without values, and were given none since.
+
+    Memory that nobody has written cannot be told by its contents, so that it counts what was done:
+    values were loaded under the delta's names, written in place, or put there by transformers.
+
+    Args:
+        backbone: the model.
+        blank: what came without values.
+        given: names of parameters that a state dict gave values to.
+
+    Returns:
+        What still has none, and does not act.
+
+    Raises:
+        InsertionError: for one that acts.
+    """
+    left = []
+    for insertion in blank:
+        if not insertion.attached:
+            left.append(insertion)
+            continue
+        device, _ = place_of(insertion.led_by) or place_of(backbone) or (None, None)
+        tensors = [*insertion.named_parameters(), *_buffers(insertion)]
+        if device is not None and device.type == "meta" and all(t.is_meta for _, t in tensors):
+            left.append(insertion)  # the backbone has none either
+            continue
+        missing = [name for name, t in tensors if not (name in given or _is_written(t))]
+        original = None if insertion.slot is None else insertion.slot.original
+        if missing or (original is not None and original.is_meta):
+            name = missing[0] if missing else tensors[0][0]
+            raise InsertionError(
+                f"{name!r} has no values: this delta was constructed while its backbone had none "
+                "(on the meta device, as within from_pretrained), and what gave the backbone its "
+                "weights gave the delta nothing. Give the backbone its weights first, by "
+                "from_pretrained(), load_state_dict(assign=True) or to_empty() and loading; then "
+                "construct the delta, or load one with from_finetuned()."
+            )
+    return left
+
+
+def _buffers(insertion: Insertion) -> Iterator[tuple[str, Tensor]]:
+    prefix = dotted(insertion.host_name, insertion.name)
+    module = nn.Module() if insertion.module is None else insertion.module
+    return ((dotted(prefix, name), buffer) for name, buffer in module.named_buffers())
+
+
+def _is_written(tensor: Tensor) -> bool:
+    """Whether a tensor that was made on meta has got values that somebody wrote."""
+    if tensor.is_meta or tensor.is_inference():  # which counts no changes
+        return not tensor.is_meta
+    return tensor._version > 0 or getattr(tensor, "_is_hf_initialized", False)
+
 
 PATIENCE = 8  # forwards in training may skip layers by chance (layerdrop), hardly so many times
 

@@ -70,6 +70,7 @@ def merge_and_remove(delta: Delta, safe: bool = False, untie: bool = False) -> A
 
 
 def _fold_in(delta: Delta, state: BackboneState, changes: Changes, safe: bool, untie: bool) -> None:
+    state.require_values(delta.backbone_model)
     merged = changes.of(state.merged)
     holders = holders_of(delta, state)
     order = {id(other): number for number, other in enumerate(state.deltas)}
