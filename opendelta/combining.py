@@ -6,14 +6,17 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from opendelta.basemodel import DeltaBase
 from opendelta.delta.plan import held_back
 from opendelta.delta.record import record_of
 from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.blocks import within
+from opendelta.mechanism.backbone_state import BackboneState
 from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.insertion import switch
+from opendelta.saving.moved_buffers import moved_buffers
 
 
 def combine(deltas: Sequence[DeltaBase], weights: Sequence[float]) -> DeltaBase:
@@ -56,7 +59,7 @@ def combine(deltas: Sequence[DeltaBase], weights: Sequence[float]) -> DeltaBase:
         values = first.combined_tensors(deltas, weights)
         with held_back() as plans:
             combined = type(first).from_config(config, first.backbone_model, check_hash=False)
-        changes = Changes()
+        changes, moved = Changes(), _moved(deltas)
         for plan in plans:
             plan.prepare()
         for name, tensor in combined.own_tensors():
@@ -64,8 +67,23 @@ def combine(deltas: Sequence[DeltaBase], weights: Sequence[float]) -> DeltaBase:
         for plan in plans:
             plan.enter(changes)
         switch(changes, reversed(combined.insertions), False)
+        buffers = BackboneState.create(combined.backbone_model, changes).buffers
+        buffers.settle(changes, off=[combined])
+        buffers.load(changes, combined, moved)
         changes.carry_out()
     return combined
+
+
+def _moved(deltas: list[DeltaBase]) -> dict[str, Tensor]:
+    """The persistent buffers that deltas moved, which only one of them may have."""
+    found = [moved for delta in deltas if (moved := moved_buffers(delta))]
+    if len(found) > 1:
+        raise ConfigError(
+            f"{len(found)} of these deltas moved buffers of the backbone in training, such as "
+            f"{next(iter(found[0]))!r}: statistics have no weighted sum. Only one delta of a sum "
+            "may have moved any."
+        )
+    return found[0] if found else {}
 
 
 def _check(deltas: list[DeltaBase], weights: list[float]) -> None:

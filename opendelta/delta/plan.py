@@ -265,7 +265,7 @@ class Plan:
         for insertion in self.insertions:
             insertion.enter(changes)
         state = BackboneState.create(self.backbone, changes)
-        state.enlist(changes, self.delta, self.backbone)
+        state.enlist(changes, self.delta, self.record.moved, self.backbone)
         slots = changes.of(state.slots)
         for insertion in self.insertions:
             if insertion.slot is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from opendelta.backends.bmt import is_distributed
 from opendelta.ground.walk import named_tensors
@@ -18,7 +18,11 @@ class TrimmedStateDict:
         raise NotImplementedError
 
     def constants(self) -> set[int]:
-        """Ids of the tensors that deltas keep constant (buffers, parameters that never train)."""
+        """Ids of what else is held: constants of deltas, and the buffers that they moved."""
+        raise NotImplementedError
+
+    def own_buffers(self) -> dict[int, Tensor | None]:
+        """Id of each buffer that deltas moved, which is held too -> what it is without them."""
         raise NotImplementedError
 
     def __call__(
@@ -38,9 +42,15 @@ class TrimmedStateDict:
         values alone, is to load with ``strict=False`` instead.
         """
         if self.is_trimmed():
-            keep = active_names(module, self.constants())
+            keep, own = active_names(module, self.constants()), self.own_buffers()
+            moved = {name: own[id(b)] for name, b in module.named_buffers() if id(b) in own}
+            if all(prefix + name in state_dict for name in keep.difference(moved)):
+                for name, value in moved.items():  # not moved yet when that dict was made
+                    if value is not None:
+                        state_dict.setdefault(prefix + name, value)
             for name, tensor in named_tensors(module):
-                if name not in keep and not (tensor.is_meta or is_distributed(tensor)):
+                held = name in keep and name not in moved
+                if not (held or tensor.is_meta or is_distributed(tensor)):
                     state_dict.setdefault(prefix + name, tensor.detach())
 
 

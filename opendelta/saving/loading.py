@@ -34,6 +34,7 @@ from opendelta.mechanism.engines import require_whole
 from opendelta.saving.backbone_check import check_backbone
 from opendelta.saving.checkpoint import delta_config, require_own
 from opendelta.saving.hashing import gen_parameter_hash
+from opendelta.saving.moved_buffers import buffer_targets, load_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -170,12 +171,16 @@ def _load(
         for name, p in own_parameters(backbone):
             if carried is None or name in carried:
                 targets.setdefault(name, originals.get(id(p), p))
+    buffers = {n: b for n, b in buffer_targets(delta).items() if n in tensors and n not in targets}
+    targets.update(buffers)
     if any(tensor.is_meta for tensor in targets.values()):
         raise CheckpointError(
             f"The {type(backbone).__name__} is on the meta device, where there is "
             "nothing to load into: give it its weights first."
         )
     _require_fit(delta, tensors, targets, [*own, *(carried or ())])
+    load_buffers(delta, {name: tensors[name] for name in buffers}, changes)
+    tensors = {name: value for name, value in tensors.items() if name not in buffers}
     if is_new:
         record_of(delta).left_trainable = [name for name in tensors if name not in own]
     values = {targets[name]: value for name, value in tensors.items()}

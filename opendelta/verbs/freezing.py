@@ -80,6 +80,9 @@ def freeze(
     with acting(delta, None) as (state, changes):
         backbone, targeting = delta.backbone_model, record.targeting
         module = backbone if module is None else uncompiled(module)
+        state.buffers.note(changes, backbone)
+        for found in (state, *BackboneState.within(backbone)):  # before what trains changes
+            found.buffers.settle(changes, starts=not state.was_trainable)
         part = prefix or ("" if module is backbone else targeting.name_of(module))
         asked: Any = exclude if exclude is not None else (delta.unfrozen_modules or [EVERY_DELTA])
         declared = _frozen(

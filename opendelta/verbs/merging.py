@@ -63,6 +63,7 @@ def merge_and_remove(delta: Delta, safe: bool = False, untie: bool = False) -> A
             require_mergeable(delta)
             _fold_in(delta, state, changes, safe, untie)
         _keep(delta, state, changes)
+        state.buffers.keep(changes, delta)
         take_off(delta, changes)
     return delta.backbone_model
 
