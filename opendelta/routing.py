@@ -12,9 +12,8 @@ puts in the place of a parameter needs that function too, and `sites`, see `Bias
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -31,6 +30,7 @@ from opendelta.ground.blocks import undone
 from opendelta.ground.containers import Args, Kwargs, first_hidden
 from opendelta.ground.seams import is_running, runs_backward
 from opendelta.ground.walk import uncompiled
+from opendelta.mechanism.backbone_state import BackboneState
 from opendelta.mechanism.backbone_state import deltas as deltas_of
 from opendelta.mechanism.calls import picking
 from opendelta.mechanism.changes import Changes, one_at_a_time
@@ -38,7 +38,7 @@ from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.hooks import add_forward_hook, take_off
 from opendelta.mechanism.insertion import acts_on_whole_batches, switch
 from opendelta.mechanism.ownership import own_modules
-from opendelta.mechanism.rows import Rows
+from opendelta.mechanism.rows import Rows, joined, selected
 
 Entry = tuple[str, Callable[..., Any]]  # of a dispatcher
 Step = tuple[Callable[..., Any], nn.Module]  # an action and the delta module that it runs
@@ -133,7 +133,8 @@ class Route:
         self.names = {id(module): name for name, module in own_modules(backbone)}
         self.modules: dict[int, dict[str, tuple[DeltaBase, nn.Module]]] = {}
         self.parameters: dict[nn.Module, dict[Any, dict[DeltaBase, Any]]] = {}
-        self._rows: dict[tuple[DeltaBase, ...], Rows] = {}
+        self.stand_ins: dict[nn.Module, dict[DeltaBase | None, nn.Module]] = {}
+        self._rows: dict[tuple[DeltaBase | None, ...], Rows] = {}
         self.handles: list[RemovableHandle] = []
         self.bared: list[Callable[[Changes], None]] = []  # what puts back what stands aside
         for delta in dict.fromkeys(delta for delta in deltas if delta is not None):
@@ -163,12 +164,12 @@ class Route:
             "go along. Leave the `with` block first."
         )
 
-    def rows(self, deltas: Iterable[DeltaBase]) -> Rows:
+    def rows(self, deltas: Iterable[DeltaBase | None]) -> Rows:
         """Which of `deltas` acts on which row."""
         key = tuple(deltas)
         if key not in self._rows:
             numbers = {delta: number for number, delta in enumerate(key)}
-            of_row = [len(key) if d is None else numbers.get(d, len(key)) for d in self.deltas]
+            of_row = [numbers.get(delta, len(key)) for delta in self.deltas]
             self._rows[key] = Rows(of_row, len(key), self.name_of)
         return self._rows[key]
 
@@ -208,13 +209,13 @@ class Route:
         members, inverse = rows.members(hidden.device, rows.repeats(hidden, host))
         numbered = enumerate(zip(members, [*chains, []], strict=True))
         shares = [(number, m, steps) for number, (m, steps) in numbered if len(m)]
-        before = [_selected(state, m, len(hidden)) for _, m, _ in shares]
+        before = [selected(state, m, len(hidden)) for _, m, _ in shares]
         after = []
         for part, (number, _, steps) in zip(before, shares, strict=True):
             with picking(partial(rows.share, number)):
                 after.append(_chained(steps, host, part))
         try:
-            return _joined(state, before, after, [len(m) for _, m, _ in shares], inverse)
+            return joined(state, before, after, [len(m) for _, m, _ in shares], inverse)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InsertionError(
                 f"{self.name_of(host)!r}: what the deltas of this batch make of its rows is of "
@@ -234,9 +235,14 @@ class Route:
             backbone, check, give = self.backbone, self._check_batch, self._give_parameters
             made = [add_forward_hook(changes, backbone, check, before=True, **options)]
             made += [add_forward_hook(changes, site, give, **options) for site in self.parameters]
-            changes.set(self, handles=made)
+            bared = []
             if all(other.backbone is not backbone for other in _IN_FORCE):
-                changes.set(self, bared=_hold_bare(changes, deltas_of(backbone)))
+                bared = _hold_bare(changes, deltas_of(backbone))
+                bared += _share_buffers(changes, backbone, [*dict.fromkeys(self.deltas)])
+            twins = self._twins(changes)
+            run = self._run_stand_ins
+            made += [add_forward_hook(changes, module, run, **options) for module in twins]
+            changes.set(self, handles=made, bared=bared, stand_ins=twins)
             if not _STANCES and "torch._dynamo" in sys.modules:  # compiled code does not ask
                 _STANCES.append(torch.compiler.set_stance("force_eager"))
             changes.do(setattr, Dispatcher, "router", find)
@@ -290,6 +296,39 @@ class Route:
             output = routed([*insertions.values()], rows, host, args, kwargs, output)
         return output
 
+    def _twins(self, changes: Changes) -> dict[nn.Module, dict[DeltaBase | None, nn.Module]]:
+        """Modules whose buffers are other ones for some rows, with a stand-in for those."""
+        twins: dict[nn.Module, dict[DeltaBase | None, nn.Module]] = {}
+        for state in BackboneState.within(self.backbone):
+            for delta in dict.fromkeys(self.deltas):
+                for module, twin in state.buffers.stand_ins(changes, delta).items():
+                    twins.setdefault(module, {})[delta] = twin
+        return twins
+
+    def _run_stand_ins(
+        self, host: nn.Module, args: Args, kwargs: Kwargs, output: Any = None
+    ) -> Any:
+        """After a module whose buffers deltas moved: run each delta's rows with its own."""
+        if find(host) is not self:
+            return None
+        if host.training:
+            raise InsertionError(
+                f"{self.name_of(host)!r} ({type(host).__name__}) has other buffers for some rows "
+                "of this batch than for others, and training would move them by all rows "
+                "together: train one delta at a time, or set this module to eval()."
+            )
+        twins = self.stand_ins[host]
+        rows, chains = self.rows(twins), [[(_stand_in, twin)] for twin in twins.values()]
+        state = (args, kwargs, output)
+        if rows.all_one:
+            return _chained(chains[0], host, state)[2]
+        return self._apart(chains, rows, host, state)[2]
+
+
+def _stand_in(twin: nn.Module, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """Action: what a twin of the host gives in its place."""
+    return type(twin).forward(twin, *args, **kwargs)
+
 
 def _routed(inserted: Any) -> Any:
     """How several of a kind act on a batch at once; None where each must on its rows alone."""
@@ -306,69 +345,6 @@ def _chained(steps: list[Step], host: nn.Module, state: Any) -> Any:
     for action, module in steps:
         state = _step(partial(action, module), host, state)
     return state
-
-
-# --- taking rows out of arguments and outputs, and putting them back ------------------------------
-
-
-def _selected(value: Any, members: Tensor, entries: int) -> Any:
-    """`value` with only some rows of the tensors in it that have `entries` of them."""
-    if isinstance(value, Tensor):
-        is_by_row = value.dim() and value.shape[0] == entries
-        return value.index_select(0, members.to(value.device)) if is_by_row else value
-    return _rebuilt(value, lambda key: _selected(value[key], members, entries))
-
-
-def _joined(whole: Any, before: list[Any], after: list[Any], sizes: list[int], at: Tensor) -> Any:
-    """The results of several parts of `whole` in one, what did not change taken from `whole`.
-
-    Args:
-        whole: what the parts were taken from.
-        before, after: the parts, and what became of them.
-        sizes: how many rows each has; `at`: where each row of the whole is among theirs.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: if they do not fit together.
-    """
-    if all(new is old for new, old in zip(after, before, strict=True)):
-        return whole
-    first = after[0]
-    if any(type(new) is not type(first) for new in after):
-        raise TypeError(f"types {sorted({type(new).__name__ for new in after})}")
-    if isinstance(first, Tensor):
-        was_shared = isinstance(whole, Tensor) and whole.shape[:1] != at.shape
-        if not was_shared and [new.shape[:1] for new in after] == [(size,) for size in sizes]:
-            return torch.cat(after).index_select(0, at.to(first.device))
-        if not all(torch.equal(new, first) for new in after):
-            raise ValueError(f"a tensor of shape {tuple(first.shape)} that all rows share")
-        return first
-
-    def item(key: Any) -> Any:
-        olds = [_item(old, key) for old in before]
-        return _joined(_item(whole, key), olds, [new[key] for new in after], sizes, at)
-
-    return _rebuilt(first, item)
-
-
-def _item(container: Any, key: Any) -> Any:
-    """``container[key]``, None where there is none."""
-    try:
-        return container[key]
-    except (IndexError, KeyError, TypeError):
-        return None
-
-
-def _rebuilt(container: Any, item: Callable[[Any], Any]) -> Any:
-    """A tuple, list or mapping of the same kind with ``item(key)`` for each key; others as is."""
-    if isinstance(container, (tuple, list)):
-        items = [item(position) for position in range(len(container))]
-        return type(container)(*items) if hasattr(container, "_fields") else type(container)(items)
-    if isinstance(container, Mapping):
-        made: Any = copy.copy(container)
-        for key in container:
-            made[key] = item(key)
-        return made
-    return container
 
 
 # --- what is in force -----------------------------------------------------------------------------
@@ -407,3 +383,17 @@ def _hold_bare(changes: Changes, deltas: list[DeltaBase]) -> list[Callable[[Chan
         *(partial(slot.hold_bare, more=-1) for slot in slots),
         lambda changes: switch(changes, swapped, True),
     ]
+
+
+def _share_buffers(
+    changes: Changes, backbone: nn.Module, deltas: list[DeltaBase | None]
+) -> list[Callable[[Changes], None]]:
+    """Let what these deltas moved of the backbone's buffers stand in place, if it is the same.
+
+    Returns:
+        What puts back what stood there.
+    """
+    every = [state.buffers for state in BackboneState.within(backbone)]
+    for buffers in every:
+        buffers.share(changes, deltas)
+    return [partial(buffers.hold, deltas=None) for buffers in every]

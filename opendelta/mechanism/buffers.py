@@ -9,7 +9,7 @@ the backbone's own values are kept aside, and stand there else.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -108,7 +108,8 @@ class Buffers:
         self.settle(changes)
         own, stood = changes.of(self.own), changes.of(self.stood)
         for name, buffer in self._present(changes):
-            if name in values and changes.of(self.digests).pop(name, None):  # now worth a copy
+            if name in values and name in changes.of(self.digests):  # now worth a copy
+                del changes.of(self.digests)[name]
                 own[name] = stood[name] = _copied(buffer)
         for other, moved in changes.get(self, "layers"):
             if other is delta:
@@ -142,15 +143,19 @@ class Buffers:
                 found[id(buffer)] = self.own.get(name)
         return found
 
-    def differ(self, deltas: Sequence[Any]) -> bool:
-        """Whether deltas (None for the bare backbone) want different values in some buffer."""
-        wanted = [self._wanted(None, [] if delta is None else [delta]) for delta in deltas]
-        first = wanted[0] if wanted else {}
-        return any(
+    def share(self, changes: Changes, deltas: Collection[Any]) -> None:
+        """Let a route begin whose rows are of these deltas, None for the bare backbone.
+
+        Where all of them want the same values, these stand in place; else the backbone's own do.
+        """
+        self.settle(changes)
+        first, *others = (self._wanted(changes, [delta]) for delta in deltas)
+        differ = any(
             other[name] is not value and not _same(other[name], value)
-            for other in wanted[1:]
+            for other in others
             for name, value in first.items()
         )
+        self.hold(changes, [] if differ else [delta for delta in deltas if delta is not None])
 
     def stand_ins(self, changes: Changes, delta: Any) -> dict[nn.Module, nn.Module]:
         """Modules -> twins that hold what a delta moved, where other values are to stand in place.
