@@ -67,7 +67,8 @@ def route(backbone: nn.Module, deltas: Sequence[DeltaBase | None]) -> Iterator[N
             the forward if the batch is not as long as the list.
         InsertionError: on entry for a delta that is not on this backbone (any more) or does not
             act row by row, or if the rows would get different numbers of soft prompt tokens; in
-            the forward if a module is called with something that does not consist of the rows.
+            the forward if a module is called with something that does not consist of the rows, or
+            in training if its buffers (running statistics) are other ones for some rows.
 
     Example:
         >>> with opendelta.route(model, [delta_zh, delta_fr, None, delta_zh]):
