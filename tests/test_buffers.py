@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import backbones
 import pytest
 import torch
 import transformers
@@ -338,6 +337,44 @@ def test_it_follows_its_backbone_into_another_dtype() -> None:
     assert all(torch.equal(b, moved[n].to(b.dtype)) for n, b in buffers(model).items())
     delta.detach()
     assert all(torch.equal(b, own[n].to(b.dtype)) for n, b in buffers(model).items())
+
+
+def test_switched_under_inference_mode_it_still_trains() -> None:
+    model, delta = trained()
+    moved = buffers(model)
+    with torch.inference_mode():
+        delta.detach()
+        delta.attach()
+    train(model, seed=3)
+    delta.detach()
+    delta.attach()
+    assert not equal(buffers(model), moved)
+
+
+def test_a_forward_that_is_alive_has_its_backward() -> None:
+    """As where a reference runs without the delta between a forward and its backward."""
+    gradients = []
+    for switches in (False, True):
+        model, delta = trained()
+        out = model(pixel_values=images())
+        if switches:
+            with torch.no_grad(), delta.detached():
+                model(pixel_values=images(2))
+        out.square().mean().backward()
+        gradients.append([p.grad for p in delta.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_compiled_it_follows() -> None:
+    model, delta = trained()
+    output, learnt = logits(build()), logits(model)
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        delta.detach()
+        assert torch.equal(logits(compiled), output)
+        delta.attach()
+        assert torch.equal(logits(compiled), learnt)
 
 
 def test_a_number_that_is_none_has_not_moved() -> None:
@@ -853,14 +890,6 @@ def test_a_sum_has_those_of_the_one_that_moved_any() -> None:
     assert equal(buffers(model), moved)
     with pytest.raises(ConfigError, match="'bn1.running_mean'"):
         opendelta.combine([first, third], weights=[1.0, 1.0])
-
-
-def test_a_backbone_without_any_has_nothing_to_do() -> None:
-    model = backbones.build("bert")
-    delta = opendelta.LoraModel(model)
-    delta.freeze_module()
-    names = {name for name, _ in model.named_parameters()}
-    assert set(delta.checkpoint_tensors()) <= names
 
 
 # --- wholly or not --------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from opendelta.backends.sharding import assign, full, is_shard
 from opendelta.exceptions import DeltaWarning, InsertionError, warn
+from opendelta.ground.blocks import within
 from opendelta.ground.names import dotted
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.ownership import own_modules
@@ -114,7 +115,7 @@ class Buffers:
         for other, moved in changes.get(self, "layers"):
             if other is delta:
                 changes.of(moved).clear()
-                changes.of(moved).update({n: v.detach().clone() for n, v in values.items()})
+                changes.of(moved).update({name: _copied(value) for name, value in values.items()})
         self._put(changes)
 
     def forget(self, changes: Changes, delta: Any) -> None:
@@ -185,7 +186,7 @@ class Buffers:
             if twin is None:
                 twin = twins[module] = object.__new__(type(module))
                 twin.__dict__.update(module.__dict__, _buffers=dict(module._buffers))
-            twin._buffers[key] = _copied(wanted[name]).to(buffer)
+            twin._buffers[key] = _copied(wanted[name], buffer)
         return twins
 
     # --- inside -----------------------------------------------------------------------------
@@ -261,8 +262,7 @@ class Buffers:
             if is_shard(buffer):
                 changes.do_first(assign, buffer, value)
             else:
-                device, dtype = buffer.device, buffer.dtype
-                changes.set_data(buffer, value.to(device=device, dtype=dtype, copy=True))
+                changes.set_data(buffer, _copied(value, buffer))
 
 
 def persistent_buffers(
@@ -296,11 +296,16 @@ def _movers(layers: list[tuple[Any, Moved]]) -> list[Moved]:
     return trains or beside or [layers[-1][1]]
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    return full(tensor).detach().clone()
+def _copied(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """A copy of the whole of a tensor, on the device and in the dtype of another."""
+    if torch.is_inference_mode_enabled():  # in which the copy could not be trained with
+        with within(torch.inference_mode(False)):
+            return _copied(tensor, like)
+    whole = full(tensor).detach()
+    like = whole if like is None else like
+    return whole.to(device=like.device, dtype=like.dtype, copy=True)
 
 
-@torch.no_grad()
 def _same(buffer: Tensor, noted: Tensor) -> bool:
     """Whether a buffer, wherever it is by now, has values that were noted, NaN included."""
     now, then = full(buffer), noted.to(buffer.device, buffer.dtype)
