@@ -315,6 +315,28 @@ def test_the_file_names_what_moved_and_the_hash_leaves_it_out(tmp_path: Path) ->
     assert set(config["backbone_hash_excludes"]) == own
 
 
+def test_tied_buffers_are_one(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        model = build()
+        model.bn2.running_mean = model.bn1.running_mean
+        return model.eval()
+
+    output = logits(tied())
+    model = tied()
+    delta = put(model)
+    delta.freeze_module()
+    train(model)
+    learnt = logits(model)
+    delta.save_finetuned(tmp_path)
+    assert "bn2.running_mean" not in load_file(tmp_path / "model.safetensors")
+    delta.detach()
+    assert torch.equal(logits(model), output)
+    other = tied()
+    restored(tmp_path, other)
+    assert torch.equal(logits(other), learnt)
+    assert other.bn2.running_mean is other.bn1.running_mean
+
+
 def test_what_did_not_move_is_not_saved(tmp_path: Path) -> None:
     model = build()
     delta = put(model)
@@ -418,6 +440,7 @@ def test_a_loaded_one_that_trains_on_keeps_the_bare_ones(tmp_path: Path) -> None
     values = buffers(model)
     delta = restored(tmp_path, model)
     loaded = buffers(model)
+    train(model, seed=2)  # before it is frozen, too
     delta.freeze_module()
     train(model, seed=3)
     moved = buffers(model)
@@ -447,6 +470,12 @@ def test_deltas_that_train_together_all_have_it() -> None:
         one.attach()
         assert equal(buffers(model), moved)
         other.attach()
+    second.detach()
+    train(model, seed=3)  # from here on it is the first one's alone
+    alone = buffers(model)
+    first.detach()
+    second.attach()
+    assert equal(buffers(model), moved) and not equal(alone, moved)
 
 
 def test_one_that_is_frozen_has_nothing_of_it() -> None:
@@ -535,9 +564,10 @@ def test_buffers_of_a_delta_module_are_not_the_backbones() -> None:
     delta.freeze_module()
     train(model)
     assert "conv1.norm.running_mean" in delta.checkpoint_tensors()
-    theirs = model.conv1.norm.running_mean.clone()
+    norm = model.conv1.norm
+    theirs = norm.running_mean.clone()
     delta.detach()
-    assert torch.equal(logits(model), output)
+    assert torch.equal(logits(model), output) and torch.equal(norm.running_mean, theirs)
     delta.attach()
     assert torch.equal(model.conv1.norm.running_mean, theirs)
 
@@ -765,6 +795,12 @@ def test_two_files_of_peft_with_statistics(tmp_path: Path) -> None:
         with delta.attached():
             torch.testing.assert_close(model(rows()), want, rtol=1e-6, atol=1e-6)
     assert not torch.equal(expected[0], expected[1])
+    first, _ = opendelta.deltas(model)
+    first.attach()
+    again = AutoDeltaModel.from_peft(tmp_path / "1.0", model)  # whose statistics stand there now
+    first.remove()
+    torch.testing.assert_close(model(rows()), expected[0], rtol=1e-6, atol=1e-6)
+    assert again.is_attached
 
 
 def test_peft_reads_them(tmp_path: Path) -> None:
@@ -777,7 +813,8 @@ def test_peft_reads_them(tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(Normed(), tmp_path).eval()
     torch.testing.assert_close(theirs(rows()), model(rows()), rtol=1e-6, atol=1e-6)
     back = Normed()
-    AutoDeltaModel.from_peft(tmp_path, back)
+    loaded = AutoDeltaModel.from_peft(tmp_path, back)
+    assert not any("running" in pattern for pattern in loaded.unfrozen_modules)
     torch.testing.assert_close(back(rows()), model(rows()), rtol=1e-6, atol=1e-6)
 
 
@@ -809,10 +846,11 @@ def test_a_route_runs_each_row_with_its_own(name: str, tmp_path: Path) -> None:
     for entries in lists:
         with opendelta.route(model, entries):
             routed = logits(model, x)
-            inner = [second, first, None] * 2
-            with opendelta.route(model, inner):
-                within = logits(model, x)
-        for got, asked in ((routed, entries), (within, inner)):
+            inner = {}
+            for asked in ([second, first, None] * 2, [second] * 6, [None] * 6):
+                with opendelta.route(model, asked):
+                    inner[tuple(asked)] = logits(model, x)
+        for asked, got in ((tuple(entries), routed), *inner.items()):
             want = torch.stack([alone[delta][row] for row, delta in enumerate(asked)])
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert equal(buffers(model), standing)
@@ -883,8 +921,8 @@ def test_a_sum_has_those_of_the_one_that_moved_any() -> None:
     moved = buffers(model)
     second = put(model)
     third = opendelta.combine([first, second], weights=[1.0, 0.5])
-    for delta in opendelta.deltas(model):
-        delta.detach()
+    first.detach()
+    second.detach()
     assert equal(buffers(model), buffers(build()))
     third.attach()
     assert equal(buffers(model), moved)
