@@ -127,7 +127,8 @@ class DeltaBase(SaveLoadMixin):
         """Freeze the backbone's parameters but those that `exclude` names.
 
         May be called again, with another `exclude`: what it names gets back the state that it
-        had before the first freeze.
+        had before the first freeze. The first call notes the persistent buffers of the backbone:
+        what training moves of them (running statistics) is from then on its deltas' own.
 
         Args:
             module: the part of the backbone to freeze; None for all of it.
@@ -157,7 +158,7 @@ class DeltaBase(SaveLoadMixin):
         return record_of(self).left_trainable
 
     def set_active_state_dict(self, module: nn.Module) -> None:
-        """Reduce ``module.state_dict()`` to what trains (and constants of deltas).
+        """Reduce ``module.state_dict()`` to what trains, moved buffers and constants of deltas.
 
         It is full again while all deltas are detached. ``load_state_dict`` takes both kinds.
 
@@ -206,6 +207,9 @@ class DeltaBase(SaveLoadMixin):
     def detach(self, module: nn.Module | None = None, reset_state_dict: bool = True) -> None:
         """Let the backbone compute without the delta, which is kept for `attach`.
 
+        Persistent buffers (running statistics) that its training moved go with it: the backbone's
+        own come back.
+
         Args:
             module: only the part of the delta that sits inside this module.
             reset_state_dict: whether ``state_dict()`` follows (full, once no delta is attached).
@@ -234,9 +238,10 @@ class DeltaBase(SaveLoadMixin):
 
         Its hooks and its entries in the backbone's ``state_dict()`` are gone until `unmerge`. The
         delta keeps its parameters, can be saved as before, and the exact original weights are
-        kept beside the merged ones. Meanwhile `attach` and `detach` raise, and other deltas act
-        and are merged as if this one were attached. Dropout of the delta no longer acts. What is
-        trained or loaded meanwhile into the merged weights themselves is lost at `unmerge`.
+        kept beside the merged ones. Buffers that training moved stay in place. Meanwhile `attach`
+        and `detach` raise, and other deltas act and are merged as if this one were attached.
+        Dropout of the delta no longer acts. What is trained or loaded meanwhile into the merged
+        weights themselves is lost at `unmerge`.
 
         Args:
             safe: refuse if a merged weight were not finite.

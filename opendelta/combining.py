@@ -14,10 +14,12 @@ from opendelta.delta.plan import held_back
 from opendelta.delta.record import record_of
 from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.blocks import within
+from opendelta.mechanism.backbone_state import BackboneState
 from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.child_slot import OwnModule
 from opendelta.mechanism.insertion import switch
 from opendelta.saving.loading import take_over
+from opendelta.saving.moved_buffers import moved_buffers
 from opendelta.verbs.arithmetic import besides
 
 
@@ -70,7 +72,7 @@ def combine(deltas: Sequence[DeltaBase], weights: Sequence[float]) -> DeltaBase:
             combined = type(first).from_config(
                 config, first.backbone_model, check_hash=False, own_modules=own
             )
-        changes = Changes()
+        changes, moved = Changes(), {} if owner is None else moved_buffers(owner)
         for plan in plans:
             plan.prepare()
         for name, tensor in combined.own_tensors():
@@ -81,6 +83,9 @@ def combine(deltas: Sequence[DeltaBase], weights: Sequence[float]) -> DeltaBase:
         if kept:
             take_over(combined, kept, changes, is_new=True)
         switch(changes, reversed(combined.insertions), False)
+        buffers = BackboneState.create(combined.backbone_model, changes).buffers
+        buffers.settle(changes, off=[combined])
+        buffers.load(changes, combined, moved)
         changes.carry_out()
     return combined
 
@@ -91,13 +96,14 @@ def _owner(deltas: Sequence[DeltaBase]) -> DeltaBase | None:
     Raises:
         ConfigError: if several have.
     """
-    owners = [delta for delta in deltas if besides(delta)]
+    found = {delta: {**besides(delta), **moved_buffers(delta)} for delta in deltas}
+    owners = [delta for delta in found if found[delta]]
     if len(owners) > 1:
-        names = [next(iter(besides(delta))) for delta in owners]
+        names = dict.fromkeys(next(iter(found[delta])) for delta in owners)
         raise ConfigError(
-            f"{len(owners)} of the deltas have modules of their own, or parameters that their "
-            f"files carried ({', '.join(map(repr, dict.fromkeys(names)))}), which do not add up: "
-            "combine deltas of which one has, at most."
+            f"{len(owners)} of the deltas have modules of their own, parameters that their files "
+            f"carried, or buffers that they moved ({', '.join(map(repr, names))}), which do not "
+            "add up: combine deltas of which one has, at most."
         )
     return owners[0] if owners else None
 

@@ -12,9 +12,8 @@ puts in the place of a parameter needs that function too, and `sites`, see `Bias
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -32,14 +31,15 @@ from opendelta.ground.blocks import undone
 from opendelta.ground.containers import Args, Kwargs, first_hidden
 from opendelta.ground.seams import is_running, runs_backward
 from opendelta.ground.walk import every_module, named_tensors, uncompiled
+from opendelta.mechanism.backbone_state import BackboneState
 from opendelta.mechanism.backbone_state import deltas as deltas_of
 from opendelta.mechanism.calls import picking
 from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.hooks import add_forward_hook, take_off
 from opendelta.mechanism.insertion import acts_on_whole_batches
-from opendelta.mechanism.ownership import own_modules
-from opendelta.mechanism.rows import Rows
+from opendelta.mechanism.ownership import STANDS_FOR, own_modules, twin_of
+from opendelta.mechanism.rows import Rows, joined, selected
 
 Entry = tuple[str, Callable[..., Any]]  # of a dispatcher
 Step = tuple[Callable[..., Any], nn.Module]  # an action and the delta module that it runs
@@ -68,7 +68,8 @@ def route(backbone: nn.Module, deltas: Sequence[DeltaBase | None]) -> Iterator[N
             the forward if the batch is not as long as the list.
         InsertionError: on entry for a delta that is not on this backbone (any more) or does not
             act row by row, or if the rows would get different numbers of soft prompt tokens; in
-            the forward if a module is called with something that does not consist of the rows.
+            the forward if a module is called with something that does not consist of the rows, or
+            in training if its buffers (running statistics) are other ones for some rows.
 
     Example:
         >>> with opendelta.route(model, [delta_zh, delta_fr, None, delta_zh]):
@@ -134,8 +135,9 @@ class Route:
         self.names = {id(m): name for name, m in own_modules(backbone, originals=True)}
         self.modules: dict[int, dict[str, tuple[DeltaBase, nn.Module]]] = {}
         self.parameters: dict[nn.Module, dict[Any, dict[DeltaBase, Any]]] = {}
-        self.stand_ins: dict[nn.Module, dict[DeltaBase, nn.Module]] = {}
-        self._rows: dict[tuple[DeltaBase, ...], Rows] = {}
+        self.stand_ins: dict[nn.Module, dict[DeltaBase | None, nn.Module]] = {}
+        self.with_buffers: set[nn.Module] = set()  # modules whose buffers some of them moved
+        self._rows: dict[tuple[DeltaBase | None, ...], Rows] = {}
         self.handles: list[RemovableHandle] = []
         self.bared: list[Callable[[Changes], None]] = []  # what puts back what stands aside
         for delta in dict.fromkeys(delta for delta in deltas if delta is not None):
@@ -157,14 +159,14 @@ class Route:
         for site, stand_ins in self.stand_ins.items():
             self._require_alike(site, stand_ins)
 
-    def _require_alike(self, site: nn.Module, stand_ins: dict[DeltaBase, nn.Module]) -> None:
+    def _require_alike(self, site: nn.Module, stand_ins: dict[DeltaBase | None, nn.Module]) -> None:
         """Refuse what cannot compute a share of the rows in the stead of a module.
 
         Raises:
             InsertionError: for modules of different sizes, naming two deltas, and for one whose
                 parts run other deltas of this batch.
         """
-        each = {delta: stand_ins.get(delta, site) for delta in dict.fromkeys(self.deltas)}  # type: ignore[arg-type]
+        each = {delta: stand_ins.get(delta, site) for delta in dict.fromkeys(self.deltas)}
         shapes = {d: {n: full_shape(t) for n, t in named_tensors(m)} for d, m in each.items()}
         one, *others = each
         other = next((d for d in others if shapes[d] != shapes[one]), one)
@@ -198,12 +200,12 @@ class Route:
             "go along. Leave the `with` block first."
         )
 
-    def rows(self, deltas: Iterable[DeltaBase]) -> Rows:
+    def rows(self, deltas: Iterable[DeltaBase | None]) -> Rows:
         """Which of `deltas` acts on which row."""
         key = tuple(deltas)
         if key not in self._rows:
             numbers = {delta: number for number, delta in enumerate(key)}
-            of_row = [len(key) if d is None else numbers.get(d, len(key)) for d in self.deltas]
+            of_row = [numbers.get(delta, len(key)) for delta in self.deltas]
             self._rows[key] = Rows(of_row, len(key), self.name_of)
         return self._rows[key]
 
@@ -243,13 +245,13 @@ class Route:
         members, inverse = rows.members(hidden.device, rows.repeats(hidden, host))
         numbered = enumerate(zip(members, [*chains, []], strict=True))
         shares = [(number, m, steps) for number, (m, steps) in numbered if len(m)]
-        before = [_selected(state, m, len(hidden)) for _, m, _ in shares]
+        before = [selected(state, m, len(hidden)) for _, m, _ in shares]
         after = []
         for part, (number, _, steps) in zip(before, shares, strict=True):
             with picking(partial(rows.share, number)):
                 after.append(_chained(steps, host, part))
         try:
-            return _joined(state, before, after, [len(m) for _, m, _ in shares], inverse)
+            return joined(state, before, after, [len(m) for _, m, _ in shares], inverse)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InsertionError(
                 f"{self.name_of(host)!r}: what the deltas of this batch make of its rows is of "
@@ -268,11 +270,14 @@ class Route:
             options = {"first": True, "with_kwargs": True}
             backbone, check, give = self.backbone, self._check_batch, self._give_parameters
             made = [add_forward_hook(changes, backbone, check, before=True, **options)]
+            bared = []
+            if all(other.backbone is not backbone for other in _IN_FORCE):
+                bared = _hold_bare(changes, deltas_of(backbone))
+                bared += _share_buffers(changes, backbone, [*dict.fromkeys(self.deltas)])
+            self._give_buffers(changes)
             sites = dict.fromkeys((*self.parameters, *self.stand_ins))
             made += [add_forward_hook(changes, site, give, **options) for site in sites]
-            changes.set(self, handles=made)
-            if all(other.backbone is not backbone for other in _IN_FORCE):
-                changes.set(self, bared=_hold_bare(changes, deltas_of(backbone)))
+            changes.set(self, handles=made, bared=bared)
             if not _STANCES and "torch._dynamo" in sys.modules:  # compiled code does not ask
                 _STANCES.append(torch.compiler.set_stance("force_eager"))
             changes.do(setattr, Dispatcher, "router", find)
@@ -321,6 +326,12 @@ class Route:
         """After a module that deltas have replaced, or parameters of it: give each row its own."""
         if find(host) is not self:
             return None
+        if host.training and host in self.with_buffers:
+            raise InsertionError(
+                f"{self.name_of(host)!r} ({type(host).__name__}) has other buffers for some rows "
+                "of this batch than for others, and training would move them by all rows "
+                "together: train one delta at a time, or set this module to eval()."
+            )
         if host in self.stand_ins:
             stand_ins = self.stand_ins[host]
             rows, state = self.rows(stand_ins), (args, kwargs, output)
@@ -333,6 +344,17 @@ class Route:
             rows = self.rows(insertions)
             output = routed([*insertions.values()], rows, host, args, kwargs, output)
         return output
+
+    def _give_buffers(self, changes: Changes) -> None:
+        """Have stand-ins for modules whose buffers are other ones for some rows."""
+        for state in BackboneState.within(self.backbone):
+            for delta in dict.fromkeys(self.deltas):
+                for module, twin in state.buffers.stand_ins(changes, delta).items():
+                    known = self.stand_ins.setdefault(module, {})
+                    if STANDS_FOR in known.get(delta, module).__dict__:
+                        continue  # which has buffers of its own
+                    known[delta] = twin_of(known.get(delta, module), _buffers=twin._buffers)
+                    self.with_buffers.add(module)
 
 
 def _routed(inserted: Any) -> Any:
@@ -355,69 +377,6 @@ def _chained(steps: list[Step], host: nn.Module, state: Any) -> Any:
     for action, module in steps:
         state = _step(partial(action, module), host, state)
     return state
-
-
-# --- taking rows out of arguments and outputs, and putting them back ------------------------------
-
-
-def _selected(value: Any, members: Tensor, entries: int) -> Any:
-    """`value` with only some rows of the tensors in it that have `entries` of them."""
-    if isinstance(value, Tensor):
-        is_by_row = value.dim() and value.shape[0] == entries
-        return value.index_select(0, members.to(value.device)) if is_by_row else value
-    return _rebuilt(value, lambda key: _selected(value[key], members, entries))
-
-
-def _joined(whole: Any, before: list[Any], after: list[Any], sizes: list[int], at: Tensor) -> Any:
-    """The results of several parts of `whole` in one, what did not change taken from `whole`.
-
-    Args:
-        whole: what the parts were taken from.
-        before, after: the parts, and what became of them.
-        sizes: how many rows each has; `at`: where each row of the whole is among theirs.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: if they do not fit together.
-    """
-    if all(new is old for new, old in zip(after, before, strict=True)):
-        return whole
-    first = after[0]
-    if any(type(new) is not type(first) for new in after):
-        raise TypeError(f"types {sorted({type(new).__name__ for new in after})}")
-    if isinstance(first, Tensor):
-        was_shared = isinstance(whole, Tensor) and whole.shape[:1] != at.shape
-        if not was_shared and [new.shape[:1] for new in after] == [(size,) for size in sizes]:
-            return torch.cat(after).index_select(0, at.to(first.device))
-        if not all(torch.equal(new, first) for new in after):
-            raise ValueError(f"a tensor of shape {tuple(first.shape)} that all rows share")
-        return first
-
-    def item(key: Any) -> Any:
-        olds = [_item(old, key) for old in before]
-        return _joined(_item(whole, key), olds, [new[key] for new in after], sizes, at)
-
-    return _rebuilt(first, item)
-
-
-def _item(container: Any, key: Any) -> Any:
-    """``container[key]``, None where there is none."""
-    try:
-        return container[key]
-    except (IndexError, KeyError, TypeError):
-        return None
-
-
-def _rebuilt(container: Any, item: Callable[[Any], Any]) -> Any:
-    """A tuple, list or mapping of the same kind with ``item(key)`` for each key; others as is."""
-    if isinstance(container, (tuple, list)):
-        items = [item(position) for position in range(len(container))]
-        return type(container)(*items) if hasattr(container, "_fields") else type(container)(items)
-    if isinstance(container, Mapping):
-        made: Any = copy.copy(container)
-        for key in container:
-            made[key] = item(key)
-        return made
-    return container
 
 
 # --- what is in force -----------------------------------------------------------------------------
@@ -451,3 +410,17 @@ def _hold_bare(changes: Changes, deltas: list[DeltaBase]) -> list[Callable[[Chan
     for slot in slots:
         slot.hold_bare(changes, 1)
     return [partial(slot.hold_bare, more=-1) for slot in slots]
+
+
+def _share_buffers(
+    changes: Changes, backbone: nn.Module, deltas: list[DeltaBase | None]
+) -> list[Callable[[Changes], None]]:
+    """Let what these deltas moved of the backbone's buffers stand in place, if it is the same.
+
+    Returns:
+        What puts back what stood there.
+    """
+    every = [state.buffers for state in BackboneState.within(backbone)]
+    for buffers in every:
+        buffers.share(changes, deltas)
+    return [partial(buffers.hold, deltas=None) for buffers in every]

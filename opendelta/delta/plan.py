@@ -327,7 +327,7 @@ class Plan:
         for insertion in self.insertions:
             insertion.enter(changes)
         state = BackboneState.create(self.backbone, changes)
-        state.enlist(changes, self.delta, self.backbone, self.insertions)
+        state.enlist(changes, self.delta, self.record.moved, self.backbone, self.insertions)
         slots, child_slots = changes.of(state.slots), changes.of(state.child_slots)
         for insertion in self.insertions:
             name = dotted(insertion.host_name, insertion.name)

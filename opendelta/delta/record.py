@@ -12,6 +12,7 @@ from torch import nn
 
 from opendelta.addressing.targeting import Targeting
 from opendelta.delta.config import ConfigFields
+from opendelta.mechanism.buffers import Moved
 from opendelta.mechanism.insertion import Insertion
 
 KEY = "_record"  # where it stands among a delta's attributes
@@ -30,6 +31,7 @@ class Record:
         uses_defaults: whether the user named no modules.
         insertions: what it has put on the backbone.
         left_trainable: names of the backbone's parameters that its last freeze left trainable.
+        moved: persistent buffers of the backbone as its training left them.
         removed: whether it was taken off for good.
         from_file: whether its config was read from a file.
         plan: the `Plan` of what it is about to do, while that is being made.
@@ -45,6 +47,7 @@ class Record:
         self.uses_defaults = False
         self.insertions: list[Insertion] = []
         self.left_trainable: list[str] | None = None
+        self.moved: Moved = {}
         self.removed = False
         self.from_file = False
         self.plan: Any = None

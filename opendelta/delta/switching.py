@@ -82,7 +82,7 @@ def attach(delta: Delta, module: nn.Module | None = None, follow: bool = True) -
 def detach(delta: Delta, module: nn.Module | None = None, follow: bool = True) -> None:
     """Let a delta act no longer, see `DeltaBase.detach`."""
     with acting(delta) as (state, changes):
-        switch(changes, reversed(inside(delta, module)), False)
+        _take_away(delta, inside(delta, module), state, changes)
         changes.set(state, held=None if follow else state.is_trimmed())
 
 
@@ -102,7 +102,18 @@ def _put_on(
     """Let insertions act again, on whichever engine the backbone has got meanwhile."""
     join_engine(delta.backbone_model, insertions)
     switch(changes, insertions, True)
+    state.buffers.settle(changes, on=[delta] if insertions else ())
     changes.set(state, is_unsettled=True)
+
+
+def _take_away(
+    delta: Delta, insertions: Sequence[Insertion], state: BackboneState, changes: Changes
+) -> None:
+    """Let insertions act no longer."""
+    switch(changes, reversed(insertions), False)
+    gone = {id(insertion) for insertion in insertions}
+    acts = any(insertion.attached for insertion in delta.insertions if id(insertion) not in gone)
+    state.buffers.settle(changes, off=() if acts else [delta])
 
 
 def inside(delta: Delta, module: nn.Module | None) -> list[Insertion]:
@@ -166,7 +177,7 @@ def _held(delta: Delta, on: bool) -> Iterator[None]:
             return
         with acting(delta) as (state, changes):
             if on:
-                switch(changes, reversed(turned), False)
+                _take_away(delta, turned, state, changes)
             else:
                 _put_on(delta, turned, state, changes)
 

@@ -186,7 +186,9 @@ class PeftForm(DeltaBase):
         hosts = {id(modules[host]) for host in layers}
         own = dict(own_parameters(backbone))
         unfrozen = covered(backbone, own.keys() & trained)
-        unfrozen += [n for n in trained if not any(outer in unfrozen for outer in lineage(n))]
+        unfrozen += [
+            n for n in trained if n in own and not any(outer in unfrozen for outer in lineage(n))
+        ]
         others = [name for name in (*own.keys() - trained, *dict(every)) if name not in unfrozen]
         made = cls.config_class(
             **fields,

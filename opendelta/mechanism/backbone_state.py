@@ -24,6 +24,7 @@ from opendelta.ground.names import dotted
 from opendelta.ground.seams import forget_compiled_code, runs_backward
 from opendelta.ground.walk import every_parameter
 from opendelta.mechanism import calls, recomputed, watch
+from opendelta.mechanism.buffers import Buffers, Moved
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.child_slot import ChildSlot
 from opendelta.mechanism.dispatch import Dispatcher
@@ -51,6 +52,7 @@ class BackboneState(TrimmedStateDict):
         trained: names of the backbone's parameters that some freeze left trainable.
         slots: places of parameters that deltas replaced, by name; `child_slots`: of modules.
         merged: the modules of the backbone that deltas are folded into, by name.
+        buffers: whose values stand in the backbone's persistent buffers.
         untied_configs: configs whose ``tie_word_embeddings`` merging set to False.
         trimmed: whether `state_dict()` is reduced to its active part while a delta is attached.
         held: overrides `trimmed` after an attach or detach with ``reset_state_dict=False``.
@@ -73,6 +75,7 @@ class BackboneState(TrimmedStateDict):
         self.slots: dict[str, ParameterSlot] = {}
         self.child_slots: dict[str, ChildSlot] = {}
         self.merged: dict[str, MergedHost] = {}
+        self.buffers = Buffers()
         self.untied_configs: list[Any] = []
         self.trimmed = False
         self.held: bool | None = None
@@ -119,9 +122,21 @@ class BackboneState(TrimmedStateDict):
     # --- who is listed ----------------------------------------------------------------------
 
     def enlist(
-        self, changes: Changes, delta: Any, backbone: nn.Module, new: Iterable[Insertion]
+        self,
+        changes: Changes,
+        delta: Any,
+        moved: Moved,
+        backbone: nn.Module,
+        new: Iterable[Insertion],
     ) -> None:
-        """List a delta with what is `new` of it, and watch the forwards to come."""
+        """List a delta with what is `new` of it, and watch the forwards to come.
+
+        Args:
+            changes: what it comes in with.
+            delta: the delta; `moved`: the buffers that it moved.
+            backbone: the root.
+            new: what it brings.
+        """
         if blank := watch.without_values(new):
             changes.set(self, blank=[*self.blank, *blank])
         listed = changes.get(self, "deltas")
@@ -130,11 +145,13 @@ class BackboneState(TrimmedStateDict):
         packed = (p for p in every_parameter(backbone) if type(p) is not nn.Parameter)
         repacks = self.repacks or any(hasattr(p, "quant_state") for p in packed)
         changes.set(self, is_new=True, unheard=watch.PATIENCE, is_unsettled=True, repacks=repacks)
+        self.buffers.enlist(changes, delta, moved, backbone)
         self.settle_hooks(changes, backbone)
 
     def forget(self, changes: Changes, delta: Any, backbone: nn.Module) -> None:
         """Strike `delta` off; with the last one restore `requires_grad` and take the hooks off."""
         changes.do_first(forget_compiled_code)
+        self.buffers.forget(changes, delta)
         left = [other for other in self.deltas if other is not delta]
         slots = {n: s for n, s in self.slots.items() if changes.get(s, "layers")}
         child_slots = {n: s for n, s in self.child_slots.items() if changes.get(s, "layers")}
@@ -265,14 +282,20 @@ class BackboneState(TrimmedStateDict):
         return self.trimmed and any(insertion.attached for insertion in self.insertions)
 
     def constants(self) -> set[int]:
-        return {id(tensor) for insertion in self.insertions for tensor in insertion.constants()}
+        constants = (tensor for insertion in self.insertions for tensor in insertion.constants())
+        return {*map(id, constants), *self.own_buffers()}
+
+    def own_buffers(self) -> dict[int, Tensor | None]:
+        return self.buffers.own_now()
 
 
 class SubmoduleTrim(TrimmedStateDict):
     """State-dict hooks of a submodule whose own `state_dict()` was asked to be trimmed."""
 
     def __init__(self, state: BackboneState) -> None:
-        self.state, self.constants = state, state.constants  # type: ignore[method-assign]
+        self.state = state
+        self.constants = state.constants  # type: ignore[method-assign]
+        self.own_buffers = state.own_buffers  # type: ignore[method-assign]
 
     def is_trimmed(self) -> bool:
         return any(insertion.attached for insertion in self.state.insertions)
@@ -316,6 +339,16 @@ def unmerged(backbone: nn.Module) -> dict[int, Tensor]:
     }
 
 
+def unmoved(backbone: nn.Module) -> dict[int, Tensor]:
+    """Id of each buffer that deltas moved -> what is there without them."""
+    return {
+        key: own
+        for state in BackboneState.within(backbone)
+        for key, own in state.own_buffers().items()
+        if own is not None
+    }
+
+
 @contextmanager
 def probing(backbone: nn.Module) -> Iterator[None]:
     """While a pseudo input runs, which is nobody's first forward."""
@@ -340,11 +373,14 @@ def bare(backbone: nn.Module) -> Iterator[nn.Module]:
     """The backbone without any of its deltas, for the time of a ``with`` block."""
     states = BackboneState.within(backbone)
     attached = [i for state in states for i in state.insertions if i.attached]
+    there = [(s, [d for d in s.deltas if any(i.attached for i in d.insertions)]) for s in states]
     trimmed = [(state, state.trimmed) for state in states]
 
     def put_back() -> None:
         changes = Changes()
         switch(changes, attached, True)
+        for state, were in there:
+            state.buffers.settle(changes, on=were)
         for state, was in trimmed:
             changes.set(state, trimmed=was)
         changes.carry_out()
@@ -352,6 +388,8 @@ def bare(backbone: nn.Module) -> Iterator[nn.Module]:
     with undone(put_back):
         changes = Changes()
         switch(changes, reversed(attached), False)
+        for state, were in there:
+            state.buffers.settle(changes, off=were)
         for state in states:
             changes.set(state, trimmed=False)
         changes.carry_out()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -49,6 +52,17 @@ def own_modules(
             prefix = f"{name}." if name else ""
             children = reversed(own_children(module, originals))
             stack += [(prefix + child_name, child) for child_name, child in children]
+
+
+def twin_of(module: nn.Module, **tables: Any) -> nn.Module:
+    """What computes as `module` does, with other tables (``_buffers``, ...), past its hooks.
+
+    It shares all else with the module.
+    """
+    twin = copy.copy(module)
+    hooks: dict[str, Any] = {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+    twin.__dict__.update(hooks, **tables)
+    return twin
 
 
 def own_children(module: nn.Module, originals: bool = False) -> list[tuple[str, nn.Module]]:

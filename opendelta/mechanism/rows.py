@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,3 +92,66 @@ class Rows:
             return value
         members, _ = self.members(value.device, entries // len(self))
         return value.index_select(0, members[number])
+
+
+# --- taking rows out of arguments and outputs, and putting them back ------------------------------
+
+
+def selected(value: Any, members: Tensor, entries: int) -> Any:
+    """`value` with only some rows of the tensors in it that have `entries` of them."""
+    if isinstance(value, Tensor):
+        is_by_row = value.dim() and value.shape[0] == entries
+        return value.index_select(0, members.to(value.device)) if is_by_row else value
+    return _rebuilt(value, lambda key: selected(value[key], members, entries))
+
+
+def joined(whole: Any, before: list[Any], after: list[Any], sizes: list[int], at: Tensor) -> Any:
+    """The results of several parts of `whole` in one, what did not change taken from `whole`.
+
+    Args:
+        whole: what the parts were taken from.
+        before, after: the parts, and what became of them.
+        sizes: how many rows each has; `at`: where each row of the whole is among theirs.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: if they do not fit together.
+    """
+    if all(new is old for new, old in zip(after, before, strict=True)):
+        return whole
+    first = after[0]
+    if any(type(new) is not type(first) for new in after):
+        raise TypeError(f"types {sorted({type(new).__name__ for new in after})}")
+    if isinstance(first, Tensor):
+        was_shared = isinstance(whole, Tensor) and whole.shape[:1] != at.shape
+        if not was_shared and [new.shape[:1] for new in after] == [(size,) for size in sizes]:
+            return torch.cat(after).index_select(0, at.to(first.device))
+        if not all(torch.equal(new, first) for new in after):
+            raise ValueError(f"a tensor of shape {tuple(first.shape)} that all rows share")
+        return first
+
+    def item(key: Any) -> Any:
+        olds = [_item(old, key) for old in before]
+        return joined(_item(whole, key), olds, [new[key] for new in after], sizes, at)
+
+    return _rebuilt(first, item)
+
+
+def _item(container: Any, key: Any) -> Any:
+    """``container[key]``, None where there is none."""
+    try:
+        return container[key]
+    except (IndexError, KeyError, TypeError):
+        return None
+
+
+def _rebuilt(container: Any, item: Callable[[Any], Any]) -> Any:
+    """A tuple, list or mapping of the same kind with ``item(key)`` for each key; others as is."""
+    if isinstance(container, (tuple, list)):
+        items = [item(position) for position in range(len(container))]
+        return type(container)(*items) if hasattr(container, "_fields") else type(container)(items)
+    if isinstance(container, Mapping):
+        made: Any = copy.copy(container)
+        for key in container:
+            made[key] = item(key)
+        return made
+    return container

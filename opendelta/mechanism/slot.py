@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -21,6 +19,7 @@ from opendelta.ground.seams import forget_compiled_code
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.hooks import add_forward_hook, take_off
 from opendelta.mechanism.insertion import Insertion, acts_on_whole_batches
+from opendelta.mechanism.ownership import twin_of
 from opendelta.mechanism.places import Place, follow
 
 
@@ -296,10 +295,7 @@ class CarriedParameter(ParameterInsertion):
 
     def stand_in(self, place: nn.Module) -> nn.Module:
         """`place`, or a twin of it, with this parameter: it computes in its stead."""
-        twin = copy.copy(place)
-        twin._parameters = {**place._parameters, self.name: self.parameter}
-        twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
-        return twin
+        return twin_of(place, _parameters={**place._parameters, self.name: self.parameter})
 
     def enter(self, changes: Changes, later: Iterable[Insertion] = ()) -> None:
         if self.aside is None:

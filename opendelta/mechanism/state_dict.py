@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 
 from opendelta.backends.bmt import is_distributed
 from opendelta.exceptions import DeltaWarning, warn
@@ -23,7 +23,11 @@ class TrimmedStateDict:
         raise NotImplementedError
 
     def constants(self) -> set[int]:
-        """Ids of the tensors that deltas keep constant (buffers, parameters that never train)."""
+        """Ids of what else is held: constants of deltas, and the buffers that they moved."""
+        raise NotImplementedError
+
+    def own_buffers(self) -> dict[int, Tensor | None]:
+        """Id of each buffer that deltas moved, which is held too -> what it is without them."""
         raise NotImplementedError
 
     def __call__(
@@ -47,14 +51,21 @@ class TrimmedStateDict:
         ``save_pretrained``, from which a Trainer resumes, are known.
         """
         if self.is_trimmed():
-            keep, tensors = active_names(module, self.constants()), dict(named_tensors(module))
+            keep, own = active_names(module, self.constants()), self.own_buffers()
+            tensors = dict(named_tensors(module))
             given = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
             if unknown := [name for name in given if name not in tensors]:
                 for saved, name in names_in_model(module, unknown).items():
                     if name in tensors:
                         state_dict.setdefault(prefix + name, state_dict.pop(prefix + saved))
+            moved = {name: own[id(b)] for name, b in module.named_buffers() if id(b) in own}
+            if all(prefix + name in state_dict for name in keep.difference(moved)):
+                for name, value in moved.items():  # not moved yet when that dict was made
+                    if value is not None:
+                        state_dict.setdefault(prefix + name, value)
             for name, tensor in tensors.items():
-                if name not in keep and not (tensor.is_meta or is_distributed(tensor)):
+                held = name in keep and name not in moved
+                if not (held or tensor.is_meta or is_distributed(tensor)):
                     state_dict.setdefault(prefix + name, tensor.detach())
 
 

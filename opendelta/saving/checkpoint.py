@@ -29,11 +29,13 @@ from opendelta.ground.files import (
 )
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import deltas, own_parameters, unmerged
+from opendelta.mechanism.buffers import persistent_buffers
 from opendelta.mechanism.engines import require_whole
 from opendelta.mechanism.hosts import require_hosts
 from opendelta.saving.backbone_check import why_unhashed
 from opendelta.saving.hash_cache import backbone_hash
 from opendelta.saving.hashing import bare_parameters
+from opendelta.saving.moved_buffers import moved_buffers
 from opendelta.verbs.freezing import EVERY_DELTA, reached
 
 if TYPE_CHECKING:
@@ -125,6 +127,8 @@ def checkpoint_tensors(delta: Delta) -> dict[str, Tensor]:
     for name, p in own_parameters(backbone):
         if name in wanted:
             tensors.setdefault(name, originals.get(id(p), p))
+    for name, buffer in moved_buffers(delta).items():
+        tensors.setdefault(name, buffer)
     away = [name for name, tensor in tensors.items() if tensor.is_meta]
     if away:
         raise CheckpointError(
@@ -146,7 +150,8 @@ def describe_backbone(delta: Delta, carried: Collection[str]) -> None:
     config.backbone_class = class_name(backbone)
     source = getattr(getattr(backbone, "config", None), "_name_or_path", None)
     config.backbone_checkpoint_name = source or config.backbone_checkpoint_name or ""
-    config.backbone_hash_excludes = sorted({name for name, _ in bare}.intersection(carried))
+    names = {name for name, _ in (*bare, *persistent_buffers(backbone))}
+    config.backbone_hash_excludes = sorted(names.intersection(carried))
     reason = why_unhashed(backbone)
     if reason is not None:
         logger.info("No hash of the backbone is saved: %s.", reason)

@@ -41,6 +41,7 @@ from opendelta.saving.backbone_check import check_backbone
 from opendelta.saving.checkpoint import require_own
 from opendelta.saving.hashing import bare_parameters, gen_parameter_hash
 from opendelta.saving.made_modules import made_modules
+from opendelta.saving.moved_buffers import buffer_targets, load_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -192,12 +193,16 @@ def _load(
         for name, p in bare_parameters(backbone):
             if carried is None or name in carried:
                 targets.setdefault(name, p)
+    buffers = {n: b for n, b in buffer_targets(delta).items() if n in tensors and n not in targets}
+    targets.update(buffers)
     if any(tensor.is_meta for tensor in targets.values()):
         raise CheckpointError(
             f"The {type(backbone).__name__} is on the meta device, where there is "
             "nothing to load into: give it its weights first."
         )
     _require_fit(delta, tensors, targets, [*own, *(carried or ())])
+    load_buffers(delta, {name: tensors[name] for name in buffers}, changes)
+    tensors = {name: value for name, value in tensors.items() if name not in buffers}
     values = {own[name]: value for name, value in tensors.items() if name in own}
     values |= take_over(delta, {n: t for n, t in tensors.items() if n not in own}, changes, is_new)
     _carry_out(backbone, changes, values, [*own.values()] if is_new else [])

@@ -22,7 +22,7 @@ from opendelta.addressing.patterns import REGEX_MARK, matches
 from opendelta.exceptions import CheckpointError, ConfigError, nearest
 from opendelta.ground.files import read_tensors, write_atomically, write_tensors
 from opendelta.ground.names import dotted, lineage
-from opendelta.mechanism.backbone_state import own_parameters
+from opendelta.mechanism.backbone_state import own_parameters, unmoved
 from opendelta.mechanism.ownership import own_modules
 
 CONFIG_FILE = "adapter_config.json"
@@ -190,7 +190,8 @@ def to_be_loaded(
 ) -> dict[str, Tensor]:
     """What of the backbone's own tensors in a PEFT file is to be loaded, one name per tie.
 
-    PEFT also saves embeddings that were never trained, and buffers: those equal the backbone's.
+    PEFT also saves embeddings that were never trained, and all buffers of a module: what equals the
+    backbone's is left out.
 
     Raises:
         CheckpointError: if a parameter that is tied here was trained apart from the other.
@@ -205,8 +206,10 @@ def to_be_loaded(
         for name in present
         if any(f"model.{module}".endswith(modules_to_save) for module in lineage(name)[1:])
     }
-    for name, module in own_modules(backbone):
-        present |= {dotted(name, own): b for own, b in module._buffers.items() if b is not None}
+    own = unmoved(backbone)
+    for name, module in own_modules(backbone, remove_duplicate=False):
+        there = ((key, b) for key, b in module._buffers.items() if b is not None)
+        present |= {dotted(name, key): own.get(id(b), b) for key, b in there}
     kept = {
         name: tensor
         for name, tensor in trained.items()

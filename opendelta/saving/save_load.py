@@ -116,6 +116,7 @@ class SaveLoadMixin(Delta):
         The file holds this delta's parameters, trainable or not, under the names that they have
         when the delta is alone on its backbone, and the backbone's parameters that its last
         `freeze_module` (else its `unfrozen_modules`) left trainable, one name per tied parameter.
+        So are the persistent buffers of the backbone (running statistics) that training moved.
 
         Args:
             finetuned_delta_path: the folder; it is made if it does not exist.

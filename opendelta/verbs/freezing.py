@@ -83,6 +83,9 @@ def freeze(
         own = [] if is_merged(delta) else delta.insertions
         require_hosts(backbone, [i for i in state.insertions if i.attached or i in own], changes)
         module = backbone if module is None else uncompiled(module)
+        state.buffers.note(changes, backbone)
+        for found in (state, *BackboneState.within(backbone)):  # before what trains changes
+            found.buffers.settle(changes, starts=not state.was_trainable)
         part = prefix or ("" if module is backbone else targeting.name_of(module))
         asked: Any = exclude if exclude is not None else (delta.unfrozen_modules or [EVERY_DELTA])
         asked = asked if isinstance(asked, (list, tuple)) else [asked]

@@ -65,6 +65,7 @@ def merge_and_remove(delta: Delta, safe: bool = False, untie: bool = False) -> A
         _keep(delta, state, changes)
         for insertion in delta.insertions:
             insertion.keep(changes)
+        state.buffers.keep(changes, delta)
         take_off(delta, changes)
     return delta.backbone_model
 

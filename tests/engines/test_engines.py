@@ -357,6 +357,13 @@ def test_switching_and_loading_on_shards(outcome: Any, case: str) -> None:
         assert torch.equal(same, off)
 
 
+@pytest.mark.parametrize("engine", worker.ENGINES["moved_buffers"][1])
+def test_statistics_come_and_go_with_the_delta(outcome: Any, engine: str) -> None:
+    found = outcome("moved_buffers").of(engine)
+    assert found.pop("the file") < 1e-6
+    assert all(found.values()), found
+
+
 def test_a_layer_of_a_users_own_joins_fsdp2(outcome: Any) -> None:
     both = [outcome("fsdp2_own_layer").of(when) for when in ("before", "afterwards")]
     assert both[0] == pytest.approx(both[1], abs=1e-6)

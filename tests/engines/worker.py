@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import moving
 import on_shards
 import refusals
 import splitting
@@ -60,6 +61,7 @@ ENGINES: dict[str, tuple[Callable[[str, Path], Any], tuple[str, ...]]] = {
     "after_a_forward": (on_shards.after_a_forward, ("load", "switch", "hash", "callback", "save")),
     "two_meshes": (on_shards.two_meshes, ("LoRA",)),
     "beside_a_split": (splitting.beside_a_split, ("Adapter",)),
+    "moved_buffers": (moving.moved_buffers, ("ddp", "fsdp2", "zero2", "zero3")),
     "switched": (on_shards.switched, (*AFTERWARDS, *RESCALING)),
 }
 
