@@ -33,7 +33,8 @@ class BaseDeltaConfig(ConfigFields):
         common_structure: whether patterns are common names (``attn.q``).
         backbone_class: name of the class of the backbone that the delta was trained on.
         backbone_checkpoint_name: where that backbone came from.
-        backbone_hash: md5 of what the delta relies on, see `gen_model_hash`.
+        backbone_hash: of what the delta relies on, see `gen_model_hash`; files say in
+            ``backbone_hash_format`` of which format it is.
         own_modules: patterns, or names, of the modules of which the delta has its own.
         kwargs: the fields of the method, and facts that a saved config holds.
 

@@ -458,6 +458,7 @@ def test_a_delta_knows_its_config(method: str) -> None:
         {"delta_type": ["lora"]},
         {"delta_type": None},
         {"backbone_hash_excludes": 5},
+        {"backbone_hash_format": "2"},
         {"backbone_hash_excludes": "encoder.layer"},
         {"weights_sha256": 5},
         {"weights_file": ["model.safetensors"]},

@@ -17,7 +17,7 @@ import weights
 from safetensors.torch import load_file
 
 import opendelta
-from opendelta import AutoDeltaModel, BackboneMismatchWarning, gen_model_hash
+from opendelta import AutoDeltaModel, DeltaWarning, gen_model_hash
 
 GOLDEN = Path(__file__).parent / "golden"
 TENSORS = load_file(GOLDEN / "golden.safetensors")
@@ -127,8 +127,9 @@ def test_golden_init(case: dict[str, Any]) -> None:
 def test_golden_checkpoint(case: dict[str, Any]) -> None:
     model = backbones.build(case["backbone"]).train()
     bare = set(dict(model.named_parameters()))
-    with pytest.warns(BackboneMismatchWarning):  # hashed with the deltas in place
+    with pytest.warns(DeltaWarning, match="not checked") as seen:
         delta = AutoDeltaModel.from_finetuned(GOLDEN / case["path"], backbone_model=model)
+    assert [w.category for w in seen] == [DeltaWarning]  # it was hashed with the deltas in place
     assert type(delta).__name__ == case["method"]
     assert not model.training
     shapes = {k: list(p.shape) for k, p in model.named_parameters() if k not in bare}

@@ -434,7 +434,8 @@ def run(source: str, cwd: Path | None = None) -> str:
 
 
 def test_the_import_alone_brings_no_torch() -> None:
-    heavy = ("torch", "transformers", "flask", "rich", "numpy", "safetensors", "huggingface_hub")
+    heavy = ("torch", "transformers", "flask", "rich", "numpy", "xxhash")
+    heavy += ("safetensors", "huggingface_hub")
     looks = "import sys, opendelta; opendelta.__version__, dir(opendelta)"
     assert run(f"{looks}; print([n for n in {heavy} if n in sys.modules])") == "[]"
 

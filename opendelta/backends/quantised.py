@@ -5,10 +5,15 @@ Linears are told by their attributes, so that no package is named or imported he
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from opendelta.backends.sharding import full
 from opendelta.exceptions import DeltaWarning, warn
+from opendelta.ground.names import dotted
 from opendelta.ground.walk import every_parameter
 
 
@@ -53,3 +58,33 @@ def warn_of_repacking(backbone: nn.Module) -> None:
             "which unpacks them, after each evaluation and before training on.",
             DeltaWarning,
         )
+
+
+def parts(tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """What a tensor is stored as: itself, called ``""``, or the parts of a quantised or sparse one.
+
+    A shard is made whole first. Parts are called as ``__tensor_flatten__()`` says, which torchao's
+    and quanto's tensors have. What bitsandbytes keeps beside a tensor of codes is no part of it: it
+    moves 8-bit scales about, and rounds 4-bit ones when it repacks them.
+    """
+    whole = full(tensor)
+    if hasattr(whole, "__tensor_flatten__"):
+        for name in whole.__tensor_flatten__()[0]:
+            for inner, part in parts(getattr(whole, name)):
+                yield dotted(name, inner), part
+    elif whole.is_quantized:
+        yield "int_repr", whole.int_repr()
+        if whole.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            yield "scale", torch.tensor(whole.q_scale(), dtype=torch.float64, device="cpu")
+            yield "zero_point", torch.tensor(whole.q_zero_point(), device="cpu")
+        else:
+            yield "scale", whole.q_per_channel_scales()
+            yield "zero_point", whole.q_per_channel_zero_points()
+            yield "axis", torch.tensor(whole.q_per_channel_axis(), device="cpu")
+    elif whole.layout != torch.strided:
+        sparse = whole.to_sparse().coalesce()
+        yield "indices", sparse.indices()
+        yield "values", sparse.values()
+        yield "size", torch.tensor(sparse.shape, device="cpu")
+    else:
+        yield "", whole

@@ -35,6 +35,7 @@ CHOSEN = (
 )
 # What a saved config says beyond its fields.
 _FACTS: dict[str, type] = {
+    "backbone_hash_format": int,
     "backbone_hash_excludes": list,
     "weights_file": str,
     "weights_sha256": str,
@@ -55,11 +56,13 @@ class ConfigFields:
     loading_arguments: ClassVar[frozenset[str]] = _LOADING_ARGUMENTS
     is_of_delta: bool = False  # whether a delta stands on these values
 
+    backbone_hash_format: int | None
     backbone_hash_excludes: list[str] | None
     weights_file: str | None
     weights_sha256: str | None
     list_tags: list[Any] | None
     dict_tags: dict[str, Any] | None
+    opendelta_version: str | None
 
     def __init__(
         self,
@@ -197,7 +200,7 @@ class ConfigFields:
             if values.get(key) is None and default is not None:  # 0.3.2 wrote "scaled": null
                 values.pop(key, None)
         ignored = set(cls.loading_arguments)
-        if str(config_dict.get("opendelta_version", "")).startswith("0."):
+        if is_of_0_3(config_dict.get("opendelta_version")):
             ignored |= _LEGACY_KEYS - set(cls.method_fields)
         return cls(**{key: value for key, value in values.items() if key not in ignored})
 
@@ -259,6 +262,11 @@ def require_json(name: str, value: Any) -> None:
         json.dumps(value)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}={value!r:.80} cannot be saved: {error}.") from error
+
+
+def is_of_0_3(version: str | None) -> bool:
+    """Whether the `opendelta_version` in a config is that of OpenDelta 0.3.2 or before."""
+    return str(version).startswith("0.")
 
 
 def _as_list(patterns: Any) -> Any:

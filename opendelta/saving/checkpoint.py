@@ -29,12 +29,11 @@ from opendelta.ground.files import (
 )
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import deltas, own_parameters, unmerged
-from opendelta.mechanism.buffers import persistent_buffers
+from opendelta.mechanism.bare import bare_tensors
 from opendelta.mechanism.engines import require_whole
 from opendelta.mechanism.hosts import require_hosts
 from opendelta.saving.backbone_check import why_unhashed
 from opendelta.saving.hash_cache import backbone_hash
-from opendelta.saving.hashing import bare_parameters
 from opendelta.saving.moved_buffers import moved_buffers
 from opendelta.verbs.freezing import EVERY_DELTA, reached
 
@@ -146,18 +145,18 @@ def describe_backbone(delta: Delta, carried: Collection[str]) -> None:
         carried: names of the tensors that the file holds.
     """
     backbone, config = delta.backbone_model, delta.config
-    bare = list(bare_parameters(backbone))
+    bare = list(bare_tensors(backbone))
     config.backbone_class = class_name(backbone)
     source = getattr(getattr(backbone, "config", None), "_name_or_path", None)
     config.backbone_checkpoint_name = source or config.backbone_checkpoint_name or ""
-    names = {name for name, _ in (*bare, *persistent_buffers(backbone))}
-    config.backbone_hash_excludes = sorted(names.intersection(carried))
-    reason = why_unhashed(backbone)
+    config.backbone_hash_excludes = sorted({one.name for one in bare}.intersection(carried))
+    config.backbone_hash = config.backbone_hash_format = None
+    reason = why_unhashed(backbone, bare)
     if reason is not None:
         logger.info("No hash of the backbone is saved: %s.", reason)
-        config.backbone_hash = None
         return
     config.backbone_hash = backbone_hash(backbone, config.backbone_hash_excludes, bare)
+    config.backbone_hash_format = 2
 
 
 def declared_backbone_parameters(delta: Delta) -> list[str]:

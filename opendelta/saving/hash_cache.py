@@ -1,10 +1,9 @@
-"""`backbone_hash`: the md5 of a backbone that reads again only what may have changed.
+"""`backbone_hash`: the hash of a backbone that reads again only what may have changed.
 
-The md5 runs over all tensors in order, so its state after each of them is kept. The next hash of
-the same backbone begins at the first tensor that may have changed. A tensor counts as unchanged if
-its storage, version, shape, layout, dtype and ``requires_grad`` are, and 512 of its elements,
-evenly spread: fused optimizers, ``.data``, numpy and ``vector_to_parameters`` write without raising
-the version.
+The line of each tensor is kept with a mark of the tensor, and stands as long as the mark does: its
+storage, version, shape, layout, dtype and ``requires_grad``, and 512 of its elements, evenly
+spread: fused optimizers, ``.data``, numpy and ``vector_to_parameters`` write without raising the
+version.
 
 What this can miss is a write that goes around the version *and* touches only elements between those
 that are looked at. So parameters that were left to train are always read in full, and
@@ -14,7 +13,7 @@ that are looked at. So parameters that were left to train are always read in ful
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,88 +22,83 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import ever_trained
-from opendelta.saving.hashing import bare_parameters, gen_parameter_hash, structure_hash
+from opendelta.mechanism.bare import Bare, bare_tensors
+from opendelta.saving.hashing import format_2, tensor_lines
 
 SAMPLES = 512
 
-# A tensor as it was: its storage (held weakly, so that its address is not given to another), the
-# rest of what identifies it, and the sampled bytes.
-Mark = tuple[StorageWeakRef, tuple[Any, ...], bytes]
-Chain = list[tuple[Mark | None, Any]]  # for each tensor: its mark, and the md5 after it
+Place = tuple[Any, ...]
 
-_chains: WeakKeyDictionary[nn.Module, dict[tuple[str, frozenset[str]], Chain]] = WeakKeyDictionary()
+
+class Mark(NamedTuple):
+    """What tells that a tensor is the one that was read.
+
+    Its storage is held weakly, so that the address of that is not given to another.
+    """
+
+    storage: StorageWeakRef
+    place: Place  # where in which storage
+    content: tuple[Any, ...]  # what changes when it is written to
+
+
+_known: WeakKeyDictionary[nn.Module, dict[Place, tuple[Mark, str]]] = WeakKeyDictionary()
 
 
 def backbone_hash(
-    backbone: nn.Module,
-    excludes: Collection[str] = (),
-    bare: Sequence[tuple[str, Tensor]] | None = None,
+    backbone: nn.Module, excludes: Collection[str] = (), bare: Sequence[Bare] | None = None
 ) -> str:
-    """What `gen_model_hash` returns for a backbone.
+    """What ``gen_model_hash(backbone, format=2)`` returns.
 
     Args:
         backbone: the model, with or without deltas.
-        excludes: names of parameters that do not count.
-        bare: its `bare_parameters`, where the caller has them.
+        excludes: names of parameters and buffers that do not count.
+        bare: its `bare_tensors`, where the caller has them.
 
     Returns:
         32 hex digits.
     """
     backbone = uncompiled(backbone)
-    md5 = structure_hash(backbone)
-    bare = list(bare_parameters(backbone)) if bare is None else bare
-    named = [(name, p) for name, p in bare if name not in excludes]
-    marks = _marks([p for _, p in named])
+    bare = list(bare_tensors(backbone)) if bare is None else bare
+    marks = _marks(backbone, bare)
+    before = _known.get(backbone, {})
+    known = {m.place: before[m.place] for m in marks.values() if m.place in before}
+    _known[backbone] = known
+
+    def lines_of(one: Bare) -> dict[str, str]:
+        mark = marks.get(id(one.tensor))
+        if mark is None:
+            return tensor_lines(one)
+        old, line = known.get(mark.place, (None, ""))
+        if old is None or old.content != mark.content:
+            (line,) = tensor_lines(one).values()
+            known[mark.place] = mark, line
+        return {one.name: line}
+
+    return format_2(bare, excludes, lines_of)
+
+
+def _marks(backbone: nn.Module, bare: Sequence[Bare]) -> dict[int, Mark]:
+    """Marks by the id of the tensor, of those that can be told to be unchanged."""
     trained = ever_trained(backbone)
-    key = (md5.hexdigest(), frozenset(excludes))
-    chain = _chains.setdefault(backbone, {}).setdefault(key, [])
-    known = 0
-    for (name, _), mark, (old, state) in zip(named, marks, chain, strict=False):
-        if mark is None or old is None or name in trained or not _same(mark, old):
-            break
-        known, md5 = known + 1, state
-    del chain[known:]
-    for (_, p), mark in list(zip(named, marks, strict=True))[known:]:
-        md5 = gen_parameter_hash([p], md5.copy())
-        chain.append((mark, md5))
-    return str(md5.hexdigest())
-
-
-def _same(new: Mark, old: Mark) -> bool:
-    return new[0].cdata == old[0].cdata and new[1:] == old[1:]
-
-
-def _marks(tensors: Sequence[Tensor]) -> list[Mark | None]:
-    """A mark for each tensor; None for one that cannot be told to be unchanged."""
-    plain = [_is_plain(t) for t in tensors]
-    sampled = [_sample(t.detach()) for t, ok in zip(tensors, plain, strict=True) if ok]
-    together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for sample in sampled:
-        together.setdefault((sample.device, sample.dtype), []).append(sample)
-    read = {  # one transfer for all tensors of a kind
-        kind: torch.cat(samples).cpu().view(torch.uint8).numpy().tobytes()
-        for kind, samples in together.items()
+    read = {id(one.tensor) for one in bare if one.name in trained}
+    tensors = {
+        id(one.tensor): one.tensor
+        for one in bare
+        if id(one.tensor) not in read and _is_plain(one.tensor)
     }
-    starts = dict.fromkeys(together, 0)
-    marks: list[Mark | None] = []
-    samples = iter(sampled)
-    for tensor, ok in zip(tensors, plain, strict=True):
-        if not ok:
-            marks.append(None)
-            continue
-        sample = next(samples)
-        kind, size = (sample.device, sample.dtype), sample.nbytes
-        content = read[kind][starts[kind] : starts[kind] + size]
-        starts[kind] += size
-        identity = (
-            tensor._version,
-            tensor.storage_offset(),
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-            tensor.requires_grad,
-        )
-        marks.append((StorageWeakRef(tensor.untyped_storage()), identity, content))
+    samples: dict[torch.device, dict[int, Tensor]] = {}
+    for key, tensor in tensors.items():
+        samples.setdefault(tensor.device, {})[key] = _sample(tensor.detach())
+    marks = {}
+    for sampled in samples.values():  # one transfer from each device
+        content, end = torch.cat([*sampled.values()]).cpu().numpy().tobytes(), 0
+        for key, sample in sampled.items():
+            tensor, start = tensors[key], end
+            end += len(sample)
+            storage = StorageWeakRef(tensor.untyped_storage())
+            where = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+            written = tensor._version, tensor.requires_grad, content[start:end]
+            marks[key] = Mark(storage, (storage.cdata, *where), written)
     return marks
 
 
@@ -119,7 +113,9 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """About `SAMPLES` elements, evenly spread, the last one among them."""
+    """The bytes of about `SAMPLES` elements, evenly spread, the last one among them."""
     flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()
     count = flat.numel()
-    return flat if count <= SAMPLES else flat[(count - 1) % (count // SAMPLES) :: count // SAMPLES]
+    if count > SAMPLES:
+        flat = flat[(count - 1) % (count // SAMPLES) :: count // SAMPLES].contiguous()
+    return flat.view(torch.uint8)

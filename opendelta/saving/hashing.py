@@ -1,29 +1,29 @@
-"""Fingerprints of backbones: md5 over a model's structure and parameters."""
+"""The hash of a backbone, in the two formats that configs hold.
+
+Format 2, which is written today, is defined by its lines, one for each tensor (`tensor_lines`).
+Format 1 is that of OpenDelta 0.3.2 and 1.0: md5 over ``str(model)`` and the parameters' bytes.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Collection, Iterable, Iterator
-from itertools import groupby
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
-from opendelta.backends.quantised import has_repacked
-from opendelta.backends.sharding import class_name, full, full_shape
-from opendelta.exceptions import CheckpointError
+from opendelta.backends.quantised import is_repacked, parts
+from opendelta.backends.sharding import full
+from opendelta.exceptions import CheckpointError, ConfigError
 from opendelta.ground.names import dotted
-from opendelta.ground.walk import every_parameter, uncompiled
-from opendelta.mechanism.backbone_state import BackboneState, unmerged
-from opendelta.mechanism.ownership import own_children, own_modules
-from opendelta.mechanism.slot import ParameterSlot
+from opendelta.ground.walk import uncompiled
+from opendelta.mechanism.bare import Bare, bare_tensors
+from opendelta.saving.printed import printed
 
-# Bytes copied at once from a device or a non-contiguous tensor, so that no whole model is copied.
-_PIECE = 1 << 24
-
-Slots = dict[int, ParameterSlot]
+_PIECE = 1 << 20  # bytes that are digested at once, by definition of format 2
+_BLOCK = 16 * _PIECE  # bytes that are brought from a device at once
 
 
 def gen_parameter_hash(generator: Iterable[Tensor], md5: Any = None) -> Any:
@@ -38,139 +38,130 @@ def gen_parameter_hash(generator: Iterable[Tensor], md5: Any = None) -> Any:
     """
     md5 = hashlib.md5(usedforsecurity=False) if md5 is None else md5
     for tensor in generator:
-        flat = full(tensor)
-        if hasattr(flat, "__tensor_flatten__"):  # made of others, as torchao's are
-            parts, _ = flat.__tensor_flatten__()
-            gen_parameter_hash((getattr(flat, part) for part in parts), md5)
+        whole = full(tensor)
+        if hasattr(whole, "__tensor_flatten__"):  # made of others, as torchao's are
+            inner, _ = whole.__tensor_flatten__()
+            gen_parameter_hash((getattr(whole, part) for part in inner), md5)
             continue
-        if flat.is_quantized:
-            gen_parameter_hash(_scales(flat), md5)
-            flat = flat.int_repr()
-        flat = flat.reshape(-1) if flat.is_contiguous() else flat.contiguous().reshape(-1)
-        step = max(1, _PIECE // max(1, flat.element_size()))
-        for start in range(0, flat.numel(), step):
-            piece = flat[start : start + step].cpu().view(torch.uint8)
-            md5.update(piece.numpy().data)
+        if whole.is_quantized:
+            gen_parameter_hash(_scales(whole), md5)
+            whole = whole.int_repr()
+        for block in _blocks(whole):
+            md5.update(block)
     return md5
 
 
 def gen_model_hash(
-    model: nn.Module, with_parameters: bool = True, excludes: Collection[str] = ()
+    model: nn.Module,
+    with_parameters: bool = True,
+    excludes: Collection[str] = (),
+    *,
+    format: int = 1,
 ) -> str:
-    """The md5 of a model: its printed structure without whitespace, then its parameters' bytes.
+    """The hash of a backbone.
 
-    Deltas are left out, so the hash of a backbone is the same before and after one is put on it;
-    the model may run meanwhile. The parameters of a sharded model are made whole one at a time, so
-    that the hash is that of the whole model: call it on all ranks or on none.
+    Format 1 is the md5 of the printed model (``str(model)`` without whitespace) and of the bytes of
+    its parameters, each once. It changes with the release of torch or transformers that prints.
+
+    Format 2 is the md5 of a text with one line ``name dtype shape digest`` for each parameter and
+    persistent buffer, sorted by name, tied ones under each of their names:
+    ``encoder.weight bfloat16 768x768 5f2c...``. The digest is XXH3-128 over the joined XXH3-128
+    digests of the tensor's 1 MiB pieces (row-major, little-endian). A quantised tensor has a line
+    for each of its parts, ``name.part``.
+
+    Deltas are left out of both, so the hash of a backbone is the same before and after one is put
+    on it; the model may run meanwhile. The tensors of a sharded model are made whole one at a time,
+    so that the hash is that of the whole model: call it on all ranks or on none.
 
     Args:
         model: the backbone.
-        with_parameters: whether parameters count, or the structure alone.
-        excludes: names of parameters that do not count.
+        with_parameters: whether parameters count, or, in format 1, the structure alone.
+        excludes: names of parameters, in format 2 also of buffers, that do not count; a tied tensor
+            then counts under none of its names.
+        format: 1, as OpenDelta 0.3.2 and 1.0 wrote it, or 2, which configs hold today.
 
     Returns:
         32 hex digits.
 
     Raises:
-        CheckpointError: if its parameters are not at hand, or not as they were loaded.
+        CheckpointError: if its tensors are not at hand, or not as they were loaded.
+        ConfigError: if there is no such format.
     """
+    if format not in (1, 2):
+        raise ConfigError(f"gen_model_hash: format={format!r}; expected 1 or 2.")
+    if format == 2 and not with_parameters:
+        raise ConfigError("with_parameters=False is for format 1: format 2 is over tensors alone.")
     model = uncompiled(model)
-    reason = unhashable(model) if with_parameters else None
+    if not with_parameters:
+        return str(_md5_of(printed(model)).hexdigest())
+    bare = list(bare_tensors(model))
+    reason = unhashable(bare)
     if reason is not None:
         raise CheckpointError(f"This {type(model).__name__} has no hash now: {reason}.")
-    md5 = structure_hash(model)
-    if with_parameters:
-        md5 = gen_parameter_hash((p for n, p in bare_parameters(model) if n not in excludes), md5)
-    return str(md5.hexdigest())
+    if format == 2:
+        return format_2(bare, excludes, tensor_lines)
+    parameters: dict[int, Bare] = {}
+    for one in bare:
+        if not one.is_buffer:
+            parameters.setdefault(id(one.tensor), one)
+    counted = (one.tensor for one in parameters.values() if one.name not in excludes)
+    return str(gen_parameter_hash(counted, _md5_of(printed(model))).hexdigest())
 
 
-def unhashable(model: nn.Module) -> str | None:
-    """Why the parameters of a model have no hash now, None if they have."""
-    if any(p.is_meta for p in every_parameter(model)):
-        return "some of its weights are offloaded or on the meta device"
-    if has_repacked(model):
-        return "bitsandbytes repacked its weights for evaluation (model.state_dict() unpacks them)"
+def unhashable(bare: Iterable[Bare]) -> str | None:
+    """Why the tensors of a backbone have no hash now, None if they have."""
+    for one in bare:
+        if one.tensor.is_meta:
+            return "some of its weights are offloaded or on the meta device"
+        if is_repacked(one.tensor):
+            return "bitsandbytes repacked its weights for evaluation (model.state_dict() unpacks)"
     return None
 
 
-def structure_hash(model: nn.Module) -> Any:
-    """The md5 object of a model's printed structure, to be continued with its parameters."""
-    structure = re.sub(r"[ \t\n]", "", _structure(model, _slots(model)))
-    return hashlib.md5(structure.encode(), usedforsecurity=False)
+def format_2(
+    bare: Sequence[Bare], excludes: Collection[str], lines_of: Callable[[Bare], dict[str, str]]
+) -> str:
+    """The hash of format 2, see `gen_model_hash`.
+
+    Args:
+        bare: all tensors of the backbone.
+        excludes: names of those that do not count.
+        lines_of: `tensor_lines`, or what remembers them.
+    """
+    left_out = {id(one.tensor) for one in bare if one.name in excludes}
+    lines: dict[str, str] = {}
+    for one in bare:
+        if id(one.tensor) not in left_out:
+            lines |= lines_of(one)
+    return str(_md5_of("".join(f"{name} {lines[name]}\n" for name in sorted(lines))).hexdigest())
 
 
-def bare_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`named_parameters()` that the model has, or had, without its deltas."""
-    slots, originals, seen = _slots(model), unmerged(model), set()
-    for name, module in own_modules(model, originals=True):
-        for own_name, p in _bare(module, slots).items():
-            if p is not None:
-                own = originals.get(id(p), p)
-                if id(own) not in seen:
-                    seen.add(id(own))
-                    yield dotted(name, own_name), own
+def tensor_lines(bare: Bare) -> dict[str, str]:
+    """The lines of format 2 for a tensor: the name of each part -> ``dtype shape digest``."""
+    lines = {}
+    for part, tensor in parts(bare.tensor):
+        pieces = (
+            xxhash.xxh3_128_digest(block[start : start + _PIECE])
+            for block in _blocks(tensor)
+            for start in range(0, len(block), _PIECE)
+        )
+        digest = xxhash.xxh3_128_hexdigest(b"".join(pieces))
+        dtype, shape = str(tensor.dtype).removeprefix("torch."), "x".join(map(str, tensor.shape))
+        lines[dotted(bare.name, part)] = f"{dtype} {shape} {digest}"
+    return lines
 
 
-def _slots(model: nn.Module) -> Slots:
-    """The places of parameters that deltas replaced, by the module that holds them."""
-    return {
-        id(place): slot
-        for state in BackboneState.within(model)
-        for slot in state.slots.values()
-        for place in slot.places
-    }
+def _blocks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a plain tensor, row-major, in blocks that no whole model is copied for."""
+    tensor = tensor.detach()
+    flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.contiguous().reshape(-1)
+    step = _BLOCK // flat.element_size()
+    for start in range(0, flat.numel(), step):
+        yield flat[start : start + step].cpu().view(torch.uint8).numpy().data
 
 
-def _bare(module: nn.Module, slots: Slots) -> dict[str, nn.Parameter | None]:
-    """The direct parameters of a module as they are without deltas."""
-    slot = slots.get(id(module))
-    if slot is None:
-        return module._parameters
-    parameters = dict(module._parameters)
-    original = slot.original if slot.top is not None else parameters.get(slot.name)
-    if original is None and not slot.existed[slot.places.index(module)]:
-        parameters.pop(slot.name, None)
-    else:
-        parameters[slot.name] = original
-    return parameters
-
-
-def _structure(module: nn.Module, slots: Slots) -> str:
-    """`str(module)` without deltas, up to whitespace."""
-    cls = type(module)
-    name = module._get_name()
-    if name == cls.__name__:
-        name = class_name(module)  # as it was before FSDP2
-    children = [(key, _structure(child, slots)) for key, child in own_children(module, True)]
-    if cls.__repr__ is nn.ModuleList.__repr__:
-        return f"{name}({_folded(children)})"
-    if cls.__repr__ is not nn.Module.__repr__ and cls.__repr__ is not nn.ModuleDict.__repr__:
-        return repr(module)  # a module that prints itself in its own way
-    parameters = [p for p in module._parameters.values() if p is not None]
-    changed = id(module) in slots or any(full_shape(p) != p.shape for p in parameters)
-    extra = _described(module, slots) if changed else module.extra_repr()
-    return f"{name}({extra}{''.join(f'({key}):{text}' for key, text in children)})"
-
-
-def _described(module: nn.Module, slots: Slots) -> str:
-    """`extra_repr` of a module with its own parameters (``bias=True``), each in its whole shape."""
-    twin = object.__new__(type(module))
-    shapes = {
-        name: None if p is None else torch.empty(full_shape(p), dtype=p.dtype, device="meta")
-        for name, p in _bare(module, slots).items()
-    }
-    twin.__dict__.update(module.__dict__, _parameters=shapes)
-    return twin.extra_repr()
-
-
-def _folded(children: list[tuple[str, str]]) -> str:
-    """The children of a `ModuleList` as it prints them, equal neighbours once."""
-    text = ""
-    for content, group in groupby(children, key=lambda child: child[1]):
-        keys = [key for key, _ in group]
-        many = f"({keys[0]}-{keys[-1]}):{len(keys)}x" if len(keys) > 1 else f"({keys[0]}):"
-        text += many + content
-    return text
+def _md5_of(text: str) -> Any:
+    return hashlib.md5(text.encode(), usedforsecurity=False)
 
 
 def _scales(tensor: Tensor) -> list[Tensor]:

@@ -33,13 +33,14 @@ from opendelta.ground.files import (
 from opendelta.ground.seams import names_in_model
 from opendelta.ground.walk import uncompiled
 from opendelta.mechanism.backbone_state import BackboneState, deltas
+from opendelta.mechanism.bare import bare_tensors
 from opendelta.mechanism.changes import Changes, one_at_a_time
 from opendelta.mechanism.engines import require_whole
 from opendelta.mechanism.insertion import switch
 from opendelta.mechanism.slot import CarriedParameter
 from opendelta.saving.backbone_check import check_backbone
 from opendelta.saving.checkpoint import require_own
-from opendelta.saving.hashing import bare_parameters, gen_parameter_hash
+from opendelta.saving.hashing import gen_parameter_hash
 from opendelta.saving.made_modules import made_modules
 from opendelta.saving.moved_buffers import buffer_targets, load_buffers
 
@@ -190,8 +191,10 @@ def _load(
     targets: dict[str, Tensor] = dict(own)
     carried = delta.config.backbone_hash_excludes if carried is None else carried
     if carried is None or carried:
-        for name, p in bare_parameters(backbone):
-            if carried is None or name in carried:
+        first: dict[int, str] = {}  # the name in files, where a parameter has several
+        for name, p, is_buffer in bare_tensors(backbone):
+            is_first = first.setdefault(id(p), name) == name and not is_buffer
+            if is_first and (carried is None or name in carried):
                 targets.setdefault(name, p)
     buffers = {n: b for n, b in buffer_targets(delta).items() if n in tensors and n not in targets}
     targets.update(buffers)

@@ -85,8 +85,9 @@ class SaveLoadMixin(Delta):
                 warnings.simplefilter("ignore", UnmatchedPatternWarning)
             delta: Self = model_class(backbone_model, **fields)
         record_of(delta).from_file = made.from_file
-        facts = ["backbone_hash", "backbone_hash_excludes", "backbone_checkpoint_name"]
-        delta.config.put(**{name: getattr(made, name) for name in [*facts, "backbone_class"]})
+        facts = ["backbone_hash", "backbone_hash_format", "backbone_hash_excludes"]
+        facts += ["backbone_class", "backbone_checkpoint_name", "opendelta_version"]
+        delta.config.put(**{name: getattr(made, name) for name in facts})
         for plan in plans:
             plan.carry_out()
         return delta

@@ -61,7 +61,7 @@ def fsdp2_precision(case: str, folder: Path) -> list[str]:
 
 
 def hashes(engine: str, folder: Path) -> list[str]:
-    """The hash of a sharded backbone with a delta on it."""
+    """The hashes of a sharded backbone with a delta on it."""
     model = backbones.build("bert_cls")
     if engine == "fsdp2":
         put("LoRA", sharded(model))
@@ -71,7 +71,7 @@ def hashes(engine: str, folder: Path) -> list[str]:
     else:
         put("LoRA", model)
         initialised(model, 3)
-    return [opendelta.gen_model_hash(model)]
+    return [opendelta.gen_model_hash(model, format=number) for number in (1, 2)]
 
 
 def switched(method: str, folder: Path) -> list[list[list[float]]]:

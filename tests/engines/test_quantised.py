@@ -127,18 +127,40 @@ def test_merging_is_refused(kind: str) -> None:
     torch.testing.assert_close(output(model), before)
 
 
+@pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_hash_tells_quantised_backbones_apart(kind: str) -> None:
+def test_the_hash_tells_quantised_backbones_apart(kind: str, number: int) -> None:
+    def hash_of(model: nn.Module) -> str:
+        return opendelta.gen_model_hash(model, format=number)
+
     model, other = quantised(kind), quantised(kind)
-    assert opendelta.gen_model_hash(model) == opendelta.gen_model_hash(other)
+    assert hash_of(model) == hash_of(other)
     LoraModel(model)
-    assert opendelta.gen_model_hash(model) == opendelta.gen_model_hash(other)
+    assert hash_of(model) == hash_of(other)
     changed = backbones.build("llama")
     with torch.no_grad():
         changed.model.layers[0].mlp.up_proj.weight.mul_(-1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbones, "build", lambda name: changed)
-        assert opendelta.gen_model_hash(quantised(kind)) != opendelta.gen_model_hash(other)
+        assert hash_of(quantised(kind)) != hash_of(other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_leaves_format_2_as_it_is(kind: str) -> None:
+    model = quantised(kind).eval()
+    output(model)
+    model.state_dict()  # unpacks what bitsandbytes repacked on some CPUs
+    hashes = [opendelta.gen_model_hash(m, format=2) for m in (model, quantised(kind))]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize(("kind", "part"), [("torchao", "scale"), ("quanto", "_scale")])
+def test_scales_count_in_format_2(kind: str, part: str) -> None:
+    model: Any = quantised(kind)
+    first = opendelta.gen_model_hash(model, format=2)
+    with torch.no_grad():
+        getattr(model.model.layers[0].mlp.up_proj.weight, part)[0] += 1
+    assert opendelta.gen_model_hash(model, format=2) != first
 
 
 # --- bitsandbytes' repacking ----------------------------------------------------------------------
@@ -193,7 +215,8 @@ def test_repacked_weights_are_not_hashed(evaluated: nn.Module, tmp_path: Path) -
     assert delta.config.backbone_hash is None
     evaluated.state_dict()
     delta.save_finetuned(tmp_path / "unpacked")
-    assert delta.config.backbone_hash == opendelta.gen_model_hash(quantised("bitsandbytes 4"))
+    whole = quantised("bitsandbytes 4")
+    assert delta.config.backbone_hash == opendelta.gen_model_hash(whole, format=2)
 
 
 # --- transformers' Trainer ------------------------------------------------------------------------
