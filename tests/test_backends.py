@@ -377,7 +377,7 @@ def test_a_delta_made_within_from_pretrained(
     loaded = OwnDelta.from_pretrained(tmp_path / "whole").eval()
     torch.testing.assert_close(cases.output(loaded, "bert"), cases.output(whole, "bert"))
     loaded = OwnDelta.from_pretrained(tmp_path / "bare").eval()
-    if method == "AdapterModel":  # whose linears are such as transformers gives values to
+    if method in ("AdapterModel", "PrefixModel"):  # of layers that transformers gives values to
         assert cases.output(loaded, "bert").abs().max() < 100
     else:
         with pytest.raises(InsertionError, match="within from_pretrained"):
