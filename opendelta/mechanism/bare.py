@@ -36,8 +36,7 @@ def bare_tensors(backbone: nn.Module) -> Iterator[Bare]:
                 yield Bare(dotted(name, own_name), originals.get(id(p), p), False)
         for own_name, buffer in module._buffers.items():
             if buffer is not None and own_name not in module._non_persistent_buffers_set:
-                own = moved.get(id(buffer))  # also None where it was too large to be kept
-                yield Bare(dotted(name, own_name), buffer if own is None else own, True)
+                yield Bare(dotted(name, own_name), moved.get(id(buffer), buffer), True)
 
 
 def bare_parameters(module: nn.Module, slots: Slots) -> dict[str, nn.Parameter | None]:
