@@ -58,6 +58,7 @@ BASE_FIELDS: dict[str, Any] = {  # specification 1.20.1
     "backbone_class": None,
     "backbone_checkpoint_name": None,
     "backbone_hash": None,
+    "own_modules": None,  # ours
 }
 METHOD_FIELDS: dict[str, dict[str, Any]] = {  # specification 1.21
     "LoraModel": {
