@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartModel, LlamaConfig, LlamaForCausalLM
 
 from opendelta import AdapterModel, AutoDeltaModel, DeltaBase, LoraModel
-from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
+from opendelta.exceptions import AddressingError, CheckpointError, ConfigError, InsertionError
 
 
 class Mixed(nn.Module):
@@ -183,10 +183,10 @@ def test_what_is_exported_is_read_back(case: str, tmp_path: Path) -> None:
     again = fresh(backbone)
     loaded = AutoDeltaModel.from_peft(tmp_path, again)
     same(outputs(again, backbone), outputs(model, backbone))
-    was = dict(delta.own_tensors())
-    for name, tensor in loaded.own_tensors():
-        assert torch.equal(tensor, was.pop(name))
-    assert not was
+    was, has = delta.checkpoint_tensors(), loaded.checkpoint_tensors()
+    assert all(torch.equal(has.pop(name), tensor) for name, tensor in was.items())
+    buffers = dict(model.named_buffers())
+    assert all(torch.equal(tensor, buffers[name]) for name, tensor in has.items())
     loaded.freeze_module()
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
@@ -430,10 +430,16 @@ def test_beside_other_deltas(tmp_path: Path) -> None:
     deltas: list[DeltaBase] = []
     for model in models:
         deltas.append(AutoDeltaModel.from_peft(tmp_path, model))
-    adapter = LoraModel(models[1], modified_modules=["query", "classifier"])
+    with unchanged(models[1]), pytest.raises(AddressingError, match="'classifier'"):
+        LoraModel(models[1], modified_modules=["query", "classifier"])
+    adapter = LoraModel(models[1], modified_modules=["query", "key"])
     randomise(adapter)
     second = fresh("bert_cls")
-    other = LoraModel(second, modified_modules=["query", "classifier"])
+    on_head = LoraModel(second, modified_modules=["classifier"])
+    with unchanged(second), pytest.raises(InsertionError, match="another LoraModel modifies"):
+        AutoDeltaModel.from_peft(tmp_path, second)
+    on_head.remove()
+    other = LoraModel(second, modified_modules=["query", "key"])
     randomise(other)
     AutoDeltaModel.from_peft(tmp_path, second)
     same(outputs(second, "bert_cls"), outputs(models[1], "bert_cls"))
@@ -535,7 +541,7 @@ TENSORS: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "another head": ({"base_model.model.score.weight": torch.zeros(3, 64)}, "score.weight"),
     "a head of other labels": (
         {"base_model.model.classifier.weight": torch.zeros(9, 64)},
-        "classifier.weight: (9, 64) in the file, (3, 64) here",
+        "bias (3,), weight (9, 64)",
     ),
     "a module that is not there": (
         {

@@ -417,20 +417,17 @@ def test_a_sum_takes_what_a_file_carried_along_and_two_heads_are_refused(tmp_pat
         opendelta.combine([first, second], weights=[1.0, 1.0])
 
 
-def test_a_module_that_carries_another_delta_is_copied_bare() -> None:
+def test_a_module_that_another_delta_modifies_is_refused() -> None:
+    """What acts on the one would not act on the other."""
     model = Host(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
-    plain = copy.deepcopy(model)
     inner = LoraModel(model, modified_modules=["layer.1"], lora_r=2)
-    biases = BitFitModel(model, ["layer.1"])
-    randomise(inner)
-    randomise(biases)
-    x = torch.randn(3, 4)
-    tuned, bare = model(x), plain(x)
-    delta = LoraModel(model, modified_modules=["layer.0"], lora_r=1, own_modules=["layer.1"])
-    assert torch.equal(model(x), bare)
-    assert [*dict(delta.named_parameters())][-2:] == ["layer.1.weight", "layer.1.bias"]
-    delta.remove()
-    assert torch.equal(model(x), tuned)
+    more = {"modified_modules": ["layer.0"], "lora_r": 1}
+    with unchanged(model), pytest.raises(InsertionError, match="another LoraModel modifies"):
+        LoraModel(model, **more, own_modules=["layer.1"])
+    inner.remove()
+    LoraModel(model, **more, own_modules=["layer.1"])
+    with unchanged(model), pytest.raises(AddressingError, match="'layer.1'"):
+        LoraModel(model, modified_modules=["layer.1"])
 
 
 def test_of_a_quantised_module_it_is_a_dense_copy() -> None:

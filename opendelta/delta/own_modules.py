@@ -19,7 +19,7 @@ from opendelta.exceptions import AddressingError, DeltaWarning, InsertionError, 
 from opendelta.ground.names import dotted
 from opendelta.ground.walk import every_module
 from opendelta.ground.widths import read_widths
-from opendelta.mechanism.backbone_state import BackboneState
+from opendelta.mechanism.backbone_state import BackboneState, deltas
 from opendelta.mechanism.child_slot import OwnModule
 from opendelta.mechanism.dispatch import Dispatcher
 from opendelta.mechanism.ownership import inserted_names, own_modules
@@ -81,7 +81,10 @@ def _names(plan: Plan, name: str) -> list[str]:
 
 def _require_apart(plan: Plan, names: Mapping[str, object]) -> None:
     """Refuse places inside each other, around or inside what is modified, and ties."""
-    hosts = [i.host_name for i in plan.insertions if i.host_name]
+    hosts = {i.host_name: plan.delta for i in plan.insertions if i.host_name}
+    for delta in deltas(plan.backbone):
+        others = (i.host_name for i in delta.insertions if i.of_method and i.host_name)
+        hosts |= dict.fromkeys(others, delta)
     holders: dict[int, list[str]] = defaultdict(list)
     for name, module in own_modules(plan.backbone, remove_duplicate=False, originals=True):
         for own_name, p in module._parameters.items():
@@ -95,10 +98,11 @@ def _require_apart(plan: Plan, names: Mapping[str, object]) -> None:
             )
         host = next((h for h in hosts if _is_inside(h, name) or _is_inside(name, h)), None)
         if host is not None:
+            whose = "this" if hosts[host] is plan.delta else "another"
             raise InsertionError(
-                f"own_modules: {name!r} overlaps with {host!r}, which this "
-                f"{type(plan.delta).__name__} modifies: what acts there would act on one of the "
-                "two. Leave that out with exclude_modules, or name another place."
+                f"own_modules: {name!r} overlaps with {host!r}, which {whose} "
+                f"{type(hosts[host]).__name__} modifies: what acts there would act on one of "
+                "the two. Leave that out with exclude_modules, or name another place."
             )
         for aliases in holders.values():
             inside = [n for n in aliases if _is_inside(n, name)]

@@ -125,12 +125,14 @@ class PeftForm(DeltaBase):
             made, fields = self.peft_layers(layers, others)
             tensors = {PREFIX + name: tensor for name, tensor in made.items()}
             whole = whole_modules(backbone, trained, layers)
-            lost = next((name for name in places if name not in whole), None)
-            if lost is not None:
+            own_shapes = {name: p.shape for name, p in backbone.named_parameters()}
+            for lost in (name for name in places if name not in whole):
+                inside = {n: t.shape for n, t in trained.items() if n.startswith(f"{lost}.")}
+                if inside.items() <= own_shapes.items():
+                    continue  # PEFT loads it into the backbone's own
                 raise ConfigError(
                     f"{lost!r}, a module of this delta's own, cannot be one of PEFT's "
-                    "modules_to_save: it is made of other parameters than the backbone's there, or "
-                    "another name ends like its own."
+                    "modules_to_save: it is made of other parameters than the backbone's there."
                 )
             for name in whole:  # for its buffers
                 tensors |= backbone.get_submodule(name).state_dict(prefix=f"{PREFIX}{name}.")

@@ -249,7 +249,8 @@ def take_over(
             aside = nn.Parameter(full(p).detach().clone(), requires_grad=False)
             stay[p] = value
         else:
-            p = nn.Parameter(value.to(p.device, p.dtype), p.is_floating_point())
+            own = value.detach().to(p.device, p.dtype, copy=True)  # not the memory of a file
+            p = nn.Parameter(own, p.is_floating_point())
         places = plan.holders(leaf)[id(inside._parameters[leaf])]
         plan.put_parameter(places, leaf, p, kind=partial(CarriedParameter, aside=aside))
     plan.prepare()

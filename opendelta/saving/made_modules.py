@@ -83,6 +83,10 @@ def _of_sizes(own: Any, held: Mapping[str, Tensor]) -> nn.Module | None:
     old = own._parameters.get("weight")
     if old is None or old.dim() != weight.dim():
         return None
+    outputs = weight.shape[1:] if hasattr(own, "nf") else weight.shape[:1]
+    is_norm = isinstance(getattr(own, "normalized_shape", None), tuple)
+    if "bias" in held and held["bias"].shape != (weight.shape if is_norm else outputs):
+        return None
     sizes = next((s for s in _SIZES if all(hasattr(own, name) for name in s)), None)
     if isinstance(getattr(own, "kernel_size", None), tuple):
         if weight.shape[2:] != old.shape[2:]:  # another window is another function
