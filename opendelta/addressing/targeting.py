@@ -140,7 +140,7 @@ class Targeting:
             names = [name for name in known_as if name]
             found = find_targets(
                 patterns,
-                by_name,
+                lambda pattern: by_name(pattern) or self._none_but_aside(pattern),
                 names,
                 lambda pattern: (
                     common_name_hint(self.structure.addressed(pattern)) + offer_names(names)
@@ -167,6 +167,23 @@ class Targeting:
             for name in hits:
                 require_hookable(modules[name], name)
         return kept
+
+    def _none_but_aside(self, pattern: str) -> list[str]:
+        """No names, if `pattern` does not address a module that stands aside for a delta's own.
+
+        Raises:
+            AddressingError: if it does.
+        """
+        every = own_modules(self.backbone, remove_duplicate=False, originals=True)
+        here = {name for name, _ in self.own}
+        aside = next((n for n, _ in every if n not in here and matches(n, pattern)), None)
+        if aside is not None:
+            raise AddressingError(
+                f"{pattern!r} names {aside!r}, in whose place a module of another delta's own "
+                "stands: a delta on the backbone's would not act. Name other modules, or remove() "
+                "that delta."
+            )
+        return []
 
     def recognised(self) -> CommonStructureMap:
         """The common structure of a backbone that has one.
