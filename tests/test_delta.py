@@ -9,7 +9,7 @@ from typing import Any
 import backbones
 import pytest
 import torch
-from cases import randomise
+from cases import METHODS, randomise
 from pieces import forward_hooks, linears
 from placed import PLACED, PLACED_METHODS, TARGETS, fingerprint, place, told, unchanged
 from torch import nn
@@ -108,13 +108,21 @@ def text_of(function: Callable[..., Any], optional_extras: bool = False) -> str:
 def test_the_base_constructor() -> None:
     assert text_of(DeltaBase) == (
         "backbone_model, modified_modules=None, exclude_modules=None, unfrozen_modules=None, "
-        "interactive_modify=False, common_structure=False, backend='hf'"
+        "interactive_modify=False, common_structure=False, backend='hf', *, own_modules=None"
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_constructor_ends_with_own_modules(method: str) -> None:
+    *_, last = inspect.signature(getattr(opendelta, method)).parameters.values()
+    assert (last.name, last.kind, last.default) == ("own_modules", last.KEYWORD_ONLY, None)
 
 
 @pytest.mark.parametrize("method", CONSTRUCTORS)
 def test_constructors(method: str) -> None:
-    assert text_of(getattr(opendelta, method)) == CONSTRUCTORS[method]
+    text = text_of(getattr(opendelta, method))
+    more = ", own_modules=None" if "*, " in CONSTRUCTORS[method] else ", *, own_modules=None"
+    assert text == CONSTRUCTORS[method] + more
 
 
 @pytest.mark.parametrize("name", METHOD_SIGNATURES)

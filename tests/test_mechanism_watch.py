@@ -28,7 +28,7 @@ class Bypassed(nn.Module):
 
 def test_a_delta_that_the_first_forward_never_reaches_is_named_once() -> None:
     model = Bypassed()
-    opendelta.LoraModel(model, modified_modules=["called", "read"], lora_r=1)
+    opendelta.LoraModel(model, modified_modules=["called", "read"], lora_r=1).freeze_module()
     with pytest.warns(opendelta.DeltaWarning, match=r"no effect on it: read\.lora\."):
         model(torch.ones(1, 3))
     with warnings.catch_warnings():
@@ -38,8 +38,9 @@ def test_a_delta_that_the_first_forward_never_reaches_is_named_once() -> None:
 
 def test_a_delta_that_is_reached_or_detached_is_not_named() -> None:
     model = Bypassed()
-    opendelta.LoraModel(model, modified_modules=["called"], lora_r=1)
+    opendelta.LoraModel(model, modified_modules=["called"], lora_r=1).freeze_module()
     unreached = opendelta.LoraModel(model, modified_modules=["read"], lora_r=1)
+    unreached.freeze_module()
     unreached.detach()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -74,7 +75,7 @@ def told_in(model: nn.Module, forwards: int) -> list[str]:
 
 def test_layers_that_training_skips_are_not_named() -> None:
     model = Layers()
-    opendelta.LoraModel(model, modified_modules=["called"], lora_r=1)
+    opendelta.LoraModel(model, modified_modules=["called"], lora_r=1).freeze_module()
     model.train().skipped = {1}
     assert told_in(model, 20) == []
     model.eval()
@@ -83,7 +84,7 @@ def test_layers_that_training_skips_are_not_named() -> None:
 
 def test_where_some_layer_runs_what_is_reached_in_none_is_named_at_once() -> None:
     model = Layers()
-    opendelta.LoraModel(model, modified_modules=["called", "read"], lora_r=1)
+    opendelta.LoraModel(model, modified_modules=["called", "read"], lora_r=1).freeze_module()
     model.train().skipped = {0, 2}
     (text,) = told_in(model, 20)
     assert text.startswith("0: ") and "called.lora" not in text
@@ -94,7 +95,7 @@ def test_where_some_layer_runs_what_is_reached_in_none_is_named_at_once() -> Non
 
 def test_where_all_layers_are_skipped_nothing_can_be_told_yet() -> None:
     model = Layers()
-    opendelta.LoraModel(model, modified_modules=["called"], lora_r=1)
+    opendelta.LoraModel(model, modified_modules=["called"], lora_r=1).freeze_module()
     model.train().skipped = {0, 1, 2}
     assert told_in(model, 3) == []
     model.skipped = {2}
@@ -104,7 +105,7 @@ def test_where_all_layers_are_skipped_nothing_can_be_told_yet() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_delta_that_is_never_reached_is_named_in_the_end(training: bool) -> None:
     model = Layers()
-    opendelta.LoraModel(model, modified_modules=["read"], lora_r=1)
+    opendelta.LoraModel(model, modified_modules=["read"], lora_r=1).freeze_module()
     model.train(training)
     (text,) = told_in(model, 20)
     assert text.startswith("6: " if training else "0: ") and "layers.0.read.lora" in text
@@ -112,7 +113,7 @@ def test_a_delta_that_is_never_reached_is_named_in_the_end(training: bool) -> No
 
 def test_a_layer_that_evaluation_never_reaches_is_named_then() -> None:
     model = Layers()
-    opendelta.LoraModel(model, modified_modules=["called"], lora_r=1)
+    opendelta.LoraModel(model, modified_modules=["called"], lora_r=1).freeze_module()
     model.train().skipped = {1}
     assert told_in(model, 20) == []
     model.eval()
@@ -124,7 +125,7 @@ def test_a_layer_that_evaluation_never_reaches_is_named_then() -> None:
 
 def test_what_compiled_code_calls_is_not_named() -> None:
     model = Layers(2)
-    opendelta.LoraModel(model, modified_modules=["called"], lora_r=1)
+    opendelta.LoraModel(model, modified_modules=["called"], lora_r=1).freeze_module()
     model.eval()
     torch._dynamo.reset()
     model.layers[0].compile(backend="eager")
