@@ -83,18 +83,21 @@ def checked(constructor: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def require_free_names(constructor: Callable[..., None], owner: str, reserved: type) -> None:
+def require_free_names(cls: Any, base: type) -> None:
     """Refuse hyper-parameters that are called like what every delta has.
 
     Args:
-        constructor: of the delta class; `owner`: its name.
-        reserved: the class whose names are taken.
+        cls: the delta class.
+        base: that of all deltas. Names are taken by the outermost class in between that belongs to
+            the library's base, not to a method.
 
     Raises:
         ConfigError: naming the first such one.
     """
-    taken = {*dir(reserved), *vars(nn.Module()), KEY} - BASE_ARGUMENTS
-    for name in inspect.signature(constructor).parameters:
+    owner = cls.__name__
+    between = (b for b in cls.__mro__[1:] if issubclass(b, base) and not b.delta_type)
+    taken = {*dir(next(between, base)), *vars(nn.Module()), KEY} - BASE_ARGUMENTS
+    for name in inspect.signature(cls.__init__).parameters:
         if name in taken and name != "self":
             raise ConfigError(
                 f"{owner} has a hyper-parameter called {name!r}, which every delta and every torch "

@@ -53,7 +53,7 @@ class Delta(Inserting):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
-            require_free_names(cls.__init__, cls.__name__, _reserved(cls))
+            require_free_names(cls, Delta)
             cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
         if cls.delta_type != cls.config_class.delta_type and "config_class" not in vars(cls):
             cls.config_class = cls.config_class.made_for(cls)
@@ -241,11 +241,9 @@ class Delta(Inserting):
         record.plan = plan = Plan(self)
         try:
             self.plan_targets(plan, patterns)
-            own = plan_own_modules(plan, record.base["own_modules"])
+            plan_own_modules(plan, record.base["own_modules"])
         finally:
             record.plan = None
-        if own:
-            record.config.put(own_modules=own)
         if not plan.insertions:
             raise InsertionError(
                 f"Nothing in {patterns} is a module that {type(self).__name__} can modify."
@@ -447,9 +445,3 @@ class Delta(Inserting):
             if id(tensor) not in seen and id(tensor) not in unsaved:
                 seen.add(id(tensor))
                 yield name, tensor
-
-
-def _reserved(cls: type[Delta]) -> type:
-    """The outermost class of `cls` that belongs to the library's base, not to a method."""
-    bases = (base for base in cls.__mro__[1:] if issubclass(base, Delta) and not base.delta_type)
-    return next(bases, Delta)

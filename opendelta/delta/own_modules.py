@@ -28,21 +28,20 @@ from opendelta.mechanism.slot import ParameterSlot
 Asked = Sequence[str] | Mapping[str, nn.Module]
 
 
-def plan_own_modules(plan: Plan, asked: Asked) -> list[str]:
-    """Plan what stands in the places that patterns address.
+def plan_own_modules(plan: Plan, asked: Asked) -> None:
+    """Plan what stands in the places that patterns address, and have the config say where.
 
     Args:
         plan: of the delta, with all that its method puts on the backbone.
         asked: patterns, or pattern -> the module that is to stand there.
-
-    Returns:
-        The names of the places.
 
     Raises:
         AddressingError: for a pattern that addresses nothing, or the whole backbone.
         InsertionError: for a place that overlaps with another one, or with what the method
             modifies, or that holds a tied parameter; for something that is no module.
     """
+    if not asked:
+        return
     places = dict(own_modules(plan.backbone, originals=True))
     found: dict[str, nn.Module | None] = {}
     for pattern in as_patterns(list(asked), "own_modules"):
@@ -72,7 +71,7 @@ def plan_own_modules(plan: Plan, asked: Asked) -> list[str]:
             p.requires_grad_(p.is_floating_point())
         parent, _, leaf = name.rpartition(".")
         plan.replace(plan.backbone.get_submodule(parent), leaf, own, OwnModule)
-    return list(found)
+    plan.record.config.put(own_modules=list(found))
 
 
 def _names(plan: Plan, name: str) -> list[str]:
