@@ -432,17 +432,31 @@ def test_a_module_that_another_delta_modifies_is_refused() -> None:
         LoraModel(model, modified_modules=["layer.1"])
 
 
-def test_of_a_quantised_module_it_is_a_dense_copy() -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+class Int8Linear(nn.Module):
+    """A linear that is stored as codes and scales, as quantisers do."""
 
-    model = Host(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)))
-    quantize_(model, Int8WeightOnlyConfig(version=2))
-    x = torch.randn(3, 32)
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        codes = (linear.weight.detach() / scale).round().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.bias = nn.Parameter(linear.bias.detach().clone())
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+def test_of_a_quantised_module_it_is_a_dense_copy() -> None:
+    torch.manual_seed(0)
+    model = Host(nn.Sequential(nn.Linear(8, 8), Int8Linear(nn.Linear(8, 8))))
+    x = torch.randn(3, 8)
     bare = model(x)
     with pytest.warns(DeltaWarning, match="dense copy"):
         delta = LoraModel(model, modified_modules=["layer.0"], own_modules=["layer.1"])
-    torch.testing.assert_close(model(x), bare, atol=1e-4, rtol=1e-4)
-    assert type(model.layer[1].weight) is nn.Parameter and model.layer[1].weight.requires_grad
+    torch.testing.assert_close(model(x), bare, atol=1e-6, rtol=1e-5)
+    assert type(model.layer[1]) is nn.Linear and model.layer[1].weight.requires_grad
     model(x).sum().backward()
     assert model.layer[1].weight.grad is not None
     delta.remove()
