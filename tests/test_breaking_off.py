@@ -92,18 +92,11 @@ def owning(method: str, model: nn.Module) -> DeltaBase:
     return new(method, model, own_modules=["norm" if isinstance(model, Net) else "pooler"])
 
 
-def placed_owning(method: str, *acts: Callable[[DeltaBase], Any]) -> tuple[nn.Module, DeltaBase]:
+def placed(
+    method: str, *acts: Callable[[DeltaBase], Any], make: Any = new
+) -> tuple[nn.Module, DeltaBase]:
     model = bare(method)
-    delta = owning(method, model)
-    randomise(delta)
-    for act in acts:
-        act(delta)
-    return model, delta
-
-
-def placed(method: str, *acts: Callable[[DeltaBase], Any]) -> tuple[nn.Module, DeltaBase]:
-    model = bare(method)
-    delta = new(method, model)
+    delta = make(method, model)
     randomise(delta)
     for act in acts:
         act(delta)
@@ -197,8 +190,8 @@ def operations(method: str) -> dict[str, Operation]:
             lambda m, a, b: opendelta.combine([a, b], weights=[1.0, 0.5]),
         ),
         "construct with its own": (lambda: (bare(method),), lambda m: owning(method, m)),
-        "detach with its own": (partial(placed_owning, method), lambda m, d: d.detach()),
-        "remove with its own": (partial(placed_owning, method), lambda m, d: d.remove()),
+        "detach with its own": (partial(placed, method, make=owning), lambda m, d: d.detach()),
+        "remove with its own": (partial(placed, method, make=owning), lambda m, d: d.remove()),
         "with detached": (on, partial(in_block, "detached")),
         "with attached": (partial(on, DETACH), partial(in_block, "attached")),
     }
@@ -211,7 +204,7 @@ def operations(method: str) -> dict[str, Operation]:
             "remove a merged one": (partial(on, MERGE), lambda m, d: d.remove()),
             "merge for good": (on, lambda m, d: d.merge_and_remove()),
             "merge for good with its own": (
-                partial(placed_owning, method),
+                partial(placed, method, make=owning),
                 lambda m, d: d.merge_and_remove(),
             ),
             "load into a merged one": (partial(on, MERGE), lambda m, d: d.load_checkpoint(folder)),

@@ -270,22 +270,15 @@ class CarriedParameter(ParameterInsertion):
     """A parameter of the backbone as a file carried it, in the place of the backbone's own.
 
     Args:
+        place: as for any `ParameterInsertion`.
         aside: where what stands in the place becomes the delta's own parameter, since an optimizer
             may hold it: a copy of what it was, for the backbone.
     """
 
     of_method = False
 
-    def __init__(
-        self,
-        slot: ParameterSlot,
-        host_name: str,
-        parameter: nn.Parameter,
-        ignored: bool = False,
-        saved: bool = True,
-        aside: nn.Parameter | None = None,
-    ) -> None:
-        super().__init__(slot, host_name, parameter, ignored, saved)
+    def __init__(self, *place: Any, aside: nn.Parameter | None = None) -> None:
+        super().__init__(*place)
         self.trains, self.aside = True, aside
 
     def sites(self, is_called: Callable[[nn.Module], bool]) -> list[nn.Module]:
