@@ -44,6 +44,12 @@ def is_repacked(p: Tensor) -> bool:
     return bool(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False))
 
 
+def may_repack(backbone: nn.Module) -> bool:
+    """Whether a backbone holds 4-bit weights of bitsandbytes."""
+    packed = (p for p in every_parameter(backbone) if type(p) is not nn.Parameter)
+    return any(hasattr(p, "quant_state") for p in packed)
+
+
 def has_repacked(module: nn.Module) -> bool:
     """Whether a module holds weights that are repacked now."""
     return any(is_repacked(p) for p in every_parameter(module) if type(p) is not nn.Parameter)

@@ -322,21 +322,21 @@ def _splits_inputs(host: Any) -> bool:
 
 def host_kind(host: Any) -> HostKind | None:
     """The kind of a layer, None where it is none of them."""
+    is_linear = hasattr(host, "in_features")
     if split_by(host) is not None:
         weight: Any = getattr(host, "weight", None)
         if not is_dtensor(weight) or weight.dim() != 2 or weight.device_mesh.ndim != 1:
             return None
-        linear = hasattr(host, "in_features")
-        return SplitLinear(host.in_features, host.out_features) if linear else None
+        return SplitLinear(host.in_features, host.out_features) if is_linear else None
+    if is_linear or hasattr(host, "nf"):
+        widths = read_widths(host)
+        return None if widths is None else Linear(*widths, transposed=not is_linear)
     if hasattr(host, "num_embeddings") and hasattr(host, "embedding_dim"):
         is_bag = hasattr(host, "include_last_offset")  # which sums up the rows of its ids
         return None if is_bag else Embedding(host)
     if hasattr(host, "in_channels") and not getattr(host, "transposed", True):
         return Convolution(host)
-    widths = read_widths(host)
-    if widths is None or not (hasattr(host, "in_features") or hasattr(host, "nf")):
-        return None
-    return Linear(*widths, transposed=hasattr(host, "nf"))
+    return None
 
 
 def layers_of(plan: Plan, key: str, method: str) -> dict[str, nn.Module]:

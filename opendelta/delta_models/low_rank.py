@@ -24,6 +24,7 @@ from opendelta.delta_models.host_kinds import (
 from opendelta.delta_models.peft_lora import PeftLora
 from opendelta.exceptions import AddressingError, ConfigError, nearest
 from opendelta.ground.containers import Args, Kwargs, first_hidden, map_hidden
+from opendelta.ground.widths import read_widths
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.hosts import of_other_size
 
@@ -71,11 +72,11 @@ class LoraLayer(nn.Module):
 
     def misfit(self, host: nn.Module) -> str | None:
         """Which widths the host has, and which this is made for, where they differ."""
-        kind, own = host_kind(host), self.kind
-        if kind is None or (kind.width_in, kind.width_out) == (own.width_in, own.width_out):
+        now, made_for = read_widths(host), (self.kind.width_in, self.kind.width_out)
+        if now is None or now == made_for:
             return None
-        made = f"it is made for {own.width_in} -> {own.width_out}"
-        return f"{made}, and {kind.width_in} -> {kind.width_out} is there now"
+        made = "it is made for {} -> {}".format(*made_for)
+        return made + ", and {} -> {} is there now".format(*now)
 
     def require_fit(self, host: nn.Module) -> None:
         """Refuse an embedding whose vocabulary has changed.

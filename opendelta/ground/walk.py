@@ -50,11 +50,13 @@ def named_parameters_of(module: nn.Module, prefix: str) -> Iterator[tuple[str, n
 
 def child_of(module: nn.Module, *path: str) -> nn.Module | None:
     """The module inside `module` that `path` leads to, if there is one."""
-    found: nn.Module | None = unblocked(module)
+    found = unblocked(module)
     for part in path:
         # TorchScript's table of children has no get().
-        child = found._modules[part] if found is not None and part in found._modules else None
-        found = None if child is None else unblocked(child)
+        child = found._modules[part] if part in found._modules else None  # noqa: SIM401
+        if child is None:
+            return None
+        found = unblocked(child) if "_module" in child.__dict__ else child
     return found
 
 

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from opendelta.backends.quantised import warn_of_repacking
+from opendelta.backends.quantised import may_repack, warn_of_repacking
 from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.blocks import undone
 from opendelta.ground.containers import Args, Kwargs
 from opendelta.ground.names import dotted
 from opendelta.ground.seams import forget_compiled_code, runs_backward
-from opendelta.ground.walk import every_parameter
 from opendelta.mechanism import calls, recomputed, watch
 from opendelta.mechanism.buffers import Buffers, Moved
 from opendelta.mechanism.changes import Changes
@@ -142,9 +141,7 @@ class BackboneState(TrimmedStateDict):
         listed = changes.get(self, "deltas")
         if not any(other is delta for other in listed):
             changes.set(self, deltas=[*listed, delta])
-        packed = (p for p in every_parameter(backbone) if type(p) is not nn.Parameter)
-        repacks = self.repacks or any(hasattr(p, "quant_state") for p in packed)
-        changes.set(self, is_new=True, unheard=watch.PATIENCE, is_unsettled=True, repacks=repacks)
+        changes.set(self, is_new=True, unheard=watch.PATIENCE, is_unsettled=True)
         self.buffers.enlist(changes, delta, moved, backbone)
         self.settle_hooks(changes, backbone)
 
@@ -210,7 +207,7 @@ class BackboneState(TrimmedStateDict):
         if self.is_new and not self.probing:
             acting = [insertion for insertion in self.insertions if insertion.attached]
             require_hosts(self.deltas[0].backbone_model, acting)  # not on a replica
-            self.is_new = False
+            self.is_new, self.repacks = False, may_repack(module)
         calls.begin(module, args, kwargs)
         if runs_backward() or (module.training and not torch.is_grad_enabled()):
             recomputed.note_or_compare(self, partial(self.standing, module))

@@ -45,12 +45,13 @@ def require_open(backbone: nn.Module) -> None:
             f"The backbone is wrapped by {type(backbone).__name__} already, which would never "
             f"average the gradients of a delta that comes later. {_ORDER}"
         )
-    require_whole(backbone)
-    if any("ds_inflight_param_registry" in module.__dict__ for module in every_module(backbone)):
-        raise InsertionError(
-            "DeepSpeed's ZeRO-3 was initialised on this backbone already, and its optimizer "
-            f"takes no more parameters. {_ORDER}"
-        )
+    for module in every_module(backbone):
+        _require_whole(module)
+        if "ds_inflight_param_registry" in module.__dict__:
+            raise InsertionError(
+                "DeepSpeed's ZeRO-3 was initialised on this backbone already, and its optimizer "
+                f"takes no more parameters. {_ORDER}"
+            )
 
 
 def require_whole(backbone: nn.Module) -> None:
@@ -59,7 +60,12 @@ def require_whole(backbone: nn.Module) -> None:
     Raises:
         InsertionError: if FSDP1 flattened it.
     """
-    if any(map(is_flattened, every_parameter(backbone))):
+    for module in every_module(backbone):
+        _require_whole(module)
+
+
+def _require_whole(module: nn.Module) -> None:
+    if any(map(is_flattened, module._parameters.values())):
         raise InsertionError(
             "FSDP1 (FullyShardedDataParallel) made flat parameters of this backbone, in which no "
             "module has its own any more: a delta can be neither put on, saved nor loaded. Use "
@@ -97,7 +103,7 @@ def split_by(host: nn.Module) -> Any:
 
 def _by_fsdp2(host: nn.Module) -> bool:
     """Whether FSDP2 manages a module, which it marks for torch.compile."""
-    return getattr(host, "_is_fsdp_managed_module", False)
+    return bool(host.__dict__.get("_is_fsdp_managed_module", False))
 
 
 def join_engine(

@@ -69,9 +69,8 @@ def require_hosts(
     for insertion in insertions:
         if child_of(backbone, *filter(None, insertion.host_name.split("."))) is not insertion.host:
             wrapped.append(insertion)
-        grows = changes is not None and insertion.grow(changes)
-        misfit = None if grows else insertion.misfit()
-        if misfit is not None:
+        misfit = insertion.misfit()
+        if misfit is not None and not (changes is not None and insertion.grow(changes)):
             raise of_other_size(dotted(insertion.host_name, insertion.name), misfit, otherwise)
     if not wrapped:
         return

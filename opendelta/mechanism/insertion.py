@@ -354,11 +354,12 @@ class ModuleInsertion(WithModule):
         """Bring a detached module to its host's device, dtype and train mode."""
         if self.attached:
             return
-        now = place_of(self.host)
-        new = follow(self.module.parameters(), self.left_at, now)
-        if new is not None:
-            self.module.to(device=new[0], dtype=new[1])
-        self.left_at = now
+        if self.left_at is not None:  # else it has not been set aside
+            now = place_of(self.host)
+            new = follow(self.module.parameters(), self.left_at, now)
+            if new is not None:
+                self.module.to(device=new[0], dtype=new[1])
+            self.left_at = now
         if self.module.training != self.host.training:
             self.module.train(self.host.training)
 

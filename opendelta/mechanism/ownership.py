@@ -19,9 +19,9 @@ def inserted_names(module: nn.Module) -> tuple[str, ...]:
     """Names under which deltas sit on `module`, attached or not, in order of execution."""
     if not module._forward_hooks and not module._forward_pre_hooks:
         return ()
-    dispatchers = (BeforeDispatcher.on(module), AfterDispatcher.on(module))
-    entries = [entry for dispatcher in dispatchers if dispatcher for entry in dispatcher.entries]
-    return tuple(dict.fromkeys(name for name, _ in entries))
+    before, after = BeforeDispatcher.on(module), AfterDispatcher.on(module)
+    entries = [*(before.entries if before else ()), *(after.entries if after else ())]
+    return tuple(dict.fromkeys([name for name, _ in entries]))
 
 
 def inserted_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -44,9 +44,10 @@ def own_modules(
     stack = [("", unblocked(root))]
     while stack:
         name, module = stack.pop()
-        if remove_duplicate and id(module) in seen:
-            continue
-        seen.add(id(module))
+        if remove_duplicate:
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
         yield name, module
         if module._modules:
             prefix = f"{name}." if name else ""
@@ -72,9 +73,11 @@ def own_children(module: nn.Module, originals: bool = False) -> list[tuple[str, 
     for name, child in module._modules.items():
         if child is None or name in deltas:
             continue
-        if STANDS_FOR in child.__dict__:
+        own = child.__dict__
+        if STANDS_FOR in own:
             if not originals:
                 continue
-            (child,) = child.__dict__[STANDS_FOR]
-        children.append((name, unblocked(child)))
+            (child,) = own[STANDS_FOR]
+            own = child.__dict__
+        children.append((name, unblocked(child) if "_module" in own else child))
     return children

@@ -41,9 +41,9 @@ def follow(tensors: Iterable[Tensor], old: Place | None, new: Place | None) -> P
     Returns:
         The device, and the dtype if they shared the old one; None if nothing changed.
     """
-    tensors = [*tensors]
     if old is None or new is None or old == new or new[0].type == "meta":
         return None
+    tensors = [*tensors]
     if any(t.is_meta for t in tensors):  # there are no values to bring along
         return None
     shared = all(t.dtype == old[1] for t in tensors if t.is_floating_point())
