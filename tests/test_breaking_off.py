@@ -114,9 +114,14 @@ def two(method: str, *acts: Callable[[DeltaBase], Any]) -> tuple[nn.Module, Delt
 
 
 @cache
-def saved(method: str) -> Path:
+def saved(method: str, carries: bool = True) -> Path:
+    """A file; one that `carries` a part of the backbone is refused by merged deltas."""
     folder = Path(tempfile.mkdtemp())
     model, delta = placed(method)
+    if not carries:
+        delta.freeze_module()
+        delta.save_finetuned(folder)
+        return folder
     others = ["norm"] if method not in ON_BERT else ["pooler"]
     delta.freeze_module(exclude=["deltas", *others])
     with torch.no_grad():
@@ -185,16 +190,17 @@ def operations(method: str) -> dict[str, Operation]:
             partial(on, partial(freeze, bare(method))),
             lambda m, d: d.load_checkpoint(folder),
         ),
-        "combine": (
-            partial(two, method),
-            lambda m, a, b: opendelta.combine([a, b], weights=[1.0, 0.5]),
-        ),
         "construct with its own": (lambda: (bare(method),), lambda m: owning(method, m)),
         "detach with its own": (partial(placed, method, make=owning), lambda m, d: d.detach()),
         "remove with its own": (partial(placed, method, make=owning), lambda m, d: d.remove()),
         "with detached": (on, partial(in_block, "detached")),
         "with attached": (partial(on, DETACH), partial(in_block, "attached")),
     }
+    if method != "DoraModel":  # several of which do not add up
+        kinds["combine"] = (
+            partial(two, method),
+            lambda m, a, b: opendelta.combine([a, b], weights=[1.0, 0.5]),
+        )
     if method != "SoftPromptModel":  # whose rows are one longer
         kinds["route"] = (on, in_route)
     if merges(method):
@@ -207,7 +213,10 @@ def operations(method: str) -> dict[str, Operation]:
                 partial(placed, method, make=owning),
                 lambda m, d: d.merge_and_remove(),
             ),
-            "load into a merged one": (partial(on, MERGE), lambda m, d: d.load_checkpoint(folder)),
+            "load into a merged one": (
+                partial(on, MERGE),
+                lambda m, d: d.load_checkpoint(saved(method, carries=False)),
+            ),
         }
         if method not in ("BitFitModel", "DoraModel"):  # of which two on one module cannot be
             kinds["unmerge one of two"] = (

@@ -566,7 +566,7 @@ def test_an_error_inside_the_attention_leaves_nothing_active(
 ) -> None:
     bare = build(family)
     plain = run(bare, family)
-    model, _ = prefixed(family)
+    model, delta = prefixed(family)
     acting = run(model, family)
     host = next(iter(hosts(model).values()))
     inside = host.get_submodule(PROJECTIONS[family][2])  # after the prefix was entered
@@ -582,6 +582,8 @@ def test_an_error_inside_the_attention_leaves_nothing_active(
             assert _get_current_function_mode() is None
         assert torch.equal(run(bare, family), plain)
     handle.remove()
+    with delta.detached():
+        assert torch.equal(run(model, family), plain)
     assert torch.equal(run(model, family), acting)
     assert torch.equal(run(bare, family), plain)
     assert _get_current_function_mode() is None

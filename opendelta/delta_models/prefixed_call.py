@@ -78,18 +78,23 @@ def running_call() -> PrefixedCall | None:
     return calls[-1] if calls and not calls[-1].is_over else None
 
 
-def begin(call: PrefixedCall) -> None:
-    """Start a call, after dropping those whose end went unnoticed."""
+def _not_over() -> list[PrefixedCall]:
+    """The calls of this thread, after dropping those whose end went unnoticed."""
     calls = _RUNNING.calls
     while calls and calls[-1].is_over:
         calls.pop().abandon()
-    calls.append(call)
+    return calls
+
+
+def begin(call: PrefixedCall) -> None:
+    """Start a call."""
+    _not_over().append(call)
     call.start()
 
 
 def end(host: nn.Module) -> PrefixedCall | None:
     """Stop the running call of `host`, if there is one."""
-    calls = _RUNNING.calls
+    calls = _not_over()
     if not any(call.host is host for call in calls):
         return None
     while calls[-1].host is not host:
