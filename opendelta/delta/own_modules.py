@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from opendelta.addressing.patterns import as_patterns, matches_any
+from opendelta.backends import bmt
 from opendelta.backends.dense import dense_weight
 from opendelta.backends.quantised import compute_dtype
 from opendelta.backends.sharding import is_shard
@@ -152,7 +153,9 @@ def bare_copy(backbone: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 
 def _is_plain(p: nn.Parameter) -> bool:
-    return is_shard(p) or (type(p) is nn.Parameter and p.is_floating_point())
+    return (
+        is_shard(p) or bmt.is_distributed(p) or (type(p) is nn.Parameter and p.is_floating_point())
+    )
 
 
 def _densified(module: nn.Module, twin: nn.Module, name: str) -> nn.Module:

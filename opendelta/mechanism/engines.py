@@ -141,16 +141,17 @@ def join_engine(
         )
     groups = groups_of(backbone)
     if groups:
-        modules = _joining(new)
+        joining = _joining(new)
         for insertion in new:
             for _, p in insertion.named_parameters():
                 for group in groups:
                     torch.distributed.broadcast(p.data, group=group, group_src=0)
-        for module, host in modules:
-            if split_by(host) is not None:
-                module.split_like(host)
-            elif _by_fsdp2(host):
-                _fully_shard_like(host, module, backbone)
+        for insertion in joining:
+            module: Any = insertion.module
+            if split_by(insertion.led_by) is not None:
+                module.split_like(insertion.led_by)
+            elif _by_fsdp2(insertion.host):
+                _fully_shard_like(insertion.host, module, backbone)
 
 
 def distribute(planned: Iterable[Insertion]) -> None:
@@ -167,33 +168,32 @@ def distribute(planned: Iterable[Insertion]) -> None:
             insertion.parameter = bmt.distributed(insertion.content, made)  # type: ignore[attr-defined]
 
 
-def _joining(new: Sequence[Insertion]) -> list[tuple[Any, nn.Module]]:
-    """The modules among what is new to an engine, each once and with its host.
+def _joining(new: Sequence[Insertion]) -> list[Insertion]:
+    """What brings modules, each once, among what is new to an engine.
 
     Raises:
         InsertionError: if one cannot join it.
     """
-    joining: dict[int, tuple[nn.Module, nn.Module]] = {}
+    joining: dict[int, Insertion] = {}
     for insertion in new:
         host, module = insertion.host, insertion.module
         if not hasattr(module, "split_like"):
-            require_unsplit(host, insertion.host_name)
+            require_unsplit(insertion.led_by, insertion.place_name)
         if module is not None:
-            joining.setdefault(id(module), (module, host))
+            joining.setdefault(id(module), insertion)
         elif _by_fsdp2(host) and host._parameters.get(insertion.name) is None:
             raise InsertionError(
                 f"{insertion.host_name!r} has no {insertion.name} yet, and FSDP2 sharded it "
                 f"already: it would not know one that is added. {_ORDER}"
             )
-    holders = Counter(id(p) for module, _ in joining.values() for p in module.parameters())
-    if any(count > 1 for count in holders.values()) and any(
-        _by_fsdp2(host) for _, host in joining.values()
-    ):
+    found = list(joining.values())
+    holders = Counter(id(p) for i in found if i.module is not None for p in i.module.parameters())
+    if any(count > 1 for count in holders.values()) and any(_by_fsdp2(i.host) for i in found):
         raise InsertionError(
             "The modules of this delta share parameters, which FSDP2 cannot add to a backbone "
             f"that it sharded already. {_ORDER}"
         )
-    return list(joining.values())
+    return found
 
 
 def require_unsplit(host: nn.Module, host_name: str) -> None:

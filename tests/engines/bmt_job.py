@@ -23,8 +23,10 @@ from opendelta import AutoDeltaModel
 
 STEPS, BATCH, TOKENS, RATE = 5, 4, 6, 0.05
 IDS = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS).remainder(97) + 3
+NORM = r"[r]^(embeddings\.LayerNorm|model\.norm|encoder\.output_layernorm)$"
 METHODS: dict[str, dict[str, Any]] = {
     "LoraModel": {"lora_r": 4},
+    "LoraModel with a norm": {"lora_r": 4, "own_modules": [NORM]},
     "AdapterModel": {"bottleneck_dim": 6},
     "LowRankAdapterModel": {"reduction_factor": 4},
     "CompacterModel": {"reduction_factor": 4, "shared_phm_rule": True},
@@ -142,7 +144,7 @@ def put(method: str, model: nn.Module, plain: bool) -> Any:
     options = dict(METHODS[method])
     if not plain and method != "SoftPromptModel":  # which has no such argument
         options["backend"] = "bmt"
-    delta = getattr(opendelta, method)(model, **options)
+    delta = getattr(opendelta, method.split()[0])(model, **options)
     delta.freeze_module()
     return delta
 

@@ -1,4 +1,4 @@
-"""Batch norms on the engines: the statistics that training moved come and go with the delta."""
+"""On the engines: statistics that training moved, and a head of its own, come and go with a delta."""
 
 from __future__ import annotations
 
@@ -59,11 +59,17 @@ def on(engine: str, model: nn.Module) -> tuple[nn.Module, Any]:
 
 @torch.no_grad()
 def moved_buffers(engine: str, folder: Path) -> dict[str, Any]:
-    """How far outputs are from those that they are to equal, on the first rank or on both."""
+    """How far outputs are from those that they are to equal, on the first rank or on both.
+
+    The case is an engine; ``" with a head"`` after it has the delta own the last linear.
+    """
+    engine, _, with_head = engine.partition(" with a ")
     x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(3)) * 2 + 1
     bare = Net().eval()(x)
     model = Net()
-    delta = opendelta.LoraModel(model, modified_modules=["conv", "fc"], lora_r=2)
+    delta = opendelta.LoraModel(
+        model, modified_modules=["conv"], lora_r=2, own_modules=["fc"] if with_head else None
+    )
     delta.freeze_module()
     run, step = on(engine, model)
 

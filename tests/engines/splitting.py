@@ -25,6 +25,7 @@ from opendelta import DeltaBase
 PLANS: dict[str, Any] = {
     "llama": "auto",
     "llama_dora": "auto",
+    "llama_own": "auto",  # with a norm of its own
     "native": None,  # PyTorch's own plan, see `parallelized`
     "phi3": "auto",  # fused projections, gathered
     "phi3_packed": {  # a fused projection of which each rank has a piece of each part
@@ -48,10 +49,10 @@ def decoder(case: str) -> nn.Module:
 
 
 def lora_on_decoder(
-    model: nn.Module, seed: int = 1, method: type[DeltaBase] = opendelta.LoraModel
+    model: nn.Module, seed: int = 1, method: type[DeltaBase] = opendelta.LoraModel, **more: Any
 ) -> DeltaBase:
     torch.manual_seed(seed)
-    delta = method(model, lora_r=4, modified_modules=["self_attn", "mlp", "lm_head"])
+    delta = method(model, lora_r=4, modified_modules=["self_attn", "mlp", "lm_head"], **more)
     delta.freeze_module()
     return delta
 
@@ -59,7 +60,8 @@ def lora_on_decoder(
 def put_on(case: str) -> Put:
     """What puts the delta of this case on a decoder."""
     method = opendelta.DoraModel if case.endswith("dora") else opendelta.LoraModel
-    return partial(lora_on_decoder, method=method)
+    own = {"own_modules": ["model.norm"]} if case.endswith("own") else {}
+    return partial(lora_on_decoder, method=method, **own)
 
 
 def causal(batch: Batch) -> Batch:

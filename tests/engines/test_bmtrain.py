@@ -25,6 +25,7 @@ PATHS = [HERE.parents[1], HERE.parent / "golden", HERE]
 JOB = HERE / "bmt_job.py"
 METHODS = (
     "LoraModel",
+    "LoraModel with a norm",
     "AdapterModel",
     "LowRankAdapterModel",
     "CompacterModel",

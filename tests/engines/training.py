@@ -22,6 +22,7 @@ METHODS: dict[str, Callable[[nn.Module], DeltaBase]] = {
     "DoRA": lambda model: opendelta.DoraModel(model, lora_r=4),
     "IA3": opendelta.IA3Model,
     "LoRA": lambda model: opendelta.LoraModel(model, lora_r=4),
+    "Own head": lambda model: opendelta.LoraModel(model, lora_r=4, own_modules=["classifier"]),
     "Adapter": lambda model: opendelta.AdapterModel(model, bottleneck_dim=4),
     "BitFit": opendelta.BitFitModel,
     "Prefix": lambda model: opendelta.PrefixModel(model, 3, reparameterize=False),

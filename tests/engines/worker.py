@@ -28,6 +28,7 @@ RESCALING = ("DoRA", "IA3")  # where parameters are whole only while a module ru
 OF_METHODS = tuple(method for method in training.METHODS if method not in RESCALING)
 AFTERWARDS = tuple(method for method in OF_METHODS if method != "SoftPrompt")
 DIFFERENCES = ("methods", "arguments", "shapes", "failures")
+MOVING = ("ddp", "fsdp2", "zero2", "zero3")
 LOADS = ("stale", "missing", "damaged", "into a delta")
 REFUSED_BY_FSDP2 = ("a new bias", "shared parameters", "a soft prompt", "two meshes")
 ENGINES: dict[str, tuple[Callable[[str, Path], Any], tuple[str, ...]]] = {
@@ -46,7 +47,7 @@ ENGINES: dict[str, tuple[Callable[[str, Path], Any], tuple[str, ...]]] = {
     "zero_switched": (on_shards.zero_switched, ("2", "3")),
     "tensor_parallel": (splitting.tensor_parallel, tuple(splitting.PLANS)),
     "split_loads": (splitting.split_loads, tuple(splitting.PLANS)),
-    "refused_on_split": (refusals.refused_on_split, OF_METHODS[1:]),
+    "refused_on_split": (refusals.refused_on_split, OF_METHODS[2:]),
     "put_after_ddp": (refusals.put_after_ddp, ("wrapper", "module", "looked at", "attached")),
     "refused_on_fsdp1": (refusals.refused_on_fsdp1, ("flat", "originals")),
     "refused_on_fsdp2": (refusals.refused_on_fsdp2, REFUSED_BY_FSDP2),
@@ -61,7 +62,7 @@ ENGINES: dict[str, tuple[Callable[[str, Path], Any], tuple[str, ...]]] = {
     "after_a_forward": (on_shards.after_a_forward, ("load", "switch", "hash", "callback", "save")),
     "two_meshes": (on_shards.two_meshes, ("LoRA",)),
     "beside_a_split": (splitting.beside_a_split, ("Adapter",)),
-    "moved_buffers": (moving.moved_buffers, ("ddp", "fsdp2", "zero2", "zero3")),
+    "moved_buffers": (moving.moved_buffers, (*MOVING, *(f"{e} with a head" for e in MOVING))),
     "switched": (on_shards.switched, (*AFTERWARDS, *RESCALING)),
 }
 
