@@ -142,7 +142,7 @@ class InlineAttention(PrefixedCall, TorchFunctionMode):
         assert weights is not None
         weights = weights.reshape(*context.shape[:-1], -1).to(context.dtype)
         self._probabilities, self._prefix_probabilities, self.joined = [], None, True
-        return context + weights @ _heads(self.value, context).to(context.dtype)
+        return context + weights @ _heads(self.value, context)
 
     def _fused(
         self,
@@ -155,8 +155,8 @@ class InlineAttention(PrefixedCall, TorchFunctionMode):
         **options: Any,
     ) -> Tensor:
         self.joined = True
-        key = torch.cat([_heads(self.key, key).to(key.dtype), key], -2)
-        value = torch.cat([_heads(self.value, value).to(value.dtype), value], -2)
+        key = torch.cat([_heads(self.key, key), key], -2)
+        value = torch.cat([_heads(self.value, value), value], -2)
         count = self.tokens
         if is_causal:
             lengths = query.shape[-2], key.shape[-2] - count
@@ -197,13 +197,15 @@ def _by_row(visible: Tensor, like: Tensor) -> Tensor:
 
 
 def _heads(prefix: Tensor, like: Tensor) -> Tensor:
-    """A prefix (tokens, width) as (..., tokens, head width) with the leading dimensions of `like`.
+    """A prefix (tokens, width) as (..., tokens, head width), with leading dimensions as `like` has.
+
+    It is of the dtype of `like`, and on its device.
 
     Args:
         prefix: may also be (batch, tokens, width).
         like: (batch, heads, ..., positions, head width) or (batch * heads, positions, head width).
     """
-    split = prefix.to(like.device).unflatten(-1, (-1, like.shape[-1])).transpose(-3, -2)
+    split = prefix.to(like).unflatten(-1, (-1, like.shape[-1])).transpose(-3, -2)
     heads = split.shape[-3]
     if like.dim() == 3:
         split = split.reshape(-1, *split.shape[-2:])

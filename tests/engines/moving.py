@@ -1,4 +1,4 @@
-"""On the engines: statistics that training moved, and a head of its own, come and go with a delta."""
+"""On the engines: moved statistics, and a head of its own, come and go with a delta."""
 
 from __future__ import annotations
 
