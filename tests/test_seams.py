@@ -11,6 +11,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import backbones
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -204,6 +205,36 @@ def test_names_in_model(tmp_path: Path) -> None:
         assert found.keys() == names and {*found.values()} == {*made.state_dict()}
         assert seams.names_in_model(model, found.values()) == {n: n for n in found.values()}
     assert seams.names_in_model(nn.Linear(1, 1), names) == {name: name for name in names}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_cache_of(family: str) -> None:
+    """What ``generate`` hands on is found, whichever name it has."""
+    model, held = backbones.build(family), []
+
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        held.append(seams.cache_of(kwargs).get_seq_length())
+
+    decoder = model.get_decoder() if family == "t5" else model
+    decoder.register_forward_pre_hook(look, with_kwargs=True)
+    ids = torch.tensor([[5, 9, 3]])
+    model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert held == ([0, 1, 2] if family == "t5" else [0, 3, 4])
+    assert seams.cache_of({"cache": None, "past_key_values": 1}) == 1
+    assert seams.cache_of({"cache": True, "input_ids": 1}) is None
+
+
+def test_untried_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    newest = seams.NEWEST_TRANSFORMERS
+    for release, told in ((newest, False), ((newest[0], newest[1] + 1), True), ((4, 99), False)):
+        version = "{}.{}.1".format(*release)
+        monkeypatch.setattr(transformers, "__version__", version)
+        seams.untried_transformers.cache_clear()
+        assert seams.untried_transformers() == (version if told else None)
+    monkeypatch.undo()
+    seams.untried_transformers.cache_clear()
 
 
 def test_frame_of_module_call() -> None:

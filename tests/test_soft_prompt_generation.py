@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import backbones
@@ -26,8 +27,10 @@ from prompts import (
 )
 from torch import Tensor
 
-from opendelta import SoftPromptModel
-from opendelta.exceptions import InsertionError
+from opendelta import DeltaBase, PrefixModel, SoftPromptModel
+from opendelta.delta_models import cache
+from opendelta.exceptions import DeltaWarning, InsertionError
+from opendelta.ground import seams
 
 # --- generation ----------------------------------------------------------------------------------
 
@@ -215,3 +218,29 @@ def test_generation_with_trimmed_output() -> None:
         model, _ = prompted(family, trim_output=True)
         options = {**prompt_of(family), "max_new_tokens": 6}
         assert torch.equal(model.generate(**options), whole.generate(**options))
+
+
+# --- releases of transformers ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [SoftPromptModel, PrefixModel])
+def test_a_release_that_was_not_tried_is_told_once(
+    method: type[DeltaBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(cache, "_told", [])
+    seams.untried_transformers.cache_clear()
+    try:
+        model = backbones.build("llama")
+        method(model, 2)
+        ids = torch.tensor([[5, 9, 3]])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeltaWarning)
+            model(ids)
+        with pytest.warns(DeltaWarning, match=r"up to 5\.24, and this is 5\.99\.0") as told:
+            for _ in range(2):
+                model.generate(ids, max_new_tokens=2, do_sample=False)
+        assert len([w for w in told if "up to" in str(w.message)]) == 1
+    finally:
+        monkeypatch.undo()
+        seams.untried_transformers.cache_clear()

@@ -129,14 +129,6 @@ def watch_attention_lookup() -> None:
     AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
 
 
-def cached_tokens(host: nn.Module, cache: Any) -> int | Tensor:
-    """How many tokens `cache` holds for the attention module `host`."""
-    if not hasattr(cache, "get_seq_length"):
-        return 0
-    count: int | Tensor = cache.get_seq_length(getattr(host, "layer_idx", None) or 0)
-    return count.clone() if isinstance(count, Tensor) else count  # a static cache counts in place
-
-
 def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
     """What SDPA's own causal mask shows; that one starts at the top left, where the prefix is."""
     return torch.ones(

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opendelta.backends.sharding import is_dtensor
+from opendelta.delta_models.cache import cached_tokens, tell_if_untried
 from opendelta.delta_models.inline_attention import InlineAttention
 from opendelta.delta_models.lookup_attention import (
     LookupAttention,
-    cached_tokens,
     watch_attention_lookup,
 )
 from opendelta.delta_models.prefixed_call import begin, end, running_call
@@ -144,10 +144,11 @@ def _begin(
     visible: Tensor | None = None,
 ) -> None:
     """Begin a call of `host` with a prefix, see `PrefixedCall`."""
+    tell_if_untried()
     if layer.inline:
         begin(InlineAttention(host, key, value, visible))
     elif layer.relative:
-        past = cached_tokens(host, kwargs.get("past_key_values"))
+        past = cached_tokens(host, kwargs)
         begin(LookupAttention(host, key, value, layer.relative[0], past, visible))
     else:
         begin(LookupAttention(host, key, value, visible=visible))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opendelta.delta_models.cache import cached_positions
 from opendelta.exceptions import InsertionError
 from opendelta.ground.containers import Args, Kwargs, first_hidden
 
@@ -161,21 +162,6 @@ def lengthen(given: Kwargs, layer: SoftPromptLayer | Companion, shape: torch.Siz
         if isinstance(given.get(name), Tensor):
             given[name] = given[name] + count
     return not cached
-
-
-def cached_positions(given: Kwargs) -> int:
-    """How many positions the cache among a model's arguments holds, prompt included.
-
-    A recurrent state does not count them: 1 stands for any number.
-    """
-    for name in ("past_key_values", "cache_params", "state", "mems"):
-        cache = given.get(name)
-        if cache is None:
-            continue
-        if getattr(cache, "is_linear", None) and all(cache.is_linear):
-            return int(cache.has_previous_state())
-        return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 1
-    return 0
 
 
 def trim(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _WrappedHook
 
 Hooks = dict[int, Any]
+
+NEWEST_TRANSFORMERS = 5, 24  # with which generation is tested
 
 
 def forward_hooks(module: nn.Module, before: bool) -> list[Hooks]:
@@ -117,6 +120,32 @@ def names_in_model(model: nn.Module, saved: Iterable[str]) -> dict[str, str]:
         for renaming in renamings:  # which note that they were used
             found[name], _ = renaming.rename_source_key(found[name])
     return found
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model or an attention module by name, None for none.
+
+    Transformers has no name for it that all models share: up to 5.23 it is ``past_key_values``
+    where attention is cached, from 5.24 on ``cache``; recurrent models have others.
+    Transformers 5.20 to 5.24.
+    """
+    given = (arguments.get(name) for name in _CACHES)
+    return next((c for c in given if c is not None and not isinstance(c, bool)), None)
+
+
+_CACHES = ("cache", "past_key_values", "cache_params", "state", "mems")
+
+
+@lru_cache
+def untried_transformers() -> str | None:
+    """The release of transformers if it is newer than all that ``generate`` was tried with.
+
+    What `generate` hands to a model is no promise of its, and a prompt has to know what is cached.
+    """
+    from transformers import __version__
+
+    major, minor = (int(part) for part in __version__.split(".")[:2])
+    return __version__ if (major, minor) > NEWEST_TRANSFORMERS else None
 
 
 def frame_of_module_call() -> FrameType | None:
