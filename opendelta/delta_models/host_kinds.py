@@ -46,6 +46,11 @@ class HostKind:
         """The shapes of A and B for rank `r`."""
         raise NotImplementedError
 
+    @staticmethod
+    def widths(host: Any) -> tuple[int, int] | None:
+        """How many features a layer takes and returns by now, None if it does not say."""
+        return read_widths(host)
+
     def start(self, a: Tensor) -> None:
         """Fill A with its first values."""
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -180,8 +185,12 @@ class Embedding(HostKind):
     """
 
     def __init__(self, host: Any) -> None:
-        self.width_in, self.width_out = vocabulary(host), host.embedding_dim
+        self.width_in, self.width_out = self.widths(host)
         self.padding_idx = host.padding_idx
+
+    @staticmethod
+    def widths(host: Any) -> tuple[int, int]:
+        return vocabulary(host), host.embedding_dim
 
     def shapes(self, r: int) -> Shapes:
         return (r, self.width_in), (self.width_out, r)

@@ -24,7 +24,6 @@ from opendelta.delta_models.host_kinds import (
 from opendelta.delta_models.peft_lora import PeftLora
 from opendelta.exceptions import AddressingError, ConfigError, nearest
 from opendelta.ground.containers import Args, Kwargs, first_hidden, map_hidden
-from opendelta.ground.widths import read_widths
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.hosts import of_other_size
 
@@ -72,7 +71,7 @@ class LoraLayer(nn.Module):
 
     def misfit(self, host: nn.Module) -> str | None:
         """Which widths the host has, and which this is made for, where they differ."""
-        now, made_for = read_widths(host), (self.kind.width_in, self.kind.width_out)
+        now, made_for = self.kind.widths(host), (self.kind.width_in, self.kind.width_out)
         if now is None or now == made_for:
             return None
         made = "it is made for {} -> {}".format(*made_for)
