@@ -125,13 +125,15 @@ class Lives(RuleBasedStateMachine):
                 life.delta.merge()
 
     def can_merge(self, life: Life) -> bool:
-        """Not below an earlier bias, nor behind an earlier delta that is not linear."""
+        """Not below an earlier bias that acts, nor behind an earlier delta that is not linear."""
         earlier = self.lives[: self.lives.index(life)]
         if life.method in OWN_LAYERS or life.state != "attached":
             return False
         rivals = {"LoraModel": NONLINEAR, "BitFitModel": ("BitFitModel",)}.get(life.method, ())
         return not any(
-            other.method in rivals and {AFTER, "attention"} & other.sites & self.covers(life)
+            other.method in rivals
+            and other.state != "merged"
+            and {AFTER, "attention"} & other.sites & self.covers(life)
             for other in earlier
         )
 

@@ -296,6 +296,19 @@ def test_checkpoints_round_trip(method: str, file: str, tmp_path: Path) -> None:
     assert torch.equal(output(target, "bert_cls"), output(delta, "bert_cls"))
 
 
+@each_method
+def test_beside_a_merged_delta(method: str, tmp_path: Path) -> None:
+    trained(method, "mlp").save_finetuned(tmp_path)
+    other = LoraModel(backbones.build("mlp"), modified_modules=["first"], lora_r=2)
+    randomise(other)
+    other.merge()
+    before = output(other, "mlp")
+    delta = AutoDeltaModel.from_finetuned(tmp_path, other.backbone_model, check_hash=False)
+    assert (output(delta, "mlp") - before).abs().max() > 1e-3
+    delta.remove()
+    assert torch.equal(output(other, "mlp"), before)
+
+
 def test_the_suffix_decides_the_format(tmp_path: Path) -> None:
     delta = trained("LoraModel", "mlp")
     for file, read in (

@@ -313,20 +313,24 @@ def _carry_out(
         else:
             changes.do_first(assign, target, value)  # a shard, or what an engine has a copy of
     into, these = [t.detach() for t in ready], [*ready.values()]
+
+    def copy(values: list[Tensor]) -> None:
+        if into:  # torch takes no empty list
+            torch._foreach_copy_(into, values)
+
     folded = [host for state in BackboneState.within(backbone) for host in state.merged.values()]
     if not folded:
-        if into:
-            changes.do_first(torch._foreach_copy_, into, these)
+        changes.do_first(copy, these)
         changes.carry_out()
         return
     before = [tensor.clone() for tensor in into]
     try:
-        torch._foreach_copy_(into, these)
+        copy(these)
         for host in folded:  # anew, from what was loaded
             host.put(changes, *host.computed(host.folds, host.weights))
         changes.carry_out()
     except BaseException:
-        torch._foreach_copy_(into, before)
+        copy(before)
         raise
 
 
