@@ -55,12 +55,20 @@ def joined(bare: Any, prompt: Tensor, given: dict[str, Any]) -> dict[str, Any]:
     ids = given.pop("input_ids")
     source = bare.get_encoder() if bare.config.is_encoder_decoder else bare
     embeds = source.get_input_embeddings()(ids)
-    front = prompt.detach().expand(len(ids), -1, -1)
-    given["inputs_embeds"] = torch.cat([front, embeds], 1)
+    padding = (given.get("attention_mask", torch.ones_like(ids)).cumsum(1) == 0).sum(1).tolist()
+
+    def put(values: Tensor, own: Any) -> Tensor:
+        """Right before the text of each row, after the padding on its left."""
+        rows = []
+        for row, left in zip(values, padding, strict=True):
+            new = own if isinstance(own, Tensor) else row.new_full((COUNT, *row.shape[1:]), own)
+            rows.append(torch.cat([row[:left], new, row[left:]]))
+        return torch.stack(rows)
+
+    given["inputs_embeds"] = put(embeds, prompt.detach())
     for name, value in (("attention_mask", 1), ("token_type_ids", 0), ("labels", -100)):
         if name in given:
-            new = torch.full((len(ids), COUNT), value)
-            given[name] = torch.cat([new, given[name]], 1)
+            given[name] = put(given[name], value)
     return given
 
 

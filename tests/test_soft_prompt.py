@@ -133,14 +133,15 @@ def test_other_arguments_can_be_told_to_grow() -> None:
 @pytest.mark.parametrize("family", [*DECODERS, "bert"])
 @torch.no_grad()
 def test_position_ids_that_are_given(family: str) -> None:
-    """The prompt comes first, so each given position is moved by the prompt's length."""
+    """The prompt comes right before the text, whose positions are moved by its length."""
     model, delta = prompted(family)
     bare = build(family)
     given = backbones.inputs(family)
+    given["attention_mask"][1] = torch.tensor([0, 0, 1, 1, 1, 1, 1])
     given["position_ids"] = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [9, 9, 0, 1, 2, 3, 4]])
     expected = joined(bare, the_prompt(delta), given)
     expected["position_ids"] = torch.tensor(
-        [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [0, 1, 2, 3, 4, 14, 14, 5, 6, 7, 8, 9]]
+        [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [14, 14, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]]
     )
     close(first(model(**given)), first(bare(**expected)))
 

@@ -81,10 +81,10 @@ def _names(plan: Plan, name: str) -> list[str]:
 
 def _require_apart(plan: Plan, names: Mapping[str, object]) -> None:
     """Refuse places inside each other, around or inside what is modified, and ties."""
-    hosts = {i.host_name: plan.delta for i in plan.insertions if i.host_name}
+    hosts = {i.host_name: plan.delta for i in plan.insertions if i.host_name and not i.passes_on}
     for delta in deltas(plan.backbone):
-        others = (i.host_name for i in delta.insertions if i.of_method and i.host_name)
-        hosts |= dict.fromkeys(others, delta)
+        acting = (i for i in delta.insertions if i.of_method and not i.passes_on)
+        hosts |= dict.fromkeys((i.host_name for i in acting if i.host_name), delta)
     holders: dict[int, list[str]] = defaultdict(list)
     for name, module in own_modules(plan.backbone, remove_duplicate=False, originals=True):
         for own_name, p in module._parameters.items():

@@ -75,8 +75,18 @@ def run_pseudo_input(backbone: nn.Module, modules: Iterable[str]) -> None:
     Raises:
         InsertionError: if it fails, with its cause and what to do.
     """
-    with _untouched(backbone), probing(backbone):
+    with tried(backbone):
         _run(_runner(backbone, list(modules)))
+
+
+@contextmanager
+def tried(backbone: nn.Module) -> Iterator[None]:
+    """A ``with`` block in which parts of a backbone run in evaluation; it stays as found.
+
+    Train mode, random state and buffers are put back; no gradients are kept.
+    """
+    with within(_untouched(backbone), probing(backbone)):
+        yield
 
 
 def _runner(backbone: nn.Module, modules: Sequence[str]) -> nn.Module:

@@ -1,187 +1,352 @@
-"""One call of a model with a soft prompt: what gets longer before it, what is cut after it."""
+"""One call of a model with a soft prompt: what gets longer before it, what is cut after it.
+
+The outermost module that is called and can make ids and mask longer does so, a `Site`: a wrapper
+that takes a dict of features, the model itself, or its base model where the caller ran the model's
+own `forward` past its hooks. What is in the know of a call that runs is noted by thread.
+"""
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Mapping
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from opendelta.delta_models.cache import cached_positions
+from opendelta.delta_models.prompt_arguments import SPANS, lengthen, name_of_text
+from opendelta.delta_models.prompt_places import Places
 from opendelta.exceptions import InsertionError
 from opendelta.ground.containers import Args, Kwargs, first_hidden
-
-PROMPT_ID = -1  # stands for a position of the prompt among ids
-
-IGNORED_LABEL = -100  # what transformers' and torch's losses leave out
-
-SPANS = ("start_positions", "end_positions")  # labels that count positions
-
-COUNTS = (*SPANS, "length")  # so do ModelCenter's lengths of the texts
+from opendelta.ground.seams import frame_of_module_call, has_ended, is_running
 
 
-class SoftPromptLayer(nn.Module):
-    """The prompt.
+class Site(nn.Module):
+    """A module at which a call may get longer.
+
+    Args:
+        names: of the host's positional arguments, in order.
+        embedding: name of the token embedding below the host, where that takes embeddings; None
+            where it is handed ids.
+        cuts: whether its output is cut to the text in any case.
+        is_spare: whether it acts only where no site further out was called.
+
+    Attributes:
+        places: where the prompt is in the call that runs; None where it was put in none.
+    """
+
+    passes_on = True  # no call need come by
+
+    def __init__(
+        self, names: list[str], embedding: str | None, cuts: bool, is_spare: bool = False
+    ) -> None:
+        super().__init__()
+        self.names, self.embedding = names, embedding
+        self.cuts, self.is_spare = cuts, is_spare
+        self.places: Places | None = None
+        self.features: tuple[Any, ...] = ()  # what a wrapper was given, and a copy made longer
+
+    @property
+    def prompt(self) -> SoftPromptLayer:
+        """The prompt that comes in."""
+        raise NotImplementedError
+
+
+class SoftPromptLayer(Site):
+    """The prompt, on the model that it is for.
 
     Parameters: `soft_embeds` (tokens, embedding width).
 
     Args:
         soft_embeds: the initial prompt.
-        embedding: name of the token embedding below the host.
-        names: names of the host's positional arguments, in order.
         expand: arguments of shape (batch, tokens, ...) that get longer, and their value there.
+        prompt_id: what stands for it among ids, below 0.
+        room: how many positions the model has learned, None for any number.
+        counts_positions: whether the model is told positions where the caller tells none.
+        options: see `Site`.
     """
 
     def __init__(
-        self, soft_embeds: Tensor, embedding: str, names: list[str], expand: Mapping[str, int]
+        self,
+        soft_embeds: Tensor,
+        expand: Mapping[str, int],
+        prompt_id: int,
+        room: int | None,
+        counts_positions: bool,
+        **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
         self.soft_embeds = nn.Parameter(soft_embeds)
-        self.embedding, self.names, self.expand = embedding, names, dict(expand)
-        self.count = soft_embeds.shape[0]
-        self.length = 0  # of the text in the call that runs; 0 where no prompt was put before it
-        self.standing_in: Tensor | None = None  # which ids of a call stand for the prompt
+        self.count, self.expand = soft_embeds.shape[0], dict(expand)
+        self.prompt_id, self.room, self.counts_positions = prompt_id, room, counts_positions
+        self.mark: list[Any] = []  # what its replicas share
 
-    def forward(self, embeds: Tensor) -> Tensor:
-        """The prompt before `embeds`, (batch, tokens, width)."""
-        prompt = self.soft_embeds.to(embeds).expand(embeds.shape[0], -1, -1)
-        return torch.cat([prompt, embeds], 1)
+    @property
+    def prompt(self) -> SoftPromptLayer:
+        return self
 
+    def extra_repr(self) -> str:
+        way = "in the place of ids" if self.embedding is None else "as embeddings"
+        return f"tokens={self.count}, enters {way}"
 
-def longer(ids: Tensor, count: int, value: int) -> Tensor:
-    """`ids` (batch, tokens, ...) or (tokens) with `count` times `value` in front, a new tensor."""
-    at = min(1, ids.dim() - 1)
-    front = ids.new_full((*ids.shape[:at], count, *ids.shape[at + 1 :]), value)
-    return torch.cat([front, ids], at)
+    def forward(self, values: Tensor, places: Places | Tensor) -> Tensor:
+        """The embeddings `values` with the prompt among them.
 
-
-def prepend(
-    layer: SoftPromptLayer, host: nn.Module, args: Args, kwargs: Kwargs
-) -> tuple[Args, Kwargs]:
-    """Before the model: hand it embeddings with the prompt in front, and all else as long."""
-    given = {**dict(zip(layer.names, args, strict=False)), **kwargs}
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    layer.length = 0
-    if ids is None and embeds is None:
-        return args, kwargs
-    text: Tensor = ids if embeds is None else embeds  # type: ignore[assignment]
-    if lengthen(given, layer, text.shape[:2]):
-        if embeds is None:
-            embeds = host.get_submodule(layer.embedding)(ids)
-        given["input_ids"], given["inputs_embeds"] = None, layer(embeds)
-        layer.length = text.shape[1]
-    return (), given
+        Args:
+            values: (batch, tokens, width), of the text alone; or of as many positions as there are.
+            places: where the prompt comes between them; or which of them are the prompt's.
+        """
+        prompt = self.soft_embeds.to(values)
+        if isinstance(places, Places):
+            return places.put(values, prompt)
+        rank = (places.cumsum(-1) - 1) % self.count
+        return torch.where(places.unsqueeze(-1), prompt[rank], values)
 
 
-class Companion(nn.Module):
-    """On a model that takes ids alone: ids and what goes along with them get longer.
+class FurtherSite(Site):
+    """A site beside that of the prompt itself: inside its model, or around it."""
+
+    def __init__(self, layer: SoftPromptLayer, **options: Any) -> None:
+        super().__init__(**options)
+        self._prompt = [layer]  # a child of another module, not of this one
+
+    @property
+    def prompt(self) -> SoftPromptLayer:
+        return self._prompt[0]
+
+
+class Entrance(nn.Module):
+    """On the token embedding: puts the prompt where ids stand for it, and sees what was missed.
 
     Args:
-        count: length of the prompt.
-        names, expand: see `SoftPromptLayer`.
+        layer: the prompt; `home`: the model that it is for.
+        by_ids: whether ids stand for it in compiled code, where no call is noted.
     """
 
-    def __init__(self, count: int, names: list[str], expand: Mapping[str, int]) -> None:
+    def __init__(self, layer: SoftPromptLayer, home: nn.Module, by_ids: bool) -> None:
         super().__init__()
-        self.count, self.names, self.expand = count, names, dict(expand)
-        self.length = 0
+        self.prompt, self.home, self.by_ids = [layer], [home], by_ids
+        self.standing_in: Tensor | None = None  # which ids of a call stand for the prompt
 
-    def pre_forward(self, *args: Any, **kwargs: Any) -> tuple[Args, Kwargs]:
-        """The model's arguments, with ids that stand for the prompt before those of the text."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        known = {*self.expand, "labels", *COUNTS}
-        tensors = [n for n, v in given.items() if isinstance(v, Tensor) and n not in known]
-        name = "input_ids" if "input_ids" in tensors else next(iter(tensors), None)
-        self.length = 0
-        if name is not None:
-            text: Tensor = given[name]
-            if lengthen(given, self, text.shape[:2]):
-                given[name] = longer(text, self.count, PROMPT_ID)
-                self.length = text.shape[1] if text.dim() > 1 else 0
-        rest = args[len(self.names) :]  # of a ``forward(self, *args)``
-        return (*(given.pop(n) for n in self.names[: len(args)]), *rest), given
+    @staticmethod
+    def routed(
+        entrances: list[Entrance],
+        rows: Any,
+        host: nn.Module,
+        args: Args,
+        kwargs: Kwargs,
+        *output: Any,
+    ) -> Any:
+        """All on the whole batch: which positions are whose, the ids tell."""
+        if output:
+            (filled,) = output
+            for entrance in entrances:
+                filled = fill_in(entrance, host, args, kwargs, filled)
+            return filled
+        for entrance in entrances:
+            args, kwargs = stand_in(entrance, host, args, kwargs)
+        return args, kwargs
+
+
+# --- which call runs ------------------------------------------------------------------------------
+
+
+class Led(NamedTuple):
+    """A call that a site has made longer.
+
+    Attributes:
+        site: which site; `host`: its module; `frame`: the call.
+    """
+
+    site: Site
+    host: nn.Module
+    frame: FrameType
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.calls: list[Led] = []
+
+
+_RUNNING = _Running()
+
+
+def led(layer: SoftPromptLayer) -> Led | None:
+    """The call that runs in this thread with this prompt; None in compiled code."""
+    if torch.compiler.is_compiling():
+        return None
+    here = [call for call in _RUNNING.calls if call.site.prompt.mark is layer.mark]
+    return next((call for call in reversed(here) if not has_ended(call.frame)), None)
+
+
+def _note(site: Site, host: nn.Module) -> None:
+    frame = None if torch.compiler.is_compiling() else frame_of_module_call()
+    if frame is not None:
+        _RUNNING.calls.append(Led(site, host, frame))
+
+
+def leave(host: nn.Module, args: Any, output: Any) -> None:
+    """After a host, also after an error: its call is over."""
+    if torch.compiler.is_compiling():
+        return
+    over = [c for c in _RUNNING.calls if c.host is host or has_ended(c.frame)]
+    for call in over:
+        _RUNNING.calls.remove(call)
+        call.site.places, call.site.features = None, ()
+
+
+# --- before and after a site ----------------------------------------------------------------------
+
+
+def enter(site: Site, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Before a model: hand it the text with the prompt, and all else as long."""
+    layer = site.prompt
+    site.places = None
+    if led(layer) is not None or (site.is_spare and torch.compiler.is_compiling()):
+        return args, kwargs
+    given = {**dict(zip(site.names, args, strict=False)), **kwargs}
+    name = name_of_text(layer, given, site.embedding is not None)
+    if name is None:
+        return args, kwargs
+    text: Tensor = given[name]
+    _note(site, host)
+    site.places = places = lengthen(given, layer, text)
+    if places is not None and text.is_floating_point():
+        given[name] = layer(text, places)
+    elif places is not None and site.embedding is None:
+        rows = places.put(
+            text.view(-1, text.shape[-1]) if text.dim() < 2 else text, layer.prompt_id
+        )
+        given[name] = rows.view(-1) if text.dim() < 2 else rows
+    elif places is not None:
+        given["input_ids"] = None
+        given["inputs_embeds"] = layer(host.get_submodule(str(site.embedding))(text), places)
+    rest = args[len(site.names) :]  # of a ``forward(self, *args)``
+    return (*(given.pop(n) for n in site.names[: len(args)]), *rest), given
+
+
+def rest(site: Site, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Before a model that only holds the prompt."""
+    return args, kwargs
+
+
+def enter_features(site: Site, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Before a wrapper that takes a dict of features: a longer copy of it."""
+    layer = site.prompt
+    site.places = None
+    features: Any = args[0] if args and isinstance(args[0], Mapping) else {}
+    ids = features.get("input_ids")
+    if torch.compiler.is_compiling() or not isinstance(ids, Tensor) or led(layer) is not None:
+        return args, kwargs
+    _note(site, host)
+    longer = dict(features)
+    site.places = places = lengthen(longer, layer, ids)
+    if places is not None:
+        longer["input_ids"] = places.put(ids, layer.prompt_id)
+    site.features = features, dict(longer)
+    return (longer, *args[1:]), kwargs
+
+
+def cut(site: Site, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """After a model: cut outputs of shape (batch, prompt and text, ...) to the text, if need be."""
+    places, site.places = site.places, None
+    if places is None or not (site.cuts or _in_a_trainer()):
+        return output
+    of_spans = SPANS[0] in site.names  # such a model returns scores (batch, positions)
+    if isinstance(output, Mapping):
+        found = {key: _cut(value, places, of_spans) for key, value in output.items()}
+        return type(output)(**found)
+    return _cut(output, places, of_spans)
+
+
+def cut_features(site: Any, host: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+    """After such a wrapper: the features that it was given, with what it added, cut to the text."""
+    places, site.places = site.places, None
+    if places is None or not isinstance(output, dict):
+        return output
+    (features, longer), site.features = site.features, ()
+    features.update(
+        (key, _cut(value, places, False))
+        for key, value in output.items()
+        if longer.get(key) is not value
+    )
+    return features
+
+
+def _cut(value: Any, places: Places, of_spans: bool) -> Any:
+    if isinstance(value, Tensor):
+        is_sequence = value.dim() == 3 or (value.dim() == 2 and of_spans)
+        return places.cut(value) if is_sequence and value.shape[1] == places.total else value
+    if type(value) in (tuple, list):
+        return type(value)(_cut(item, places, of_spans) for item in value)
+    return value
+
+
+def _in_a_trainer() -> bool:
+    """Whether transformers' Trainer runs the model, whose own labels are as long as the text."""
+    return not torch.compiler.is_compiling() and any(
+        is_running(step, "transformers.trainer") for step in ("training_step", "prediction_step")
+    )
+
+
+# --- at the token embedding -----------------------------------------------------------------------
 
 
 def stand_in(
-    layer: SoftPromptLayer, embedding: nn.Module, args: Args, kwargs: Kwargs
+    entrance: Entrance, embedding: nn.Module, args: Args, kwargs: Kwargs
 ) -> tuple[Args, Kwargs]:
-    """Before the embedding: note which ids stand for the prompt, and hand it others for them."""
+    """Before the embedding: note which ids stand for the prompt, and hand it others for them.
+
+    Raises:
+        InsertionError: where the forward of the model was called past its hooks.
+    """
+    layer, entrance.standing_in = entrance.prompt[0], None
+    call = led(layer)
+    if call is None and not torch.compiler.is_compiling():
+        _require_not_missed(entrance)
+    if not (entrance.by_ids if call is None else call.site.embedding is None):
+        return args, kwargs
     ids = first_hidden(args, kwargs)
-    layer.standing_in = ids == PROMPT_ID
-    valid = ids.clamp(min=0)
+    if ids.is_floating_point():
+        return args, kwargs
+    entrance.standing_in = ids == layer.prompt_id
+    valid = torch.where(entrance.standing_in, 0, ids)
     if args:
         return (valid, *args[1:]), kwargs
     return args, {name: valid if value is ids else value for name, value in kwargs.items()}
 
 
 def fill_in(
-    layer: SoftPromptLayer, embedding: nn.Module, args: Args, kwargs: Kwargs, output: Tensor
+    entrance: Entrance, embedding: nn.Module, args: Args, kwargs: Kwargs, output: Tensor
 ) -> Tensor:
     """After the embedding: put the prompt where ids stood for it."""
-    places, layer.standing_in = layer.standing_in, None
+    places, entrance.standing_in = entrance.standing_in, None
     if places is None:
         return output
-    rank = (places.cumsum(-1) - 1).clamp(min=0, max=layer.count - 1)
-    return torch.where(places.unsqueeze(-1), layer.soft_embeds.to(output)[rank], output)
+    call = led(entrance.prompt[0])
+    layer = entrance.prompt[0] if call is None else call.site.prompt
+    filled: Tensor = layer(output, places)
+    return filled
 
 
-def lengthen(given: Kwargs, layer: SoftPromptLayer | Companion, shape: torch.Size) -> bool:
-    """Make the arguments that go along with the text as long as prompt and text.
-
-    Args:
-        given: the arguments, changed in place; their tensors are not.
-        layer: says how long the prompt is, and what goes along.
-        shape: (batch, tokens) of the text.
-
-    Returns:
-        Whether the prompt is to come now; else it is in the cache already.
-    """
-    count, cached = layer.count, cached_positions(given)
-    for name, value in layer.expand.items():
-        old, is_mask = given.get(name), name.endswith("mask")
-        if old is None or (cached and not is_mask):
-            continue  # with a cache the mask covers all positions so far, the others the new ones
-        if not isinstance(old, Tensor) or (is_mask and old.dim() > 2):
+def _require_not_missed(entrance: Entrance) -> None:
+    """Refuse a forward of the prompted model in which no site was called."""
+    (home,) = entrance.home
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is home:
+            kind = type(home).__name__
             raise InsertionError(
-                f"{name} is not of shape (batch, tokens), so a soft prompt cannot make it longer. "
-                "Static caches bring such masks: leave cache_implementation at its default."
+                f"{kind}.forward was called past its hooks, so that the soft prompt would not act. "
+                "Call the model itself, model(...); where a wrapper calls forward (as "
+                "SentenceTransformer and CrossEncoder do), construct the delta on the wrapper."
             )
-        if old.shape[-1] < cached + shape[-1] or not cached:
-            given[name] = longer(old, count, value)
-    positions = given.get("position_ids")
-    if positions is not None:
-        moved = positions + count
-        front = torch.arange(count, device=moved.device).expand(*moved.shape[:-1], -1)
-        given["position_ids"] = moved if cached else torch.cat([front, moved], -1)
-    labels = given.get("labels")
-    if isinstance(labels, Tensor) and labels.shape == shape and not cached:
-        scores_of_classes = labels.is_floating_point()
-        given["labels"] = labels if scores_of_classes else longer(labels, count, IGNORED_LABEL)
-    for name in COUNTS:
-        if isinstance(given.get(name), Tensor):
-            given[name] = given[name] + count
-    return not cached
+        frame = frame.f_back
 
 
-def trim(
-    layer: SoftPromptLayer | Companion, host: nn.Module, args: Args, kwargs: Kwargs, output: Any
-) -> Any:
-    """After the model: cut outputs of shape (batch, prompt and text, ...) to the text."""
-    of_spans = SPANS[0] in layer.names  # such a model returns scores (batch, positions)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            is_sequence = value.dim() == 3 or (value.dim() == 2 and of_spans)
-            return value[:, layer.count :] if is_sequence and value.shape[1] == total else value
-        return type(value)(map(cut, value)) if type(value) in (tuple, list) else value
-
-    if not layer.length:
-        return output
-    total = layer.count + layer.length
-    if isinstance(output, Mapping):
-        return type(output)(**{key: cut(value) for key, value in output.items()})
-    return cut(output)
+# --- encoder-decoders -----------------------------------------------------------------------------
 
 
 class TrimEncoder(nn.Module):
@@ -221,5 +386,10 @@ class CrossMask(nn.Module):
         if isinstance(mask, Tensor) and isinstance(states, Tensor) and mask.dim() == 2:
             missing = min(self.count, states.shape[1] - mask.shape[1])
             if missing > 0:
-                kwargs = {**kwargs, "encoder_attention_mask": longer(mask, missing, 1)}
+                kwargs = {
+                    **kwargs,
+                    "encoder_attention_mask": Places.before_text(missing, mask.shape[1], mask).put(
+                        mask, 1
+                    ),
+                }
         return args, kwargs

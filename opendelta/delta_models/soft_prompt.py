@@ -15,27 +15,36 @@ from opendelta.basemodel import DeltaBase
 from opendelta.delta.plan import Plan
 from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.delta_models.prompt_way import way_into
 from opendelta.delta_models.prompted_call import (
-    Companion,
     CrossMask,
+    Entrance,
+    FurtherSite,
+    Site,
     SoftPromptLayer,
     TrimEncoder,
+    cut,
+    cut_features,
+    enter,
+    enter_features,
     fill_in,
-    prepend,
+    leave,
+    rest,
     stand_in,
-    trim,
     trim_encoder,
 )
 from opendelta.exceptions import ConfigError, InsertionError
 from opendelta.ground.blocks import within
 from opendelta.ground.names import dotted, lineage, words
 from opendelta.ground.widths import is_embedding
+from opendelta.mechanism.backbone_state import deltas
 from opendelta.mechanism.dispatch import AfterDispatcher, BeforeDispatcher
 from opendelta.mechanism.engines import require_unsplit
 from opendelta.mechanism.ownership import own_modules
 from opendelta.signature import get_arg_names_inside_func, names_in_code
 
 ROOT, LAYER = "root", "soft_prompt_layer"
+_POSITIONS = {"wpe", "pos", "position", "positional", "positions"}
 _NO_TOKENS = {"pos", "position", "positional", "positions", "type", "segment", "relative"}
 
 
@@ -114,41 +123,74 @@ class SoftPromptModel(DeltaBase):
                     "goes before the input of one model."
                 )
             host = backbone.get_submodule(name)
-        sites: dict[str, Any] = dict(own_modules(backbone))
-        inner = _base_of_id_reader(host)
-        if inner:
-            name = dotted(name, inner)
-            host = sites[name]
-        embedding_name, embedding = _embedding_of(name, host)
+        self._put(plan, name, host)
+
+    def _put(self, plan: Plan, name: str, home: Any) -> None:
+        """Put the prompt on the model called `name`, and what it needs around and inside it."""
+        modules: dict[str, Any] = dict(own_modules(plan.backbone))
+        embedding_name, embedding = _embedding_of(name, home)
         require_unsplit(embedding, dotted(name, embedding_name))
-        names = get_arg_names_inside_func(type(host).forward)
-        expand, count = self.other_expand_ids, self.soft_token_num
-        layer = SoftPromptLayer(self._initial(embedding), embedding_name, names, expand)
-        companion: Companion | None = None
-        if "inputs_embeds" in names:
-            self.insert_action(host, layer, LAYER, BeforeDispatcher, prepend)
+        base, reads_ids = _base_of(home, embedding_name)
+        inside = embedding_name.removeprefix(base + ".")
+        host = modules[dotted(name, base)] if reads_ids else home
+        prompt_id = _free_id(plan.backbone)
+        way = way_into(plan.backbone, host, embedding, _names(host), prompt_id)
+        around = [modules[n] for n in ("", *reversed(lineage(name)))]
+        outermost = next((m for m in around if hasattr(m, "get_input_embeddings")), home)
+        layer = SoftPromptLayer(
+            self._initial(embedding),
+            self.other_expand_ids,
+            prompt_id,
+            _room(home),
+            way.counts_positions,
+            names=_names(home),
+            embedding=embedding_name if way.by_embeddings else None,
+            cuts=self.trim_output or home is not outermost,
+        )
+        if reads_ids:  # what it looks for among the ids is to be where it is
+            self.insert_action(home, layer, LAYER, BeforeDispatcher, rest)
         else:
-            companion = Companion(count, names, expand)
-            self.insert_module(host, "before", companion, "soft_prompt_companion")
-            self.insert_action(embedding, layer, LAYER, BeforeDispatcher, stand_in)
-            self.insert_action(embedding, layer, LAYER, AfterDispatcher, fill_in)
+            self._put_site(plan, home, layer, LAYER)
+        if base:
+            inner = modules[dotted(name, base)]
+            takes = way.by_embeddings and "inputs_embeds" in _names(inner)
+            further = FurtherSite(
+                layer,
+                names=_names(inner),
+                embedding=inside if takes else None,
+                cuts=True,
+                is_spare=not reads_ids,
+            )
+            self._put_site(plan, inner, further, "soft_prompt_site")
+        wrapper = modules[name.rpartition(".")[0]]
+        if name and not hasattr(wrapper, "get_input_embeddings"):
+            further = FurtherSite(layer, names=[], embedding=None, cuts=True)
+            of_features = enter_features, cut_features
+            self._put_site(plan, wrapper, further, "soft_prompt_site", of_features)
+        entrance = Entrance(layer, home, by_ids=not way.by_embeddings)
+        for side, action in ((BeforeDispatcher, stand_in), (AfterDispatcher, fill_in)):
+            self.insert_action(embedding, entrance, "soft_prompt_entrance", side, action)
         whole, _, leaf = name.rpartition(".")
-        decoder = sites.get(dotted(whole, "decoder")) if leaf == "encoder" else None
-        around = [sites[n] for n in ("", *reversed(lineage(name)))]
-        outermost = next((m for m in around if hasattr(m, "get_input_embeddings")), host)
-        if decoder is not None:
-            self.insert_module(decoder, "before", CrossMask(count), "soft_prompt_mask")
-            if self.trim_output:
-                cut = TrimEncoder(count)
-                self.insert_action(
-                    outermost, cut, "soft_prompt_trim", AfterDispatcher, trim_encoder
-                )
-        elif self.trim_output or host is not outermost:
-            if companion is None:
-                self.insert_action(host, layer, LAYER, AfterDispatcher, trim)
-            else:
-                name = "soft_prompt_companion"
-                self.insert_action(host, companion, name, AfterDispatcher, trim)
+        decoder = modules.get(dotted(whole, "decoder")) if leaf == "encoder" else None
+        if decoder is None:
+            return
+        self.insert_module(decoder, "before", CrossMask(layer.count), "soft_prompt_mask")
+        layer.cuts = False  # the decoder looks at all of it
+        if self.trim_output:
+            cut = TrimEncoder(layer.count)
+            self.insert_action(outermost, cut, "soft_prompt_trim", AfterDispatcher, trim_encoder)
+
+    def _put_site(
+        self,
+        plan: Plan,
+        host: nn.Module,
+        site: Site,
+        name: str,
+        actions: tuple[Any, Any] = (enter, cut),
+    ) -> None:
+        self.insert_action(host, site, name, BeforeDispatcher, actions[0])
+        self.insert_action(host, site, name, AfterDispatcher, actions[1])
+        plan.at_end(host, leave)
 
     def _initial(self, embedding: Any) -> Tensor:
         if any(map(is_dtensor, embedding._parameters.values())):
@@ -172,10 +214,11 @@ class SoftPromptModel(DeltaBase):
         return embeds.clone()
 
     def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Accept 0.3.2's files, whose prompt is always at the outermost model."""
+        """Accept files whose prompt is at another model: 0.3.2's at the outermost, 1.0's inside."""
         old, own = dotted(LAYER, "soft_embeds"), next(iter(self.own_tensors()))[0]
-        if own.endswith(old) and own not in tensors:
-            tensors = {own if name == old else name: t for name, t in tensors.items()}
+        there = [name for name in tensors if name == old or name.endswith("." + old)]
+        if own not in tensors and len(there) == 1:
+            tensors = {own if name in there else name: t for name, t in tensors.items()}
         return tensors
 
 
@@ -204,15 +247,45 @@ def _input_embedding(module: nn.Module) -> Any:
     return found if hasattr(found, "num_embeddings") else None
 
 
-def _base_of_id_reader(host: nn.Module) -> str:
-    """Name of the base model in a model that reads the ids before it hands them on, else "".
+def _names(module: nn.Module) -> list[str]:
+    return get_arg_names_inside_func(type(module).forward)
+
+
+def _base_of(home: nn.Module, embedding: str) -> tuple[str, bool]:
+    """(name of its base model, whether it reads the ids before it hands them on); "" without one.
 
     Some look for the last token that is no padding: with embeddings in place of ids they take the
     last position, padding or not. Others flatten ids of shape (batch, choices, tokens).
     """
-    names, base = names_in_code(type(host).forward), getattr(host, "base_model_prefix", "")
-    reads = {"pad_token_id", "argmax"} <= names or "num_choices" in names
-    return base if reads and isinstance(host._modules.get(base), nn.Module) else ""
+    names, base = names_in_code(type(home).forward), getattr(home, "base_model_prefix", "")
+    inner = home._modules.get(base) if base else None
+    if inner is None or not embedding.startswith(base + ".") or "input_ids" not in _names(inner):
+        return "", False
+    return base, {"pad_token_id", "argmax"} <= names or "num_choices" in names
+
+
+def _free_id(backbone: nn.Module) -> int:
+    """What stands for a prompt among ids, other than for any prompt that is there already."""
+    there = (i.module for delta in deltas(backbone) for i in delta.insertions)
+    taken = {getattr(module, "prompt_id", 0) for module in there}
+    return next(-n for n in range(1, len(taken) + 2) if -n not in taken)
+
+
+def _room(home: nn.Module) -> int | None:
+    """How many positions a model has learned, None for any number."""
+    config: Any = getattr(home, "config", None)
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    rooms = []
+    for name, module in own_modules(home):
+        if is_embedding(module) and _POSITIONS & set(words(name)):
+            pad = getattr(module, "padding_idx", None)
+            first = getattr(module, "offset", 0) if pad is None else pad + 1
+            size: int = getattr(module, "num_embeddings", 0)
+            if most <= size <= most + first:  # else it counts something else, as places on a page
+                rooms.append(size - first)
+    return min(rooms, default=None)
 
 
 def _embedding_of(name: str, host: Any) -> tuple[str, Any]:

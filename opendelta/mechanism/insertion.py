@@ -40,6 +40,7 @@ class Insertion:
         table: which of the host's tables it stands in.
         is_additive: whether it only adds to what the host gives.
         fuses: whether it is handed the deltas before it on its host.
+        passes_on: whether it only sees to what goes through its host, which no call need reach.
         reads_host: whether it depends on more of the host than what that is given and gives.
         saved: whether it goes into files.
         of_method: whether the method put it there; else it is a parameter that the file carried.
@@ -56,6 +57,7 @@ class Insertion:
     table: ClassVar[str] = "_modules"
     is_additive: bool = False
     fuses: bool = False
+    passes_on: bool = False
     reads_host: bool = False
     saved: bool = True
     of_method: ClassVar[bool] = True
@@ -274,6 +276,7 @@ class ModuleInsertion(WithModule):
         self.side, self.action = side, action
         self.is_additive = action in ADDITIVE and getattr(module, "is_additive", True)
         self.fuses = action in FUSING
+        self.passes_on = getattr(module, "passes_on", False)
         self.reads_host = self.fuses or getattr(module, "reads_host", False)
         self.followers: list[str] = []
 
@@ -291,7 +294,9 @@ class ModuleInsertion(WithModule):
 
     @property
     def reached(self) -> bool | None:
-        return None if self.dispatcher is None else self.dispatcher.reached(self.name)
+        if self.dispatcher is None or self.passes_on:
+            return None
+        return self.dispatcher.reached(self.name)
 
     def misfit(self) -> str | None:
         asked: Any = getattr(self.module, "misfit", None)
@@ -387,6 +392,8 @@ class EndInsertion(Insertion):
         host: the module; `host_name`: its name in the backbone.
         hook: called with (module, arguments, output or None).
     """
+
+    passes_on = True
 
     def __init__(self, host: nn.Module, host_name: str, hook: Callable[..., None]) -> None:
         self.host, self.host_name, self.hook = host, host_name, hook
