@@ -17,7 +17,7 @@ from opendelta.backends.sharding import is_sharded
 from opendelta.delta.pseudo_input import tried
 from opendelta.exceptions import InsertionError
 from opendelta.ground.blocks import undone
-from opendelta.ground.containers import hidden_of
+from opendelta.ground.containers import first_hidden, hidden_of
 
 # Parts of the names of arguments that hold what is no text.
 _OTHERS = ("pixel", "image", "video", "audio", "input_features", "input_values", "patches")
@@ -72,6 +72,20 @@ def way_into(
     return _found[known]
 
 
+def require_tensor(embedding: nn.Module, embeds: Any) -> Tensor:
+    """What a token embedding returned.
+
+    Raises:
+        InsertionError: if it is no tensor.
+    """
+    if isinstance(embeds, Tensor):
+        return embeds
+    raise InsertionError(
+        f"The token embedding, a {type(embedding).__name__}, returns a {type(embeds).__name__} in "
+        "place of a tensor, among which no prompt can be put. Use a PrefixModel."
+    )
+
+
 def _compared(
     backbone: nn.Module, host: Any, embedding: nn.Module, names: Sequence[str], prompt_id: int
 ) -> Way:
@@ -83,16 +97,29 @@ def _compared(
         plain = _run(host, {"input_ids": ids, **common})
         if isinstance(plain, Exception):  # it takes more than a text
             return _THROUGH_IDS
-        embedded = _run(host, {"inputs_embeds": embedding(ids), **common})
+        embeds = require_tensor(embedding, embedding(ids))
+        embedded = _run(host, {"inputs_embeds": embeds, **common})
         if isinstance(embedded, Tensor) and _equal(_texts(plain, mask), _texts(embedded, mask)):
             first, second = _texts(plain, mask)
-            is_told = "position_ids" in names and "attention_mask" in names
-            return Way(True, is_told and not _equal([first], [second]))
+            if _equal([first], [second]) or not {"attention_mask", "position_ids"} <= {*names}:
+                return Way(True, False)
+            common["position_ids"] = ((mask.cumsum(1) > 0).cumsum(1) - 1).clamp(min=0)
+            told = _run(host, {"input_ids": ids, **common})  # some count from another number
+            helps = isinstance(told, Tensor) and _equal(_texts(told, mask), [first, first])
+            return Way(True, helps)
         marked = ids.clone()
         marked[0, 0] = prompt_id
-        handle = embedding.register_forward_pre_hook(lambda module, args: (ids, *args[1:]))
+        seen: list[bool] = []
+
+        def see(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            seen.append(torch.equal(first_hidden(args, kwargs), marked))
+            return (ids, *args[1:]), kwargs
+
+        handle = embedding.register_forward_pre_hook(see, with_kwargs=True)
         with undone(handle.remove):
             through = _run(host, {"input_ids": marked, **common})
+    if not isinstance(through, Exception) and not all(seen):
+        through = ValueError("its embedding is given others")
     if isinstance(through, Exception):
         raise InsertionError(
             f"{type(host).__name__} computes something else of embeddings than of ids, and fails "
@@ -108,7 +135,8 @@ def _rows(host: Any, embedding: Any) -> tuple[Tensor, Tensor]:
     said = config.to_dict() if hasattr(config, "to_dict") else {}
     named = [value for key, value in said.items() if key.endswith("_token_id")]
     special = {i for value in named for i in (value if isinstance(value, list) else [value])}
-    usual = [n for n in range(embedding.num_embeddings) if n not in special] or [0]
+    size = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
+    usual = [n for n in range(size) if n not in special] or [0]
     pad = said.get("pad_token_id")
     text = (usual * _TOKENS)[-_TOKENS:]
     padding = [pad if isinstance(pad, int) and pad >= 0 else 0] * _PADDING

@@ -106,11 +106,16 @@ class SoftPromptLayer(Site):
 
 
 class FurtherSite(Site):
-    """A site beside that of the prompt itself: inside its model, or around it."""
+    """A site beside that of the prompt itself: inside its model, or around it.
 
-    def __init__(self, layer: SoftPromptLayer, **options: Any) -> None:
+    Args:
+        layer: the prompt; `home`: its model.
+        options: see `Site`.
+    """
+
+    def __init__(self, layer: SoftPromptLayer, home: nn.Module, **options: Any) -> None:
         super().__init__(**options)
-        self._prompt = [layer]  # a child of another module, not of this one
+        self._prompt, self.home = [layer], [home]  # children of others, not of this one
 
     @property
     def prompt(self) -> SoftPromptLayer:
@@ -211,6 +216,8 @@ def enter(site: Site, host: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args
     if name is None:
         return args, kwargs
     text: Tensor = given[name]
+    if site.is_spare and not site.cuts:
+        _require_no_labels(site, text)
     _note(site, host)
     site.places = places = lengthen(given, layer, text)
     if places is not None and text.is_floating_point():
@@ -334,16 +341,34 @@ def fill_in(
 def _require_not_missed(entrance: Entrance) -> None:
     """Refuse a forward of the prompted model in which no site was called."""
     (home,) = entrance.home
+    if _forward_of(home) is not None:
+        raise InsertionError(
+            f"{type(home).__name__}.forward was called past its hooks, so that the soft prompt "
+            "would not act. Call the model itself, model(...); where a wrapper calls forward (as "
+            "SentenceTransformer and CrossEncoder do), construct the delta on the wrapper."
+        )
+
+
+def _require_no_labels(site: Any, text: Tensor) -> None:
+    """Refuse labels of tokens in a forward that ran past the hooks that make them longer."""
+    frame = _forward_of(site.home[0])
+    labels = None if frame is None else frame.f_locals.get("labels")
+    if isinstance(labels, Tensor) and labels.shape == text.shape[:2]:
+        kind = type(site.home[0]).__name__
+        raise InsertionError(
+            f"{kind}.forward was called past its hooks, with labels that would have to be as long "
+            "as prompt and text. Call the model itself, model(..., labels=...)."
+        )
+
+
+def _forward_of(model: nn.Module) -> FrameType | None:
+    """The frame of a model's own forward that runs now, further out."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is home:
-            kind = type(home).__name__
-            raise InsertionError(
-                f"{kind}.forward was called past its hooks, so that the soft prompt would not act. "
-                "Call the model itself, model(...); where a wrapper calls forward (as "
-                "SentenceTransformer and CrossEncoder do), construct the delta on the wrapper."
-            )
+        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is model:
+            return frame
         frame = frame.f_back
+    return None
 
 
 # --- encoder-decoders -----------------------------------------------------------------------------
@@ -374,22 +399,30 @@ def trim_encoder(
 
 
 class CrossMask(nn.Module):
-    """On a decoder: makes the encoder's mask as long as the prompted encoder's output."""
+    """On a decoder: makes the encoder's mask as long as the prompted encoder's output.
 
-    def __init__(self, count: int) -> None:
+    Args:
+        count: length of the prompt.
+        names: of the decoder's arguments, in order.
+    """
+
+    def __init__(self, count: int, names: list[str]) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.names = count, names
+        masks = (n for n in names if n.startswith("encoder_") and n.endswith("mask"))
+        self.mask = next(masks, "encoder_attention_mask")
 
     def pre_forward(self, *args: Any, **kwargs: Any) -> tuple[Args, Kwargs]:
-        """The decoder's arguments with `encoder_attention_mask` longer by the prompt."""
-        mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
-        if isinstance(mask, Tensor) and isinstance(states, Tensor) and mask.dim() == 2:
-            missing = min(self.count, states.shape[1] - mask.shape[1])
-            if missing > 0:
-                kwargs = {
-                    **kwargs,
-                    "encoder_attention_mask": Places.before_text(missing, mask.shape[1], mask).put(
-                        mask, 1
-                    ),
-                }
-        return args, kwargs
+        """The decoder's arguments, in which the encoder's mask is longer by the prompt."""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        mask, states = given.get(self.mask), given.get("encoder_hidden_states")
+        if not (isinstance(mask, Tensor) and isinstance(states, Tensor) and mask.dim() == 2):
+            return args, kwargs
+        missing = min(self.count, states.shape[1] - mask.shape[1])
+        if missing <= 0:
+            return args, kwargs
+        longer = Places.before_text(missing, mask.shape[1], mask).put(mask, 1)
+        if self.mask in kwargs:
+            return args, {**kwargs, self.mask: longer}
+        at = self.names.index(self.mask)
+        return (*args[:at], longer, *args[at + 1 :]), kwargs

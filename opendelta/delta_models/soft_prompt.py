@@ -15,7 +15,7 @@ from opendelta.basemodel import DeltaBase
 from opendelta.delta.plan import Plan
 from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
-from opendelta.delta_models.prompt_way import way_into
+from opendelta.delta_models.prompt_way import require_tensor, way_into
 from opendelta.delta_models.prompted_call import (
     CrossMask,
     Entrance,
@@ -133,12 +133,12 @@ class SoftPromptModel(DeltaBase):
         base, reads_ids = _base_of(home, embedding_name)
         inside = embedding_name.removeprefix(base + ".")
         host = modules[dotted(name, base)] if reads_ids else home
-        prompt_id = _free_id(plan.backbone)
+        prompt_id, initial = _free_id(plan.backbone), self._initial(embedding)
         way = way_into(plan.backbone, host, embedding, _names(host), prompt_id)
         around = [modules[n] for n in ("", *reversed(lineage(name)))]
         outermost = next((m for m in around if hasattr(m, "get_input_embeddings")), home)
         layer = SoftPromptLayer(
-            self._initial(embedding),
+            initial,
             self.other_expand_ids,
             prompt_id,
             _room(home),
@@ -156,25 +156,27 @@ class SoftPromptModel(DeltaBase):
             takes = way.by_embeddings and "inputs_embeds" in _names(inner)
             further = FurtherSite(
                 layer,
+                home,
                 names=_names(inner),
                 embedding=inside if takes else None,
-                cuts=True,
+                cuts=reads_ids or layer.cuts,
                 is_spare=not reads_ids,
             )
             self._put_site(plan, inner, further, "soft_prompt_site")
         wrapper = modules[name.rpartition(".")[0]]
         if name and not hasattr(wrapper, "get_input_embeddings"):
-            further = FurtherSite(layer, names=[], embedding=None, cuts=True)
+            further = FurtherSite(layer, home, names=[], embedding=None, cuts=True)
             of_features = enter_features, cut_features
             self._put_site(plan, wrapper, further, "soft_prompt_site", of_features)
         entrance = Entrance(layer, home, by_ids=not way.by_embeddings)
         for side, action in ((BeforeDispatcher, stand_in), (AfterDispatcher, fill_in)):
             self.insert_action(embedding, entrance, "soft_prompt_entrance", side, action)
-        whole, _, leaf = name.rpartition(".")
-        decoder = modules.get(dotted(whole, "decoder")) if leaf == "encoder" else None
+        decoder = _decoder_beside(around, home)
         if decoder is None:
             return
-        self.insert_module(decoder, "before", CrossMask(layer.count), "soft_prompt_mask")
+        self.insert_module(
+            decoder, "before", CrossMask(layer.count, _names(decoder)), "soft_prompt_mask"
+        )
         layer.cuts = False  # the decoder looks at all of it
         if self.trim_output:
             cut = TrimEncoder(layer.count)
@@ -210,8 +212,8 @@ class SoftPromptModel(DeltaBase):
             return torch.empty(count, width)
         ids = torch.arange(count, device=next(embedding.parameters()).device)
         with within(torch.no_grad(), gathered(embedding.parameters())):
-            embeds: Tensor = embedding.forward(ids)  # may scale them; a delta on it takes no part
-        return embeds.clone()
+            embeds = embedding.forward(ids)  # may scale them; a delta on it takes no part
+        return require_tensor(embedding, embeds).clone()
 
     def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Accept files whose prompt is at another model: 0.3.2's at the outermost, 1.0's inside."""
@@ -229,7 +231,9 @@ def _prompted(backbone: nn.Module) -> tuple[str, Any]:
         inner: Any = module
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
             encoder = inner.get_encoder() if hasattr(inner, "get_encoder") else None
-            if encoder is not None and _input_embedding(encoder) is not None:
+            if encoder is not None and (
+                _input_embedding(encoder) is not None or "input_ids" in _names(encoder)
+            ):
                 return names[id(encoder)], encoder
             if encoder is not None and encoder is not module:
                 continue  # it encodes something else; its decoder, further inside, embeds ids
@@ -245,6 +249,17 @@ def _input_embedding(module: nn.Module) -> Any:
     except (AttributeError, NotImplementedError):  # it says none
         return None
     return found if hasattr(found, "num_embeddings") else None
+
+
+def _decoder_beside(around: list[Any], encoder: nn.Module) -> nn.Module | None:
+    """The decoder of the encoder-decoder, among the modules around it, whose encoder this is."""
+    for model in around:
+        pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if pair and hasattr(model, "get_decoder") and model.get_encoder() is encoder:
+            found: nn.Module | None = model.get_decoder()
+            return None if found is encoder else found
+    beside = [m._modules.get("decoder") for m in around if m._modules.get("encoder") is encoder]
+    return next((module for module in beside if module is not None), None)
 
 
 def _names(module: nn.Module) -> list[str]:
@@ -298,7 +313,7 @@ def _embedding_of(name: str, host: Any) -> tuple[str, Any]:
     wanted = _input_embedding(host)
     if wanted is not None:
         found = [(n, m) for n, m in found if m is wanted]
-    elif getattr(host, "main_input_name", "input_ids") != "input_ids":
+    elif "input_ids" not in (getattr(host, "main_input_name", "input_ids"), *_names(host)):
         found = []
     else:
         found = [(n, m) for n, m in found if not _NO_TOKENS & set(words(n))]

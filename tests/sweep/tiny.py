@@ -311,7 +311,20 @@ _SWIN = {"image_size": 32, "patch_size": 4, "depths": [1, 1], "num_heads": [2, 2
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "align_vision_model": {"width_coefficient": 0.5, "depth_coefficient": 0.3},
+    "esm": {
+        "vocab_size": VOCABULARY,
+        "pad_token_id": 1,
+        "mask_token_id": VOCABULARY - 1,
+        "token_dropout": True,
+    },
     "esmc": {"num_key_value_heads": 4},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "intermediate_size": [INNER, INNER],
+        "activation_sparsity_pattern": [0.95, 0.0],
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "luke": {"entity_vocab_size": 10},
     "mamba2": {"num_heads": 8, "head_dim": 8},
