@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -745,3 +747,66 @@ def test_compiled_equals_eager(family: str, trimmed: bool) -> None:
     delta.attach()
     close(output(compiled, family), acting, 1e-5)
     torch.compiler.reset()
+
+
+class Words:
+    """A tokenizer of numbers."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = [int(word) for word in text.split()]
+        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("7 8 9", [7, 8, 9, 7, 8]),
+        ([7, 8, 9], [7, 8, 9, 7, 8]),
+        ("7 8 9 10 11 12", [7, 8, 9, 10, 11]),
+        ([3], [3] * 5),
+    ],
+)
+@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+def test_a_prompt_made_from_a_text(family: str, text: Any, ids: list[int], tmp_path: Path) -> None:
+    model = build(family)
+    delta = SoftPromptModel(model, COUNT, init_text=text, tokenizer=Words())
+    source = model.get_encoder() if family in PAIRS else model
+    embeds = source.get_input_embeddings()(torch.tensor(ids))
+    assert torch.equal(the_prompt(delta), embeds)
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    assert said["init_text"] == [*map(int, text.split())] if isinstance(text, str) else text
+    assert "tokenizer" not in said
+    pickle.loads(pickle.dumps(delta.config))
+    other = AutoDeltaModel.from_finetuned(tmp_path, backbone_model=build(family))
+    assert torch.equal(the_prompt(other), the_prompt(delta))
+
+
+def test_a_prompt_made_from_sampled_tokens() -> None:
+    model = build("bert")
+    prompts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        delta = SoftPromptModel(model, COUNT, token_init="sampled")
+        prompts.append(the_prompt(delta).detach().clone())
+        delta.remove()
+    table = model.get_input_embeddings().weight
+    assert all((table == row).all(-1).any() for prompt in prompts for row in prompt)
+    assert torch.equal(prompts[0], prompts[1]) and not torch.equal(prompts[0], prompts[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"init_text": "7 8"}, "tokenizer="),
+        ({"init_text": []}, "one or more"),
+        ({"init_text": [128]}, r"\[128\].*below .* 128"),
+        ({"token_init": "random"}, "expected True"),
+    ],
+)
+def test_starts_that_are_none(options: dict[str, Any], words: str) -> None:
+    model = build("bert")
+    with pytest.raises(ConfigError, match=words):
+        SoftPromptModel(model, COUNT, **options)
+    assert not opendelta.deltas(model)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from opendelta.delta.config import CHOSEN
+from opendelta.delta.config import CHOSEN, NOT_CONFIGURATION
 from opendelta.delta.record import KEY, Record
 from opendelta.exceptions import ConfigError, UnknownArgumentError, nearest
 
@@ -27,8 +27,6 @@ ELSEWHERE = {
     "feedforward_modules": ("on_input",),
 }
 
-# Arguments that are not configuration: what is modified, and how the modules are chosen.
-NOT_CONFIGURATION = frozenset({"self", "backbone_model", "interactive_modify"})
 # Arguments that every method may take, and all of both.
 BASE = (*CHOSEN, "backend")
 BASE_ARGUMENTS = NOT_CONFIGURATION.union(BASE)

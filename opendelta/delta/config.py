@@ -25,6 +25,10 @@ _LOADING_ARGUMENTS = frozenset(
 )
 # Keys of 0.3.2's files that say nothing today.
 _LEGACY_KEYS = frozenset({"sequential", "scaled", "bottleneck_dim"})
+# Arguments that are not configuration: what is modified, and how the modules are chosen.
+NOT_CONFIGURATION = frozenset({"self", "backbone_model", "interactive_modify"})
+# A method's arguments that only help to construct it, of which nothing is kept.
+HELPERS = frozenset({"tokenizer"})
 # How the modules were chosen.
 CHOSEN = (
     "modified_modules",
@@ -128,7 +132,7 @@ class ConfigFields:
             ConfigError: if a config written by hand has a field that is no argument of it.
         """
         base = base_parameters()
-        skip = {"self", "backbone_model", "interactive_modify", *(p.name for p in base)}
+        skip = {*NOT_CONFIGURATION, *HELPERS, *(p.name for p in base)}
         parameters = [
             p
             for p in inspect.signature(constructor).parameters.values()

@@ -17,11 +17,15 @@ from opendelta.backends.sharding import agreeing, reshard
 from opendelta.delta.arguments import (
     BASE,
     BASE_ARGUMENTS,
-    NOT_CONFIGURATION,
     checked,
     require_free_names,
 )
-from opendelta.delta.config import ConfigFields, fixed_since_construction
+from opendelta.delta.config import (
+    HELPERS,
+    NOT_CONFIGURATION,
+    ConfigFields,
+    fixed_since_construction,
+)
 from opendelta.delta.inserting import Inserting
 from opendelta.delta.own_modules import plan_own_modules
 from opendelta.delta.plan import Plan, hold, label
@@ -101,6 +105,7 @@ class Delta(Inserting):
             "backend": backend,
             "own_modules": own_modules or [],
         }
+        record.helpers = {n: record.arguments.pop(n) for n in HELPERS if n in record.arguments}
         given = {n: v for n, v in record.arguments.items() if n not in NOT_CONFIGURATION}
         names = self.config_class.field_names()
         if not self.config_class.delta_type:  # the method has no config of its own
@@ -121,6 +126,7 @@ class Delta(Inserting):
         base = {n: v for n, v in given.items() if n in BASE_ARGUMENTS and n != "self"}
         Delta.__init__(self, **base)
         self.add_all_delta_to_backbone(self.backbone_model, self.modified_modules)
+        record_of(self).helpers = {}
 
     # --- the record, read-only ----------------------------------------------------------------
 

@@ -23,6 +23,7 @@ class Record:
 
     Attributes:
         arguments: what its constructor was given, defaults included.
+        helpers: arguments that only help to construct it, until it is.
         is_made: whether its constructor has returned.
         backbone: the model that it is on.
         config: what it was built by; values of hyper-parameters live here alone.
@@ -39,6 +40,7 @@ class Record:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
+        self.helpers: dict[str, Any] = {}
         self.is_made = False
         self.backbone: nn.Module
         self.config: ConfigFields

@@ -7,8 +7,6 @@ https://arxiv.org/abs/2101.00190. The prefix joins at transformers' attention lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +14,6 @@ from torch import Tensor, nn
 
 from opendelta.backends.bmt import has_distributed
 from opendelta.backends.sharding import reshard
-from opendelta.basemodel import DeltaBase
 from opendelta.delta.plan import Plan
 from opendelta.delta.record import record_of
 from opendelta.delta.registry import register
@@ -30,6 +27,7 @@ from opendelta.delta_models.attention_hosts import (
     relative_bias_for,
 )
 from opendelta.delta_models.attention_widths import measured_widths
+from opendelta.delta_models.generated import Generated
 from opendelta.delta_models.prefix_layer import (
     PrefixLayer,
     ReparameterizationNetwork,
@@ -51,7 +49,7 @@ class PrefixConfig(BaseDeltaConfig):
 
 
 @register
-class PrefixModel(DeltaBase):
+class PrefixModel(Generated):
     """Trained keys and values before those of the text, in attention modules.
 
     The prefix comes before the text with nothing else shifted: positions stay, every token sees
@@ -76,8 +74,6 @@ class PrefixModel(DeltaBase):
     delta_type: ClassVar[str] = "prefix"
     config_class = PrefixConfig
     default_modified_modules: ClassVar[list[str]] = ["attn"]
-
-    _saves_network = False
 
     def __init__(
         self,
@@ -233,37 +229,6 @@ class PrefixModel(DeltaBase):
                 generated[f"{name}.past_key"], generated[f"{name}.past_value"] = layer()
         reshard(self.backbone_model)  # the network ran, and no backward follows
         return generated | {name: t for name, t in tensors.items() if name not in own}
-
-    def save_finetuned(
-        self, *args: Any, keep_reparameterization: bool = False, **kwargs: Any
-    ) -> None:
-        """Save the delta, see `DeltaBase.save_finetuned`.
-
-        Args:
-            keep_reparameterization: save the network that generates the prefixes, for further
-                training, instead of the prefixes.
-        """
-        with self._saving_network(keep_reparameterization):
-            super().save_finetuned(*args, **kwargs)
-
-    def save_checkpoint(
-        self, *args: Any, keep_reparameterization: bool = False, **kwargs: Any
-    ) -> None:
-        """Save the weights alone, see `DeltaBase.save_checkpoint`.
-
-        Args:
-            keep_reparameterization: as in `save_finetuned`.
-        """
-        with self._saving_network(keep_reparameterization):
-            super().save_checkpoint(*args, **kwargs)
-
-    @contextmanager
-    def _saving_network(self, wanted: bool) -> Iterator[None]:
-        self._saves_network = wanted
-        try:
-            yield
-        finally:
-            self._saves_network = False
 
     def loading_targets(
         self, tensors: dict[str, Tensor], changes: Changes

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from opendelta.delta_models.prompt_arguments import SPANS, lengthen, name_of_text
+from opendelta.delta_models.prompt_network import PromptNetwork
 from opendelta.delta_models.prompt_places import Places
 from opendelta.exceptions import InsertionError
 from opendelta.ground.containers import Args, Kwargs, first_hidden
@@ -57,10 +58,10 @@ class Site(nn.Module):
 class SoftPromptLayer(Site):
     """The prompt, on the model that it is for.
 
-    Parameters: `soft_embeds` (tokens, embedding width).
+    Parameters: `soft_embeds` (tokens, embedding width); those of `network`, where one generates it.
 
     Args:
-        soft_embeds: the initial prompt.
+        soft_embeds: the initial prompt, or the `PromptNetwork` that generates it.
         expand: arguments of shape (batch, tokens, ...) that get longer, and their value there.
         prompt_id: what stands for it among ids, below 0.
         room: how many positions the model has learned, None for any number.
@@ -70,7 +71,7 @@ class SoftPromptLayer(Site):
 
     def __init__(
         self,
-        soft_embeds: Tensor,
+        soft_embeds: Tensor | PromptNetwork,
         expand: Mapping[str, int],
         prompt_id: int,
         room: int | None,
@@ -78,8 +79,13 @@ class SoftPromptLayer(Site):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.soft_embeds = nn.Parameter(soft_embeds)
-        self.count, self.expand = soft_embeds.shape[0], dict(expand)
+        if isinstance(soft_embeds, PromptNetwork):
+            self.network: PromptNetwork | None = soft_embeds
+            self.count = soft_embeds.embedding.num_embeddings
+        else:
+            self.soft_embeds, self.network = nn.Parameter(soft_embeds), None
+            self.count = len(soft_embeds)
+        self.expand = dict(expand)
         self.prompt_id, self.room, self.counts_positions = prompt_id, room, counts_positions
         self.mark: list[Any] = []  # what its replicas share
 
@@ -91,6 +97,10 @@ class SoftPromptLayer(Site):
         way = "in the place of ids" if self.embedding is None else "as embeddings"
         return f"tokens={self.count}, enters {way}"
 
+    def values(self) -> Tensor:
+        """The prompt as it is now, (tokens, width)."""
+        return self.soft_embeds if self.network is None else self.network()
+
     def forward(self, values: Tensor, places: Places | Tensor) -> Tensor:
         """The embeddings `values` with the prompt among them.
 
@@ -98,7 +108,7 @@ class SoftPromptLayer(Site):
             values: (batch, tokens, width), of the text alone; or of as many positions as there are.
             places: where the prompt comes between them; or which of them are the prompt's.
         """
-        prompt = self.soft_embeds.to(values)
+        prompt = self.values().to(values)
         if isinstance(places, Places):
             return places.put(values, prompt)
         rank = (places.cumsum(-1) - 1) % self.count

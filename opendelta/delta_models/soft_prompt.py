@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opendelta.backends.sharding import gathered, is_dtensor
-from opendelta.basemodel import DeltaBase
+from opendelta.backends.sharding import gathered, is_dtensor, reshard
 from opendelta.delta.plan import Plan
+from opendelta.delta.record import record_of
 from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
+from opendelta.delta_models.generated import Generated
+from opendelta.delta_models.prompt_network import KINDS, PromptNetwork, network_in
 from opendelta.delta_models.prompt_way import require_tensor, way_into
 from opendelta.delta_models.prompted_call import (
     CrossMask,
@@ -33,17 +35,19 @@ from opendelta.delta_models.prompted_call import (
     stand_in,
     trim_encoder,
 )
-from opendelta.exceptions import ConfigError, InsertionError
+from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
 from opendelta.ground.blocks import within
 from opendelta.ground.names import dotted, lineage, words
 from opendelta.ground.widths import is_embedding
 from opendelta.mechanism.backbone_state import deltas
+from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.dispatch import AfterDispatcher, BeforeDispatcher
 from opendelta.mechanism.engines import require_unsplit
 from opendelta.mechanism.ownership import own_modules
 from opendelta.signature import get_arg_names_inside_func, names_in_code
 
 ROOT, LAYER = "root", "soft_prompt_layer"
+PROMPT, NETWORK = "soft_embeds", "network"  # what it is called there
 _POSITIONS = {"wpe", "pos", "position", "positional", "positions"}
 _NO_TOKENS = {"pos", "position", "positional", "positions", "type", "segment", "relative"}
 
@@ -53,7 +57,7 @@ class SoftPromptConfig(BaseDeltaConfig):
 
 
 @register
-class SoftPromptModel(DeltaBase):
+class SoftPromptModel(Generated):
     """Trained vectors before the token embeddings; encoder-decoders get them in the encoder.
 
     What a model returns for each position it returns for the prompt's too, in front. Where the
@@ -65,7 +69,8 @@ class SoftPromptModel(DeltaBase):
         backbone_model: the model to modify, in place.
         soft_token_num: length of the prompt.
         init_range: a random prompt is uniform in ``[-init_range, init_range]``.
-        token_init: start from the embeddings of the first tokens of the vocabulary instead.
+        token_init: start from the embeddings of the first tokens of the vocabulary instead, or,
+            ``"sampled"``, of tokens drawn from it.
         other_expand_ids: arguments of shape (batch, tokens) or (batch, tokens, ...) that must be
             as long as the input (``bbox``), and their value at the prompt. The caller's tensors
             are not changed. ``position_ids`` and ``labels`` follow by themselves, labels with -100.
@@ -75,10 +80,19 @@ class SoftPromptModel(DeltaBase):
         trim_output: cut the returned sequences to the text, without the prompt's positions.
             Attention weights stay whole; of an encoder-decoder the returned states of the encoder
             are cut.
+        init_text: start from the embeddings of this text: a string, which `tokenizer` turns into
+            ids, or ids. A longer text is cut to the prompt, a shorter one repeated. The config
+            holds the ids.
+        tokenizer: called with `init_text`; nothing of it is kept.
+        reparameterize: ``"mlp"`` or ``"lstm"`` for a network that generates the prompt while
+            training (P-tuning); saving keeps what it generates (see `save_finetuned`).
+        mid_dim: width of that network's hidden layers.
 
     Raises:
-        InsertionError: if no token embedding is found, or `modified_modules` names several models.
-        ConfigError: for a length below 1, or above the vocabulary with `token_init`.
+        InsertionError: if no token embedding is found, `modified_modules` names several models, or
+            the model can be prompted neither by embeddings nor in the place of ids.
+        ConfigError: for a length below 1, or above the vocabulary with `token_init`; for a text
+            without a tokenizer, or of no tokens.
     """
 
     delta_type: ClassVar[str] = "soft_prompt"
@@ -90,7 +104,7 @@ class SoftPromptModel(DeltaBase):
         backbone_model: nn.Module,
         soft_token_num: int = 100,
         init_range: float = 0.5,
-        token_init: bool = True,
+        token_init: bool | str = True,
         other_expand_ids: dict[str, int] = {"attention_mask": 1, "token_type_ids": 0},  # noqa: B006
         modified_modules: list[str] | tuple[str, ...] | str | None = None,
         exclude_modules: list[str] | tuple[str, ...] | str | None = None,
@@ -99,6 +113,10 @@ class SoftPromptModel(DeltaBase):
         interactive_modify: bool | int | None = False,
         *,
         trim_output: bool = False,
+        init_text: str | list[int] | None = None,
+        tokenizer: Any = None,
+        reparameterize: bool | str = False,
+        mid_dim: int = 128,
         own_modules: list[str] | dict[str, nn.Module] | None = None,
     ) -> None:
         self._construct()
@@ -113,6 +131,13 @@ class SoftPromptModel(DeltaBase):
         backbone = plan.backbone
         if self.soft_token_num < 1:
             raise ConfigError(f"soft_token_num={self.soft_token_num}; expected 1 or more.")
+        if self.reparameterize not in (False, *KINDS):
+            raise ConfigError(
+                f"reparameterize={self.reparameterize!r}; expected False, or the kind of network "
+                f"that generates the prompt: {' or '.join(map(repr, KINDS))}."
+            )
+        if self.mid_dim < 1:
+            raise ConfigError(f"mid_dim={self.mid_dim}; expected 1 or more.")
         if list(patterns) == [ROOT]:
             name, host = _prompted(backbone)
         else:
@@ -134,11 +159,14 @@ class SoftPromptModel(DeltaBase):
         inside = embedding_name.removeprefix(base + ".")
         host = modules[dotted(name, base)] if reads_ids else home
         prompt_id, initial = _free_id(plan.backbone), self._initial(embedding)
+        start: Tensor | PromptNetwork = initial
+        if self.reparameterize:
+            start = PromptNetwork(initial, str(self.reparameterize), self.mid_dim)
         way = way_into(plan.backbone, host, embedding, _names(host), prompt_id)
         around = [modules[n] for n in ("", *reversed(lineage(name)))]
         outermost = next((m for m in around if hasattr(m, "get_input_embeddings")), home)
         layer = SoftPromptLayer(
-            initial,
+            start,
             self.other_expand_ids,
             prompt_id,
             _room(home),
@@ -201,26 +229,113 @@ class SoftPromptModel(DeltaBase):
                 "engine gathers it. Construct the prompt first, then let FSDP2 shard the backbone."
             )
         count, (vocabulary, width) = self.soft_token_num, self.widths(embedding)
-        if not self.token_init:
+        ids = self._first_ids(count, vocabulary)
+        if ids is None:
             return torch.empty(count, width).uniform_(-self.init_range, self.init_range)
+        if torch.empty(0).is_meta:  # it is looked at alone
+            return torch.empty(count, width)
+        ids = ids.to(next(embedding.parameters()).device)
+        with within(torch.no_grad(), gathered(embedding.parameters())):
+            embeds = embedding.forward(ids)  # may scale them; a delta on it takes no part
+        return require_tensor(embedding, embeds).clone()
+
+    def _first_ids(self, count: int, vocabulary: int) -> Tensor | None:
+        """The tokens whose embeddings the prompt starts from, None for random numbers."""
+        if self.init_text is not None:
+            ids = self.init_text
+            if isinstance(ids, str):
+                tokenizer = record_of(self).helpers.get("tokenizer")
+                if tokenizer is None:
+                    raise ConfigError(
+                        f"init_text={ids!r:.60} needs the model's tokenizer: pass tokenizer=..., "
+                        "or the text's ids in its place."
+                    )
+                ids = tokenizer(ids, add_special_tokens=False)["input_ids"]
+            if not ids or not 0 <= min(ids) <= max(ids) < vocabulary:
+                raise ConfigError(
+                    f"init_text comes to the ids {list(ids)!r:.80}; expected one or more below the "
+                    f"vocabulary's size, {vocabulary}."
+                )
+            self.become(init_text=list(ids))
+            return torch.tensor(list(ids) * -(-count // len(ids)), device="cpu")[:count]
+        if self.token_init == "sampled":
+            return torch.randint(vocabulary, (count,), device="cpu")
+        if isinstance(self.token_init, str):
+            raise ConfigError(
+                f"token_init={self.token_init!r}; expected True (the first tokens), False (random "
+                'numbers) or "sampled".'
+            )
+        if not self.token_init:
+            return None
         if count > vocabulary:
             raise ConfigError(
                 f"soft_token_num={count} exceeds the vocabulary of {vocabulary}: a prompt made "
                 "from token embeddings can be no longer; pass token_init=False."
             )
-        if torch.empty(0).is_meta:  # it is looked at alone
-            return torch.empty(count, width)
-        ids = torch.arange(count, device=next(embedding.parameters()).device)
-        with within(torch.no_grad(), gathered(embedding.parameters())):
-            embeds = embedding.forward(ids)  # may scale them; a delta on it takes no part
-        return require_tensor(embedding, embeds).clone()
+        return torch.arange(count, device="cpu")
+
+    # --- files ------------------------------------------------------------------------------
+
+    @property
+    def _layer(self) -> tuple[str, SoftPromptLayer]:
+        """The prompt by its name in files."""
+        return next(
+            (dotted(i.host_name, i.file_name), i.module)
+            for i in self.insertions
+            if isinstance(i.module, SoftPromptLayer)
+        )
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """What is saved: the prompt, or the network that generates it."""
+        tensors, (name, layer) = super().checkpoint_tensors(), self._layer
+        if layer.network is None or self._saves_network:
+            return tensors
+        with within(torch.no_grad()):
+            prompt = {dotted(name, PROMPT): layer.values()}
+        reshard(self.backbone_model)  # the network ran, and no backward follows
+        own = dotted(name, NETWORK) + "."
+        return prompt | {n: t for n, t in tensors.items() if not n.startswith(own)}
+
+    def loading_targets(
+        self, tensors: dict[str, Tensor], changes: Changes
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The prompt, or the network that generates it, whichever the file holds.
+
+        A file of a prompt takes the place of a network.
+        """
+        (name, layer), tensors = self._layer, self.translate_keys(tensors)
+        if layer.network is None or dotted(name, PROMPT) not in tensors:
+            return dict(self.own_tensors()), tensors
+        like = layer.network.embedding.weight
+        p = nn.Parameter(torch.empty_like(like, requires_grad=True))
+        p._is_delta = True  # type: ignore[attr-defined]
+        changes.of(layer._modules).pop(NETWORK)
+        changes.set(layer, network=None)
+        changes.of(layer._parameters)[PROMPT] = p
+        changes.set(self.config, reparameterize=False)
+        rest = ((n, t) for n, t in self.own_tensors() if not n.startswith(dotted(name, NETWORK)))
+        return {**dict(rest), dotted(name, PROMPT): p}, tensors
 
     def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Accept files whose prompt is at another model: 0.3.2's at the outermost, 1.0's inside."""
-        old, own = dotted(LAYER, "soft_embeds"), next(iter(self.own_tensors()))[0]
-        there = [name for name in tensors if name == old or name.endswith("." + old)]
-        if own not in tensors and len(there) == 1:
-            tensors = {own if name in there else name: t for name, t in tensors.items()}
+        """Accept files whose prompt is at another model (0.3.2's, 1.0's), and one's network.
+
+        Raises:
+            CheckpointError: if the file's network is not whole.
+        """
+        name, layer = self._layer
+        there = {n.rpartition(f"{LAYER}.")[2]: n for n in tensors if f".{LAYER}." in f".{n}"}
+        tensors = {n: t for n, t in tensors.items() if n not in there.values()} | {
+            dotted(name, end): tensors[n] for end, n in there.items()
+        }
+        network = {n: n.partition(".")[2] for n in there if n.startswith(NETWORK + ".")}
+        if not network or layer.network is not None:
+            return tensors
+        found = {inner: tensors.pop(dotted(name, n)) for n, inner in network.items()}
+        try:
+            with within(torch.no_grad()):
+                tensors[dotted(name, PROMPT)] = network_in(found)()
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"The file's prompt network is not whole: {error}") from error
         return tensors
 
 
