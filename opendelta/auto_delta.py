@@ -126,7 +126,7 @@ class AutoDeltaModel(_ClassMethodsOnly):
 
     @classmethod
     def from_peft(cls, path: str | os.PathLike[str], backbone_model: nn.Module) -> DeltaBase:
-        """An adapter that PEFT saved (LoRA, DoRA, (IA)³), on `backbone_model` in eval mode.
+        """An adapter of PEFT's (LoRA, DoRA, (IA)³, prompts), on `backbone_model` in eval mode.
 
         Where it is and of which rank is read off the tensors, whatever patterns PEFT was given.
         `modules_to_save` become the delta's `own_modules`. What else PEFT trained of the backbone
@@ -158,7 +158,8 @@ class AutoDeltaModel(_ClassMethodsOnly):
                 made, own = method.from_peft_form(config, tensors, uncompiled(backbone_model))
                 delta: DeltaBase = method.from_finetuned(None, backbone_model, made, state_dict=own)
                 return delta
+        read = sorted({repr(name) for method in methods for name in method.peft_types})
         raise ConfigError(
             f"{config.file}: peft_type={config.values.get('peft_type')!r}; expected one of "
-            f"{', '.join(sorted({repr(m.peft_type) for m in methods}))}, those that are read."
+            f"{', '.join(read)}, those that are read."
         )

@@ -48,7 +48,7 @@ def run_convert(asked: argparse.Namespace) -> None:
     elif to == "peft":
         config = AutoDeltaConfig.from_finetuned(delta_folder(source))
         method = model_class_for(config)
-        if not hasattr(method, "peft_type"):
+        if not hasattr(method, "peft_types"):
             raise ConfigError(f"{source} holds a {config.delta_type!r} delta, which PEFT has not.")
         backbone = _backbone(asked.model, asked.model_class or config.backbone_class)
         method.from_finetuned(source, backbone).export_peft(target)

@@ -94,7 +94,7 @@ class IA3Model(PeftForm):
 
     title: ClassVar[str] = "(IA)³"
     delta_type: ClassVar[str] = "ia3"
-    peft_type: ClassVar[str] = "IA3"
+    peft_types: ClassVar[tuple[str, ...]] = ("IA3",)
     peft_key: ClassVar[re.Pattern[str]] = re.compile(r"(.+)\.(ia3_l)")
     peft_fields: ClassVar[Fields] = {"feedforward_modules": ([], (list, str))}
     peft_immaterial: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights"})

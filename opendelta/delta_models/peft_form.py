@@ -41,14 +41,14 @@ class PeftForm(DeltaBase):
 
     Class attributes:
         title: what messages call the method.
-        peft_type: what PEFT's configs call it.
+        peft_types: what PEFT's configs call it; the first is written.
         peft_key: what a key of its tensors is like, after the prefix: (host, tensor).
         peft_fields: the fields of PEFT's config that are read: default, type.
         peft_immaterial: further fields that do not matter, whatever they say.
     """
 
     title: ClassVar[str]
-    peft_type: ClassVar[str]
+    peft_types: ClassVar[tuple[str, ...]]
     peft_key: ClassVar[re.Pattern[str]]
     peft_fields: ClassVar[Fields] = {}
     peft_immaterial: ClassVar[frozenset[str]] = frozenset()
@@ -58,7 +58,7 @@ class PeftForm(DeltaBase):
     @classmethod
     def reads_peft(cls, values: dict[str, Any]) -> bool:
         """Whether an adapter with this config is of this method."""
-        return values.get("peft_type") == cls.peft_type
+        return values.get("peft_type") in cls.peft_types
 
     def peft_layers(
         self, layers: Mapping[str, ModuleInsertion], others: list[str]
@@ -141,7 +141,7 @@ class PeftForm(DeltaBase):
             tensors[PREFIX + dotted(owner, "base_layer" if owner in layers else "", leaf)] = tensor
         config = getattr(backbone, "config", None)
         common = {
-            "peft_type": self.peft_type,
+            "peft_type": self.peft_types[0],
             "task_type": None,  # with one, PEFT adds modules of its own choice to modules_to_save
             "base_model_name_or_path": getattr(config, "_name_or_path", None),
             "inference_mode": True,

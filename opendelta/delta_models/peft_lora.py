@@ -37,7 +37,7 @@ _MAGNITUDE = "lora_magnitude_vector"
 class PeftLora(PeftForm):
     """Base of the methods that PEFT keeps under ``peft_type="LORA"``, told apart by `use_dora`."""
 
-    peft_type: ClassVar[str] = "LORA"
+    peft_types: ClassVar[tuple[str, ...]] = ("LORA",)
     uses_dora: ClassVar[bool] = False
     peft_key: ClassVar[re.Pattern[str]] = re.compile(
         r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.weight)?"

@@ -15,7 +15,7 @@ from opendelta.delta.plan import Plan
 from opendelta.delta.record import record_of
 from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
-from opendelta.delta_models.generated import Generated
+from opendelta.delta_models.peft_prompt import PeftPrompt
 from opendelta.delta_models.prompt_network import KINDS, PromptNetwork, network_in
 from opendelta.delta_models.prompt_way import require_tensor, way_into
 from opendelta.delta_models.prompted_call import (
@@ -35,21 +35,25 @@ from opendelta.delta_models.prompted_call import (
     stand_in,
     trim_encoder,
 )
+from opendelta.delta_models.prompted_models import (
+    argument_names,
+    base_of,
+    decoder_beside,
+    embedding_of,
+    prompted_model,
+    room_of,
+)
 from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
 from opendelta.ground.blocks import within
-from opendelta.ground.names import dotted, lineage, words
-from opendelta.ground.widths import is_embedding
+from opendelta.ground.names import dotted, lineage
 from opendelta.mechanism.backbone_state import deltas
 from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.dispatch import AfterDispatcher, BeforeDispatcher
 from opendelta.mechanism.engines import require_unsplit
 from opendelta.mechanism.ownership import own_modules
-from opendelta.signature import get_arg_names_inside_func, names_in_code
 
 ROOT, LAYER = "root", "soft_prompt_layer"
 PROMPT, NETWORK = "soft_embeds", "network"  # what it is called there
-_POSITIONS = {"wpe", "pos", "position", "positional", "positions"}
-_NO_TOKENS = {"pos", "position", "positional", "positions", "type", "segment", "relative"}
 
 
 class SoftPromptConfig(BaseDeltaConfig):
@@ -57,7 +61,7 @@ class SoftPromptConfig(BaseDeltaConfig):
 
 
 @register
-class SoftPromptModel(Generated):
+class SoftPromptModel(PeftPrompt):
     """Trained vectors before the token embeddings; encoder-decoders get them in the encoder.
 
     What a model returns for each position it returns for the prompt's too, in front. Where the
@@ -98,6 +102,8 @@ class SoftPromptModel(Generated):
     delta_type: ClassVar[str] = "soft_prompt"
     config_class = SoftPromptConfig
     default_modified_modules: ClassVar[list[str]] = [ROOT]
+    title = "a soft prompt"
+    peft_types = ("PROMPT_TUNING", "P_TUNING")
 
     def __init__(
         self,
@@ -139,7 +145,7 @@ class SoftPromptModel(Generated):
         if self.mid_dim < 1:
             raise ConfigError(f"mid_dim={self.mid_dim}; expected 1 or more.")
         if list(patterns) == [ROOT]:
-            name, host = _prompted(backbone)
+            name, host = prompted_model(backbone)
         else:
             name, *others = [n for hits in self.find_targets(patterns) for n in hits]
             if others:
@@ -153,25 +159,25 @@ class SoftPromptModel(Generated):
     def _put(self, plan: Plan, name: str, home: Any) -> None:
         """Put the prompt on the model called `name`, and what it needs around and inside it."""
         modules: dict[str, Any] = dict(own_modules(plan.backbone))
-        embedding_name, embedding = _embedding_of(name, home)
+        embedding_name, embedding = embedding_of(name, home)
         require_unsplit(embedding, dotted(name, embedding_name))
-        base, reads_ids = _base_of(home, embedding_name)
+        base, reads_ids = base_of(home, embedding_name)
         inside = embedding_name.removeprefix(base + ".")
         host = modules[dotted(name, base)] if reads_ids else home
         prompt_id, initial = _free_id(plan.backbone), self._initial(embedding)
         start: Tensor | PromptNetwork = initial
         if self.reparameterize:
             start = PromptNetwork(initial, str(self.reparameterize), self.mid_dim)
-        way = way_into(plan.backbone, host, embedding, _names(host), prompt_id)
+        way = way_into(plan.backbone, host, embedding, argument_names(host), prompt_id)
         around = [modules[n] for n in ("", *reversed(lineage(name)))]
         outermost = next((m for m in around if hasattr(m, "get_input_embeddings")), home)
         layer = SoftPromptLayer(
             start,
             self.other_expand_ids,
             prompt_id,
-            _room(home),
+            room_of(home),
             way.counts_positions,
-            names=_names(home),
+            names=argument_names(home),
             embedding=embedding_name if way.by_embeddings else None,
             cuts=self.trim_output or home is not outermost,
         )
@@ -181,11 +187,11 @@ class SoftPromptModel(Generated):
             self._put_site(plan, home, layer, LAYER)
         if base:
             inner = modules[dotted(name, base)]
-            takes = way.by_embeddings and "inputs_embeds" in _names(inner)
+            takes = way.by_embeddings and "inputs_embeds" in argument_names(inner)
             further = FurtherSite(
                 layer,
                 home,
-                names=_names(inner),
+                names=argument_names(inner),
                 embedding=inside if takes else None,
                 cuts=reads_ids or layer.cuts,
                 is_spare=not reads_ids,
@@ -199,11 +205,11 @@ class SoftPromptModel(Generated):
         entrance = Entrance(layer, home, by_ids=not way.by_embeddings)
         for side, action in ((BeforeDispatcher, stand_in), (AfterDispatcher, fill_in)):
             self.insert_action(embedding, entrance, "soft_prompt_entrance", side, action)
-        decoder = _decoder_beside(around, home)
+        decoder = decoder_beside(around, home)
         if decoder is None:
             return
         self.insert_module(
-            decoder, "before", CrossMask(layer.count, _names(decoder)), "soft_prompt_mask"
+            decoder, "before", CrossMask(layer.count, argument_names(decoder)), "soft_prompt_mask"
         )
         layer.cuts = False  # the decoder looks at all of it
         if self.trim_output:
@@ -316,6 +322,16 @@ class SoftPromptModel(Generated):
         rest = ((n, t) for n, t in self.own_tensors() if not n.startswith(dotted(name, NETWORK)))
         return {**dict(rest), dotted(name, PROMPT): p}, tensors
 
+    @classmethod
+    def fields_from_peft(
+        cls, values: Tensor, settings: dict[str, Any], backbone: nn.Module
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"soft_token_num": len(values), "token_init": False}, {dotted(LAYER, PROMPT): values}
+
+    def peft_values(self) -> tuple[Tensor, dict[str, Any]]:
+        values = self.checkpoint_tensors()[dotted(self._layer[0], PROMPT)]
+        return values, {"token_dim": values.shape[1]}
+
     def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Accept files whose prompt is at another model (0.3.2's, 1.0's), and one's network.
 
@@ -339,103 +355,8 @@ class SoftPromptModel(Generated):
         return tensors
 
 
-def _prompted(backbone: nn.Module) -> tuple[str, Any]:
-    """(name, module) of the outermost model that embeds ids, its encoder if that does."""
-    names = {id(module): name for name, module in own_modules(backbone)}
-    for name, module in own_modules(backbone):
-        inner: Any = module
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-            encoder = inner.get_encoder() if hasattr(inner, "get_encoder") else None
-            if encoder is not None and (
-                _input_embedding(encoder) is not None or "input_ids" in _names(encoder)
-            ):
-                return names[id(encoder)], encoder
-            if encoder is not None and encoder is not module:
-                continue  # it encodes something else; its decoder, further inside, embeds ids
-        if _input_embedding(module) is not None:
-            return name, module
-    return "", backbone
-
-
-def _input_embedding(module: nn.Module) -> Any:
-    """The token embedding that a transformers model says it has."""
-    try:
-        found = module.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # it says none
-        return None
-    return found if hasattr(found, "num_embeddings") else None
-
-
-def _decoder_beside(around: list[Any], encoder: nn.Module) -> nn.Module | None:
-    """The decoder of the encoder-decoder, among the modules around it, whose encoder this is."""
-    for model in around:
-        pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        if pair and hasattr(model, "get_decoder") and model.get_encoder() is encoder:
-            found: nn.Module | None = model.get_decoder()
-            return None if found is encoder else found
-    beside = [m._modules.get("decoder") for m in around if m._modules.get("encoder") is encoder]
-    return next((module for module in beside if module is not None), None)
-
-
-def _names(module: nn.Module) -> list[str]:
-    return get_arg_names_inside_func(type(module).forward)
-
-
-def _base_of(home: nn.Module, embedding: str) -> tuple[str, bool]:
-    """(name of its base model, whether it reads the ids before it hands them on); "" without one.
-
-    Some look for the last token that is no padding: with embeddings in place of ids they take the
-    last position, padding or not. Others flatten ids of shape (batch, choices, tokens).
-    """
-    names, base = names_in_code(type(home).forward), getattr(home, "base_model_prefix", "")
-    inner = home._modules.get(base) if base else None
-    if inner is None or not embedding.startswith(base + ".") or "input_ids" not in _names(inner):
-        return "", False
-    return base, {"pad_token_id", "argmax"} <= names or "num_choices" in names
-
-
 def _free_id(backbone: nn.Module) -> int:
     """What stands for a prompt among ids, other than for any prompt that is there already."""
     there = (i.module for delta in deltas(backbone) for i in delta.insertions)
     taken = {getattr(module, "prompt_id", 0) for module in there}
     return next(-n for n in range(1, len(taken) + 2) if -n not in taken)
-
-
-def _room(home: nn.Module) -> int | None:
-    """How many positions a model has learned, None for any number."""
-    config: Any = getattr(home, "config", None)
-    most = getattr(config, "max_position_embeddings", None)
-    if not isinstance(most, int):
-        return None
-    rooms = []
-    for name, module in own_modules(home):
-        if is_embedding(module) and _POSITIONS & set(words(name)):
-            pad = getattr(module, "padding_idx", None)
-            first = getattr(module, "offset", 0) if pad is None else pad + 1
-            size: int = getattr(module, "num_embeddings", 0)
-            if most <= size <= most + first:  # else it counts something else, as places on a page
-                rooms.append(size - first)
-    return min(rooms, default=None)
-
-
-def _embedding_of(name: str, host: Any) -> tuple[str, Any]:
-    """(name below the host, module) of the host's token embedding.
-
-    It is what `get_input_embeddings` returns, else the first embedding that is not named after
-    positions or types.
-    """
-    found = [(n, m) for n, m in own_modules(host) if is_embedding(m)]
-    wanted = _input_embedding(host)
-    if wanted is not None:
-        found = [(n, m) for n, m in found if m is wanted]
-    elif "input_ids" not in (getattr(host, "main_input_name", "input_ids"), *_names(host)):
-        found = []
-    else:
-        found = [(n, m) for n, m in found if not _NO_TOKENS & set(words(n))]
-    if not found:
-        raise InsertionError(
-            f"No token embedding is found in {name or type(host).__name__!r}: a soft prompt goes "
-            "before token embeddings, which models of pixels or sounds have not. Where there is "
-            "one elsewhere, name the model that holds it in modified_modules."
-        )
-    return found[0]
