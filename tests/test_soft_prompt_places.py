@@ -363,3 +363,73 @@ def test_weights_are_in_place() -> None:
         before = model(TEXT).last_hidden_state
         randomise(delta, 1.0)
         assert (model(TEXT).last_hidden_state - before).abs().max() > 1e-3
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+IMAGE, START, END = 50, 52, 53
+
+
+def seeing() -> Any:
+    """A model whose positions of images are found by ids, on a grid."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [1, 1, 2],
+            "rope_theta": 10000.0,
+        },
+    }
+    vision = {
+        "depth": 1,
+        "embed_dim": 16,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    config = transformers.Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=51,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config).eval()
+
+
+def with_image(ids: Tensor) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "mm_token_type_ids": (ids == IMAGE).long(),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "pixel_values": torch.randn(16, 3 * 2 * 4 * 4, generator=generator),
+    }
+
+
+@torch.no_grad()
+def test_images_keep_their_places_on_the_grid() -> None:
+    ids = torch.tensor([[5, 6, START, IMAGE, IMAGE, IMAGE, IMAGE, END, 7, 8]])
+    tokens = torch.tensor([[7, 11, 5]])
+    model = seeing()
+    whole = with_image(torch.cat([tokens, ids], 1))
+    expected = model(**whole).logits[:, 3:]
+    options = {"max_new_tokens": 5, "do_sample": False}
+    words = model.generate(**whole, **options)[:, 13:]
+    delta = SoftPromptModel(model, soft_token_num=3, trim_output=True)
+    with delta.detached():
+        the_prompt(delta).copy_(model.get_input_embeddings()(tokens)[0])
+    close(model(**with_image(ids)).logits, expected, within=1e-5)
+    assert torch.equal(model.generate(**with_image(ids), **options)[:, 10:], words)
+    padded = torch.cat([torch.zeros_like(ids[:, :2]), ids], 1)
+    close(model(**with_image(padded)).logits[:, 2:], expected, within=1e-5)

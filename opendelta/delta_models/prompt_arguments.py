@@ -18,6 +18,8 @@ SPANS = ("start_positions", "end_positions")  # labels that count positions
 
 COUNTS = (*SPANS, "length")  # so do ModelCenter's lengths of the texts
 
+KINDS = {"mm_token_type_ids": 0}  # which tokens stand for images; the prompt's are text
+
 PACKED = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens_k")  # where texts begin, without positions
 
 
@@ -52,7 +54,7 @@ def name_of_text(prompt: Prompt, given: Kwargs, is_named: bool) -> str | None:
         raise InsertionError("input_ids and inputs_embeds are both given; a model takes one.")
     if there or is_named:
         return next(iter(there), None)
-    known = {*prompt.expand, "labels", *COUNTS}
+    known = {*KINDS, *prompt.expand, "labels", *COUNTS}
     return next((n for n, v in given.items() if isinstance(v, Tensor) and n not in known), None)
 
 
@@ -84,7 +86,7 @@ def lengthen(given: Kwargs, prompt: Prompt, text: Tensor) -> Places | None:
             f"{tokens} tokens with a soft prompt of {count} make {places.total} positions, and the "
             f"model has learned {prompt.room}: cut the text to {prompt.room - count}."
         )
-    for name, value in prompt.expand.items():
+    for name, value in {**KINDS, **prompt.expand}.items():
         old = given.get(name)
         if old is None:
             continue
@@ -144,7 +146,7 @@ def _require_fit(prompt: Prompt, given: Kwargs, tokens: int, cached: int) -> Non
             "that: pack rows by position_ids that start again (attn_implementation='sdpa' or "
             "'eager'), or do not pack."
         )
-    for name in prompt.expand:
+    for name in {**KINDS, **prompt.expand}:
         old = given.get(name)
         if old is None or (cached and not name.endswith("mask")):
             continue
