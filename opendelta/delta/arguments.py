@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from opendelta.delta.config import CHOSEN, NOT_CONFIGURATION
+from opendelta.delta.config import CHOSEN, HELPERS, NOT_CONFIGURATION
 from opendelta.delta.record import KEY, Record
 from opendelta.exceptions import ConfigError, UnknownArgumentError, nearest
 
@@ -79,6 +79,12 @@ def checked(constructor: Callable[..., None]) -> Callable[..., None]:
             record.config.put(is_of_delta=True)
 
     return wrapper
+
+
+def of_configuration(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A constructor's arguments that are configuration, and those that only help, taken out."""
+    helpers = {name: arguments.pop(name) for name in HELPERS if name in arguments}
+    return {n: v for n, v in arguments.items() if n not in NOT_CONFIGURATION}, helpers
 
 
 def require_free_names(cls: Any, base: type) -> None:

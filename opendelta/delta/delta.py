@@ -18,14 +18,10 @@ from opendelta.delta.arguments import (
     BASE,
     BASE_ARGUMENTS,
     checked,
+    of_configuration,
     require_free_names,
 )
-from opendelta.delta.config import (
-    HELPERS,
-    NOT_CONFIGURATION,
-    ConfigFields,
-    fixed_since_construction,
-)
+from opendelta.delta.config import ConfigFields, fixed_since_construction
 from opendelta.delta.inserting import Inserting
 from opendelta.delta.own_modules import plan_own_modules
 from opendelta.delta.plan import Plan, hold, label
@@ -105,8 +101,7 @@ class Delta(Inserting):
             "backend": backend,
             "own_modules": own_modules or [],
         }
-        record.helpers = {n: record.arguments.pop(n) for n in HELPERS if n in record.arguments}
-        given = {n: v for n, v in record.arguments.items() if n not in NOT_CONFIGURATION}
+        given, record.helpers = of_configuration(record.arguments)
         names = self.config_class.field_names()
         if not self.config_class.delta_type:  # the method has no config of its own
             given = {name: value for name, value in given.items() if name in names}
