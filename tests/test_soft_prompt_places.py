@@ -16,7 +16,7 @@ from cases import randomise
 from prompts import COUNT, close, first, the_prompt
 from torch import Tensor, nn
 
-from opendelta import AutoDeltaModel, SoftPromptModel, route
+from opendelta import AutoDeltaModel, LoraModel, SoftPromptModel, route
 from opendelta.exceptions import InsertionError
 
 SIZES: dict[str, Any] = {
@@ -262,6 +262,30 @@ def test_rows_with_prompts_in_the_place_of_ids() -> None:
     with route(model, [one, other]):
         both = model(TEXT.expand(2, -1)).last_hidden_state
     close(both, torch.cat([alone, second]), within=1e-5)
+
+
+@pytest.mark.parametrize("first_of_both", ["prompt", "LoRA"])
+@pytest.mark.parametrize("name", ["roberta", "llama"])
+@torch.no_grad()
+def test_a_delta_on_the_token_embedding_leaves_the_prompt_alone(
+    name: str, first_of_both: str
+) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    embedding = model.get_input_embeddings()
+    where = next(n for n, module in model.named_modules() if module is embedding)
+    deltas: dict[str, Any] = {}
+    for method in [first_of_both, *({"prompt", "LoRA"} - {first_of_both})]:
+        deltas[method] = (
+            SoftPromptModel(model, soft_token_num=COUNT)
+            if method == "prompt"
+            else LoraModel(model, modified_modules=[where], lora_r=2)
+        )
+        randomise(deltas[method], 1.0)
+    both = model(TEXT).last_hidden_state
+    deltas["prompt"].detach()
+    embeds = torch.cat([the_prompt(deltas["prompt"]).detach()[None], embedding(TEXT)], 1)
+    close(both, model(inputs_embeds=embeds).last_hidden_state, within=1e-5)
 
 
 # --- sentence-transformers ------------------------------------------------------------------------

@@ -147,19 +147,9 @@ class Entrance(nn.Module):
 
     @staticmethod
     def routed(
-        entrances: list[Entrance],
-        rows: Any,
-        host: nn.Module,
-        args: Args,
-        kwargs: Kwargs,
-        *output: Any,
-    ) -> Any:
+        entrances: list[Entrance], rows: Any, host: nn.Module, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
         """All on the whole batch: which positions are whose, the ids tell."""
-        if output:
-            (filled,) = output
-            for entrance in entrances:
-                filled = fill_in(entrance, host, args, kwargs, filled)
-            return filled
         for entrance in entrances:
             args, kwargs = stand_in(entrance, host, args, kwargs)
         return args, kwargs
@@ -335,17 +325,25 @@ def stand_in(
     return args, {name: valid if value is ids else value for name, value in kwargs.items()}
 
 
-def fill_in(
-    entrance: Entrance, embedding: nn.Module, args: Args, kwargs: Kwargs, output: Tensor
-) -> Tensor:
-    """After the embedding: put the prompt where ids stood for it."""
-    places, entrance.standing_in = entrance.standing_in, None
-    if places is None:
+class FillIn:
+    """After the embedding and all deltas on it: puts the prompt where ids stood for it.
+
+    Args:
+        entrance: which noted the places; on a replica, and on a copy, it is a child there.
+    """
+
+    def __init__(self, entrance: Entrance) -> None:
+        self.entrance = entrance
+
+    def __call__(self, embedding: nn.Module, args: Any, output: Any) -> Any:
+        here = [child for child in embedding._modules.values() if isinstance(child, Entrance)]
+        for entrance in dict.fromkeys([*here, self.entrance]):  # in a route it may be detached
+            places, entrance.standing_in = entrance.standing_in, None
+            if places is not None and output is not None:
+                call = led(entrance.prompt[0])
+                layer = entrance.prompt[0] if call is None else call.site.prompt
+                output = layer(output, places)
         return output
-    call = led(entrance.prompt[0])
-    layer = entrance.prompt[0] if call is None else call.site.prompt
-    filled: Tensor = layer(output, places)
-    return filled
 
 
 def _require_not_missed(entrance: Entrance) -> None:

@@ -21,6 +21,7 @@ from opendelta.delta_models.prompt_way import require_tensor, way_into
 from opendelta.delta_models.prompted_call import (
     CrossMask,
     Entrance,
+    FillIn,
     FurtherSite,
     Site,
     SoftPromptLayer,
@@ -29,7 +30,6 @@ from opendelta.delta_models.prompted_call import (
     cut_features,
     enter,
     enter_features,
-    fill_in,
     leave,
     rest,
     stand_in,
@@ -203,8 +203,9 @@ class SoftPromptModel(PeftPrompt):
             of_features = enter_features, cut_features
             self._put_site(plan, wrapper, further, "soft_prompt_site", of_features)
         entrance = Entrance(layer, home, by_ids=not way.by_embeddings)
-        for side, action in ((BeforeDispatcher, stand_in), (AfterDispatcher, fill_in)):
-            self.insert_action(embedding, entrance, "soft_prompt_entrance", side, action)
+        name = "soft_prompt_entrance"
+        self.insert_action(embedding, entrance, name, BeforeDispatcher, stand_in)
+        plan.at_end(embedding, FillIn(entrance))
         decoder = decoder_beside(around, home)
         if decoder is None:
             return
