@@ -25,6 +25,7 @@ from opendelta.exceptions import InsertionError
 
 BACKBONE = "bert"
 AFTER = "attention.output.dense"  # where deltas of several methods meet
+OWN = "embeddings.LayerNorm"  # of which several deltas have one of their own
 SITES: list[tuple[str, dict[str, Any]]] = [
     ("LoraModel", {"modified_modules": ["query", "value"], "lora_r": 2}),
     ("LoraModel", {"modified_modules": [AFTER, "query"], "lora_r": 3, "lora_dropout": 0.1}),
@@ -37,6 +38,8 @@ SITES: list[tuple[str, dict[str, Any]]] = [
     ("BitFitModel", {"modified_modules": [AFTER, "pooler"]}),
     ("PrefixModel", {"prefix_token_num": 2, "reparameterize": False}),
     ("SoftPromptModel", {"soft_token_num": 2}),
+    ("LoraModel", {"modified_modules": ["query"], "lora_r": 2, "own_modules": [OWN]}),
+    ("AdapterModel", {"modified_modules": [AFTER], "bottleneck_dim": 2, "own_modules": [OWN]}),
 ]
 # A method that is not named above acts where no other does, once at a time.
 ALONE = [method for method in METHODS if method not in {name for name, _ in SITES}]
