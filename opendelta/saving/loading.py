@@ -313,24 +313,21 @@ def _carry_out(
         else:
             changes.do_first(assign, target, value)  # a shard, or what an engine has a copy of
     into, these = [t.detach() for t in ready], [*ready.values()]
-
-    def copy(values: list[Tensor]) -> None:
-        if into:  # torch takes no empty list
-            torch._foreach_copy_(into, values)
-
+    # One call of C code, which Ctrl-C does not break; torch takes no empty list.
+    copy: Any = torch._foreach_copy_ if into else (lambda into, values: None)
     folded = [host for state in BackboneState.within(backbone) for host in state.merged.values()]
     if not folded:
-        changes.do_first(copy, these)
+        changes.do_first(copy, into, these)
         changes.carry_out()
         return
     before = [tensor.clone() for tensor in into]
     try:
-        copy(these)
+        copy(into, these)
         for host in folded:  # anew, from what was loaded
             host.put(changes, *host.computed(host.folds, host.weights))
         changes.carry_out()
     except BaseException:
-        copy(before)
+        copy(into, before)
         raise
 
 
