@@ -20,6 +20,17 @@ PAIRS = ("t5", "bart")
 FAMILIES = (*ENCODERS, *DECODERS, *PAIRS)
 GENERATING = (*DECODERS, "t5", "bart_lm")
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "initializer_range": 0.2,
+    "pad_token_id": 1,
+    "max_position_embeddings": 66,
+}
+
 
 def build(family: str) -> nn.Module:
     if family == "bart_lm":

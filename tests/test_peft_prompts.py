@@ -66,7 +66,7 @@ def test_a_file_of_pefts_is_read(name: str, kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reparameterize", [False, "mlp"])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", TASKS)
 def test_peft_reads_what_is_written(name: str, reparameterize: Any, tmp_path: Path) -> None:
     model = build(name)
     delta = SoftPromptModel(model, COUNT, reparameterize=reparameterize, mid_dim=8)
@@ -95,11 +95,22 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         AutoDeltaModel.from_peft(tmp_path, backbones.build("llama"))
 
 
-def test_what_else_was_trained_is_not_left_out(tmp_path: Path) -> None:
+def test_heads_go_along(tmp_path: Path) -> None:
     model = build("bert_cls")
     delta = SoftPromptModel(model, COUNT)
     delta.freeze_module(exclude=["deltas", "classifier"])
-    with pytest.raises(ConfigError, match="classifier"):
+    with torch.no_grad():
+        model.classifier.weight.add_(0.5)
+    delta.export_peft(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build("bert_cls"), str(tmp_path)).eval()
+    close(logits(theirs, "bert_cls"), logits(model, "bert_cls"), within=1e-5)
+
+
+def test_what_else_was_trained_is_not_left_out(tmp_path: Path) -> None:
+    model = build("bert_cls")
+    delta = SoftPromptModel(model, COUNT)
+    delta.freeze_module(exclude=["deltas", "pooler"])
+    with pytest.raises(ConfigError, match="pooler"):
         delta.export_peft(tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from cases import randomise
-from prompts import COUNT, build, close, first, run
+from prompts import COUNT, SIZES, build, close, first, run
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -48,14 +48,7 @@ def by_hand(delta: SoftPromptModel, kind: str) -> Tensor:
 
 @pytest.mark.parametrize(("kind", "trained"), [(False, 128), ("mlp", 1472), ("lstm", 15040)])
 def test_as_many_parameters_as_in_peft(kind: Any, trained: int) -> None:
-    config = transformers.BertConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=32,
-    )
-    model = transformers.BertModel(config)
+    model = transformers.BertModel(transformers.BertConfig(**SIZES))
     delta = SoftPromptModel(model, 4, reparameterize=kind, mid_dim=16)
     assert sum(p.numel() for p in delta.parameters()) == trained
 
@@ -143,3 +136,11 @@ def test_networks_that_are_none(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         SoftPromptModel(model, COUNT, **options)
     assert not opendelta.deltas(model)
+
+
+def test_a_network_that_is_not_there_cannot_be_kept(tmp_path: Path) -> None:
+    delta = SoftPromptModel(build("bert"), COUNT)
+    delta.freeze_module()
+    with pytest.raises(ConfigError, match="no network"):
+        delta.save_finetuned(tmp_path / "x", keep_reparameterization=True)
+    assert not (tmp_path / "x").exists()

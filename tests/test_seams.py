@@ -165,6 +165,44 @@ def test_is_running() -> None:
     assert work(__name__) and not work("torch")
 
 
+def test_prefill_is_cut() -> None:
+    model, seen = backbones.build("llama"), list[bool]()
+    ids = torch.tensor([[5, 9, 3]])
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    first = model.generate(ids, return_dict_in_generate=True, **options)
+    handle = model.register_forward_pre_hook(lambda *_: seen.append(seams.prefill_is_cut()))
+    model(ids)
+    model.generate(ids, **options)
+    model.generate(ids, prefill_chunk_size=2, **options)
+    assert not any(seen)
+    seen.clear()
+    whole = torch.cat([first.sequences, ids], 1)
+    model.generate(whole, past_key_values=first.past_key_values, **options)
+    assert seen == [True, False, False]
+    handle.remove()
+
+
+def test_forward_of() -> None:
+    found: list[Any] = []
+
+    class Inner(nn.Module):
+        def forward(self, x: int) -> int:
+            found.append(seams.forward_of(outer))
+            return x
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: int) -> int:
+            return self.inner(x)
+
+    outer = Outer()
+    outer(3), outer.forward(4), outer.inner(5)
+    assert [frame and frame.f_locals["x"] for frame in found] == [3, 4, None]
+
+
 def test_is_for_a_model_folder(tmp_path: Path) -> None:
     """A model is saved by its user, by a Trainer when that is asked to, and as a checkpoint."""
     told: list[bool] = []

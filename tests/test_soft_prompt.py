@@ -803,6 +803,8 @@ def test_a_prompt_made_from_sampled_tokens() -> None:
         ({"init_text": []}, "one or more"),
         ({"init_text": [128]}, r"\[128\].*below .* 128"),
         ({"token_init": "random"}, "expected True"),
+        ({"tokenizer": Words()}, "nothing else uses it"),
+        ({"init_text": "7 8", "tokenizer": "some/path"}, "the tokenizer itself"),
     ],
 )
 def test_starts_that_are_none(options: dict[str, Any], words: str) -> None:
@@ -810,3 +812,9 @@ def test_starts_that_are_none(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         SoftPromptModel(model, COUNT, **options)
     assert not opendelta.deltas(model)
+
+
+def test_a_config_with_a_text_is_constructed_with_its_tokenizer() -> None:
+    config = opendelta.SoftPromptConfig(soft_token_num=2, init_text="7 8")
+    delta = opendelta.AutoDeltaModel.from_config(config, build("bert"), tokenizer=Words())
+    assert delta.init_text == [7, 8]

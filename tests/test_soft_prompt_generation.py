@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -218,6 +219,32 @@ def test_generation_with_trimmed_output() -> None:
         model, _ = prompted(family, trim_output=True)
         options = {**prompt_of(family), "max_new_tokens": 6}
         assert torch.equal(model.generate(**options), whole.generate(**options))
+
+
+# --- going on from a cache ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("more", [1, 4])
+def test_going_on_from_a_cache(name: str, more: int) -> None:
+    model, delta = prompted(name)
+    randomise(delta, 2.0)
+    ids = prompt_of(name)["input_ids"][:1]
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+    first_half = model.generate(ids, max_new_tokens=3, return_dict_in_generate=True, **options)
+    new = torch.tensor([[11, 12, 13, 14]])[:, :more]
+    whole = torch.cat([first_half.sequences, new], 1)
+    fresh = model.generate(whole, max_new_tokens=3, **options)[:, whole.shape[1] :]
+
+    cache = copy.deepcopy(first_half.past_key_values)
+    with pytest.raises(InsertionError, match="Pass the ids that are not in the cache alone"):
+        model.generate(whole, max_new_tokens=3, past_key_values=cache, **options)
+    last = whole[:, first_half.sequences.shape[1] - 1 :]  # the last one was not run yet
+    mask = torch.ones_like(whole)
+    going_on = model.generate(
+        last, attention_mask=mask, max_new_tokens=3, past_key_values=cache, **options
+    )
+    assert torch.equal(going_on[:, last.shape[1] :], fresh)
 
 
 # --- releases of transformers ---------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,12 @@ import torch
 import transformers
 import weights
 from cases import randomise
-from prompts import COUNT, close, first, the_prompt
+from prompts import COUNT, SIZES, close, first, the_prompt
 from torch import Tensor, nn
 
 from opendelta import AutoDeltaModel, LoraModel, SoftPromptModel, route
 from opendelta.exceptions import InsertionError
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "initializer_range": 0.2,
-    "pad_token_id": 1,
-    "max_position_embeddings": 66,
-}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
     "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**SIZES)),
@@ -156,6 +147,49 @@ def test_no_room_among_learned_positions(name: str, most: int) -> None:
         model(torch.full((1, most - COUNT + 1), 5))
 
 
+@pytest.mark.parametrize("start", [2, 40])
+@pytest.mark.parametrize("name", ["roberta", "llama", "bert", "gpt2"])
+@torch.no_grad()
+def test_positions_that_start_elsewhere(name: str, start: int) -> None:
+    """As real tokens before the text, which has its positions after theirs."""
+    model, delta = model_with_prompt(name)
+    positions = torch.arange(5)[None] + start
+    actual = model(TEXT, position_ids=positions).last_hidden_state
+    delta.detach()
+    embeds = torch.cat([the_prompt(delta).detach()[None], model.get_input_embeddings()(TEXT)], 1)
+    told = torch.arange(5 + COUNT)[None] + start
+    close(actual, model(inputs_embeds=embeds, position_ids=told).last_hidden_state, within=1e-5)
+
+
+@torch.no_grad()
+def test_packed_texts_that_start_elsewhere() -> None:
+    model, _ = model_with_prompt("llama", trim_output=True)
+    positions = torch.tensor([[1, 2, 3, 4, 5, 1, 2, 3, 4, 5]])
+    ids = torch.cat([TEXT, TEXT], 1)
+    states = model(ids, position_ids=positions, use_cache=False).last_hidden_state
+    alone = model(TEXT).last_hidden_state
+    close(states, torch.cat([alone, alone], 1), within=1e-5)
+
+
+@pytest.mark.parametrize("kept", [torch.tensor([0, 3]), torch.tensor([-1, -2])])
+@torch.no_grad()
+def test_positions_of_which_logits_are_wanted(kept: Tensor) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    SoftPromptModel(model, soft_token_num=COUNT)
+    whole = model(TEXT).logits[:, COUNT:]
+    close(model(TEXT, logits_to_keep=kept).logits, whole[:, kept], within=1e-5)
+
+
+def test_arguments_that_count_positions_are_refused() -> None:
+    config = transformers.LukeConfig(**{**SIZES, "entity_vocab_size": 8, "entity_emb_size": 32})
+    model = transformers.LukeModel(config).eval()
+    SoftPromptModel(model, soft_token_num=COUNT)
+    entities = {"entity_ids": torch.tensor([[3]]), "entity_attention_mask": torch.ones(1, 1)}
+    with pytest.raises(InsertionError, match="entity_position_ids counts positions"):
+        model(TEXT, **entities, entity_position_ids=torch.tensor([[[0, 1]]]))
+
+
 # --- past the hooks of the model ------------------------------------------------------------------
 
 
@@ -223,6 +257,79 @@ def test_an_error_inside_ends_the_call() -> None:
     handle.remove()
     with pytest.raises(InsertionError, match="past its hooks"):
         model.forward(TEXT)
+
+
+# --- compiled code and threads --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_compiled_forward_has_the_prompt(name: str) -> None:
+    torch.manual_seed(0)
+    model = HEADS[name](MODELS[name]().config).eval()
+    delta = SoftPromptModel(model, soft_token_num=COUNT)
+    randomise(delta, 1.0)
+    with torch.no_grad():
+        expected = model(TEXT).logits
+        close(torch.compile(model.forward, backend="eager")(TEXT).logits, expected, within=1e-5)
+        close(torch.compile(model, backend="eager")(TEXT).logits, expected, within=1e-5)
+
+
+@torch.no_grad()
+def test_a_compiled_base_model_has_the_prompt() -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    delta = SoftPromptModel(model, soft_token_num=COUNT)
+    randomise(delta, 1.0)
+    expected = model(TEXT).logits
+    states = torch.compile(model.model, backend="eager")(TEXT).last_hidden_state
+    close(model.lm_head(states), expected, within=1e-5)
+    model.model.compile(backend="eager")
+    for _ in range(2):  # inside the model, whose own hooks run as they are
+        close(model(TEXT).logits, expected, within=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "llama"])
+def test_compiled_code_that_nothing_could_carry_it_into_is_refused(name: str) -> None:
+    model, _ = model_with_prompt(name)
+    with pytest.raises(InsertionError, match="past its hooks"):
+        torch.compile(model.forward, backend="eager")(TEXT)
+    model(TEXT)
+
+
+def test_packed_rows_are_refused_in_compiled_code() -> None:
+    model, _ = model_with_prompt("llama")
+    compiled = torch.compile(model, backend="eager")
+    compiled(TEXT, position_ids=torch.tensor([[0, 1, 2, 3, 4]]), use_cache=False)
+    with pytest.raises(RuntimeError, match="several texts"):
+        compiled(TEXT, position_ids=torch.tensor([[0, 1, 2, 0, 1]]), use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "roberta"])
+def test_threads_do_not_meet(name: str) -> None:
+    model, _ = model_with_prompt(name, trim_output=True)
+    texts = [torch.full((1, length), 5 + length) for length in (3, 7)]
+    masks = [torch.tensor([[0, 1, 1]]), torch.tensor([[0, 0, 0, 1, 1, 1, 1]])]
+    ids = [torch.where(m > 0, t, torch.ones_like(t)) for t, m in zip(texts, masks, strict=True)]
+    with torch.no_grad():
+        pairs = list(zip(ids, masks, strict=True))
+        alone = [model(i, attention_mask=m).last_hidden_state for i, m in pairs]
+    gate, wrong = threading.Barrier(2), list[str]()
+
+    def work(number: int) -> None:
+        gate.wait()
+        with torch.no_grad():
+            for _ in range(60):
+                i, m = pairs[number]
+                states = model(i, attention_mask=m).last_hidden_state
+                if not torch.equal(states, alone[number]):
+                    wrong.append(f"{tuple(states.shape)}")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[:3]
 
 
 # --- two prompts, one of them in the place of ids -------------------------------------------------

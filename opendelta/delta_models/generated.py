@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from opendelta.basemodel import DeltaBase
+from opendelta.exceptions import ConfigError
 
 
 class Generated(DeltaBase):
@@ -25,6 +26,9 @@ class Generated(DeltaBase):
         Args:
             keep_reparameterization: save the network that generates the delta's values, for
                 further training, instead of the values.
+
+        Raises:
+            ConfigError: to keep a network where there is none.
         """
         with self._saving_network(keep_reparameterization):
             super().save_finetuned(*args, **kwargs)
@@ -42,6 +46,11 @@ class Generated(DeltaBase):
 
     @contextmanager
     def _saving_network(self, wanted: bool) -> Iterator[None]:
+        if wanted and not self.reparameterize:
+            raise ConfigError(
+                f"keep_reparameterization=True: no network generates this {type(self).__name__} "
+                "(any more); its values are what there is to be saved."
+            )
         self._saves_network = wanted
         try:
             yield

@@ -1,4 +1,4 @@
-"""PEFT's files of prompt tuning, P-tuning and prefix tuning: one tensor, and heads trained with it.
+"""PEFT's files of prompt tuning and P-tuning: one tensor, and heads trained with it.
 
 PEFT (https://github.com/huggingface/peft) is not needed.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from opendelta.delta.config import ConfigFields
 from opendelta.delta_models.generated import Generated
+from opendelta.delta_models.prompt_layer import PROMPT_KEY
 from opendelta.exceptions import CheckpointError, ConfigError
 from opendelta.ground.names import lineage
 from opendelta.mechanism.ownership import own_modules
@@ -30,47 +31,29 @@ TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "Model": "FEATURE_EXTRACTION",
 }
-_FIELDS: Fields = {
-    "num_virtual_tokens": (0, int),
-    "num_transformer_submodules": (1, int),
-    "num_layers": (0, int),
-    "token_dim": (0, int),
+# Modules that PEFT takes to be trained along, by the task, and looks for in the file.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
 }
-_IMMATERIAL = frozenset(  # how it came to be what it is
-    "num_attention_heads prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path "
-    "tokenizer_kwargs encoder_hidden_size encoder_num_layers encoder_dropout init_weights "
-    "encoder_reparameterization_type prefix_projection".split()
+_FIELDS: Fields = {"num_virtual_tokens": (0, int), "num_transformer_submodules": (1, int)}
+_IMMATERIAL = frozenset(  # what it was made for, and how
+    "num_layers token_dim num_attention_heads prompt_tuning_init prompt_tuning_init_text "
+    "tokenizer_name_or_path tokenizer_kwargs encoder_hidden_size encoder_num_layers "
+    "encoder_dropout encoder_reparameterization_type".split()
 )
 
 
 class PeftPrompt(Generated):
-    """Base of the methods whose files in PEFT hold one tensor of vectors for the whole model.
+    """What `SoftPromptModel` has to do with PEFT."""
 
-    Class attributes:
-        title: what messages call the method.
-        peft_types: what PEFT's configs call it; the first is written.
-    """
-
-    title: ClassVar[str]
-    peft_types: ClassVar[tuple[str, ...]]
+    peft_types = ("PROMPT_TUNING", "P_TUNING")
 
     @classmethod
     def reads_peft(cls, values: dict[str, Any]) -> bool:
         """Whether an adapter with this config is of this method."""
         return values.get("peft_type") in cls.peft_types
-
-    @classmethod
-    def fields_from_peft(
-        cls, values: Tensor, settings: dict[str, Any], backbone: nn.Module
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Our config's fields of the method, and its tensors by our keys.
-
-        Args:
-            values: what the file holds, (tokens, ...).
-            settings: PEFT's config.
-            backbone: for which it is meant.
-        """
-        raise NotImplementedError
 
     @classmethod
     def from_peft_form(
@@ -82,18 +65,17 @@ class PeftPrompt(Generated):
             CheckpointError: if the vectors are missing, or another module is not there.
             ConfigError: for vectors in encoder and decoder, and other variants.
         """
-        settings = config.checked(_FIELDS, _IMMATERIAL, cls.title)
+        settings = config.checked(_FIELDS, _IMMATERIAL, "a soft prompt")
         if KEY not in tensors:
-            raise CheckpointError(f"{config.file.parent} holds no {KEY!r}, as {cls.title} does.")
+            raise CheckpointError(f"{config.file.parent} holds no {KEY!r}, as a soft prompt does.")
         count, parts = settings["num_virtual_tokens"], settings["num_transformer_submodules"]
         values = tensors[KEY]
         if parts != 1 and len(values) != count:
             raise ConfigError(
                 f"{config.file}: num_transformer_submodules={parts}, one prompt of {count} for the "
-                f"encoder and one for the decoder: {cls.title} goes before the encoder's text "
+                "encoder and one for the decoder: here a prompt goes before the encoder's text "
                 "alone, so it cannot be read."
             )
-        fields, own = cls.fields_from_peft(values, settings, backbone)
         trained = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n != KEY}
         modules = dict(own_modules(backbone))
         wanted = set(settings["modules_to_save"])
@@ -109,33 +91,26 @@ class PeftPrompt(Generated):
                     f"{type(backbone).__name__}."
                 )
             places.append(place)
-        made = cls.config_class(**fields, own_modules=sorted(set(places)) or None)
-        return made, own | trained
-
-    def peft_values(self) -> tuple[Tensor, dict[str, Any]]:
-        """The tensor that PEFT's file holds, and fields of its config."""
-        raise NotImplementedError
+        places = sorted(set(places))
+        made = cls.config_class(
+            soft_token_num=len(values), token_init=False, own_modules=places or None
+        )
+        return made, {PROMPT_KEY: values} | trained
 
     def export_peft(self, path: str | os.PathLike[str]) -> None:
         """Write this delta as a PEFT adapter: ``PeftModel.from_pretrained(backbone, path)``.
 
-        PEFT puts vectors before the padding on the left of a row, and counts positions otherwise:
-        the two compute the same where rows are not padded on the left.
+        PEFT puts a prompt before the padding on the left of a row: the two compute the same where
+        rows are not padded there. Heads of the tasks of PEFT's go along, trained or not.
 
         Args:
             path: the folder; it is made if it does not exist.
 
         Raises:
-            ConfigError: if something else was trained with it, or PEFT has no task for the model.
+            ConfigError: if something else than a head was trained with it, or PEFT has no task for
+                the model.
             CheckpointError: if `path` is a file.
         """
-        ends = tuple(name for i in self.insertions if i.of_method for name in [i.file_name] if name)
-        others = [name for name in self.checkpoint_tensors() if not {*ends} & {*name.split(".")}]
-        if others:
-            raise ConfigError(
-                f"{others[0]!r} was trained with this {type(self).__name__}, which a PEFT adapter "
-                "of its kind does not hold under a name of its own: save_finetuned does."
-            )
         kind = type(self.backbone_model).__name__
         task = next((t for end, t in TASKS.items() if kind.endswith(end)), None)
         if task is None:
@@ -143,15 +118,30 @@ class PeftPrompt(Generated):
                 f"PEFT runs prompts by the task of a model, and {kind} is none of "
                 f"{', '.join('...' + end for end in TASKS)}."
             )
-        values, fields = self.peft_values()
+        trained = self.checkpoint_tensors()
+        name = next(name for name in trained if f".{name}".endswith(f".{PROMPT_KEY}"))
+        values = trained.pop(name)
+        heads: dict[str, Tensor] = {}
+        for place, module in own_modules(self.backbone_model, originals=True):
+            if place.rpartition(".")[2] in HEADS.get(task, ()):
+                heads |= {f"{place}.{n}": t for n, t in module.state_dict().items()}
+        others = [name for name in trained if name not in heads]
+        if others:
+            raise ConfigError(
+                f"{others[0]!r} was trained with this {type(self).__name__}, which a PEFT adapter "
+                f"for {task} does not hold: save_finetuned does."
+            )
+        backbone_config = getattr(self.backbone_model, "config", None)
         config = {
             "peft_type": self.peft_types[0],
             "task_type": task,
-            "base_model_name_or_path": getattr(self.backbone_model.config, "_name_or_path", None),
+            "base_model_name_or_path": getattr(backbone_config, "_name_or_path", None),
             "inference_mode": True,
             "modules_to_save": None,
             "num_transformer_submodules": 1,
             "num_virtual_tokens": len(values),
-            **fields,
+            "token_dim": values.shape[1],
         }
-        write_adapter(Path(path), config, {KEY: values.detach().cpu().contiguous()})
+        tensors = {PREFIX + name: tensor for name, tensor in (heads | trained).items()}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        write_adapter(Path(path), config, {**tensors, KEY: values.detach().cpu().contiguous()})

@@ -11,6 +11,7 @@ from opendelta.delta_models.cache import cached_positions
 from opendelta.delta_models.prompt_places import Places
 from opendelta.exceptions import InsertionError
 from opendelta.ground.containers import Kwargs
+from opendelta.ground.seams import is_running, prefill_is_cut
 
 IGNORED_LABEL = -100  # what transformers' and torch's losses leave out
 
@@ -19,6 +20,10 @@ SPANS = ("start_positions", "end_positions")  # labels that count positions
 COUNTS = (*SPANS, "length")  # so do ModelCenter's lengths of the texts
 
 KINDS = {"mm_token_type_ids": 0}  # which tokens stand for images; the prompt's are text
+
+# Parts of the names of arguments that hold positions, in a form that is not known here.
+_PLACES = {"positions", "position", "spans", "span", "index", "indices"}
+_ELSEWHERE = {"decoder", "encoder", "pixel", "image", "video", "audio", "visual", "bbox"}
 
 PACKED = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens_k")  # where texts begin, without positions
 
@@ -106,35 +111,43 @@ def lengthen(given: Kwargs, prompt: Prompt, text: Tensor) -> Places | None:
         scores_of_classes = labels.is_floating_point()
         given["labels"] = labels if scores_of_classes else places.put(labels, IGNORED_LABEL)
     for name in COUNTS:
-        if isinstance(given.get(name), Tensor):
-            given[name] = given[name] + count
+        if isinstance(given.get(name), Tensor):  # of spans, models take -1 for the first token
+            given[name] = given[name].clamp(min=0) + count
+    kept = given.get("logits_to_keep")
+    if isinstance(kept, Tensor) and not cached:
+        given["logits_to_keep"] = torch.where(kept < 0, kept, kept + count)
     return None if cached else places
 
 
 def _moved(positions: Tensor, places: Places, text: Tensor) -> Tensor:
     """Positions (..., batch or 1, tokens) or (tokens), with those of the prompt among them."""
-    rows = positions.expand(text.shape[0], -1) if positions.dim() < 3 else positions
-    own = torch.arange(places.count, device=positions.device)
-    if rows.dim() < 3:
-        return places.put(rows + places.count, own)
-    return torch.stack([places.put(of_axis + places.count, own) for of_axis in rows])
+    if positions.dim() < 3:
+        return places.moved(positions.expand(text.shape[0], -1))
+    return torch.stack([places.moved(of_axis) for of_axis in positions])
 
 
 def _starts(given: Kwargs, tokens: int) -> Tensor | None:
     """Where texts begin in rows that hold several, (batch, tokens); None where none does.
 
-    They are told by positions that start again at 0, of tokens that the mask shows.
+    They are told by positions that go no further than those before, of tokens that the mask shows.
     """
     positions, mask = given.get("position_ids"), given.get("attention_mask")
-    if positions is None or positions.dim() > 2 or tokens < 2 or torch.compiler.is_compiling():
+    if positions is None or positions.dim() > 2 or tokens < 2:
         return None
     rows = positions if positions.dim() == 2 else positions[None]
-    again = rows[:, 1:] == 0
+    again = rows[:, 1:] <= rows[:, :-1]
+    first = torch.cat([again.new_ones(len(again), 1), torch.zeros_like(again)], 1)
     if isinstance(mask, Tensor):
-        again = again & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+        shown = mask != 0
+        again = again & shown[:, 1:] & shown[:, :-1]
+        first = shown & (shown.cumsum(1) == 1)
+    if torch.compiler.is_compiling():  # where rows cannot get longer by as much as they say
+        said = "Rows that hold several texts get a soft prompt before each in eager code alone."
+        torch._assert_async(~again.any(), said)
+        return None
     if not bool(again.any()):
         return None
-    return torch.cat([again.new_ones(len(again), 1), again], 1)
+    return first | torch.cat([torch.zeros_like(again[:, :1]), again], 1)
 
 
 def _require_fit(prompt: Prompt, given: Kwargs, tokens: int, cached: int) -> None:
@@ -162,8 +175,31 @@ def _require_fit(prompt: Prompt, given: Kwargs, tokens: int, cached: int) -> Non
                 f"{name} is for {old.shape[1]} tokens, and the text has {tokens}: give one of "
                 "shape (batch, tokens)."
             )
+    for name, value in given.items():
+        parts = set(name.split("_"))
+        unknown = name not in ("position_ids", *SPANS, *prompt.expand)
+        if unknown and isinstance(value, Tensor) and parts & _PLACES and not parts & _ELSEWHERE:
+            raise InsertionError(
+                f"{name} counts positions, which a soft prompt moves in a way that is not known "
+                "of it. Leave it out, or use a PrefixModel, which moves none."
+            )
+    _require_in_step(cached)
     positions = given.get("position_ids")
     if positions is not None and positions.shape[-1] != tokens:
         raise InsertionError(
             f"position_ids are of shape {tuple(positions.shape)}, and the text has {tokens} tokens."
+        )
+
+
+def _require_in_step(cached: int) -> None:
+    """Refuse what `generate` has left of ids that are in a cache already.
+
+    It leaves out as many as the cache holds, the prompt's included, which are none of the ids. Of
+    an assistant that is no fault: what it proposes is checked.
+    """
+    if cached and prefill_is_cut() and not is_running("get_candidates"):
+        raise InsertionError(
+            f"generate() was given all ids and a cache of {cached} positions, in which the soft "
+            "prompt is counted, so that it leaves out too many of them. Pass the ids that are not "
+            "in the cache alone, with the mask of all."
         )

@@ -80,6 +80,17 @@ class Places:
         own = prompt[self.rank] if isinstance(prompt, Tensor) else prompt
         return torch.where((self.order < 0).view(*self.order.shape, *trailing), own, text)
 
+    def moved(self, positions: Tensor) -> Tensor:
+        """Positions (batch, tokens) of the text, moved, with those of the prompt right before."""
+        if self.order is None or self.rank is None:
+            own = torch.arange(self.count, device=positions.device)
+            return torch.cat([positions[:, :1] + own, positions + self.count], 1)
+        coming = (self.order >= 0).cumsum(1).clamp(max=positions.shape[1] - 1)
+        own = positions.gather(1, coming) + self.rank  # as the text that comes next would have had
+        return torch.where(
+            self.order < 0, own, positions.gather(1, self.order.clamp(min=0)) + self.count
+        )
+
     def cut(self, values: Tensor) -> Tensor:
         """Those of the text among `values`, (batch, positions, ...)."""
         if self.text is None:

@@ -16,25 +16,19 @@ from opendelta.delta.record import record_of
 from opendelta.delta.registry import register
 from opendelta.delta_configs import BaseDeltaConfig
 from opendelta.delta_models.peft_prompt import PeftPrompt
-from opendelta.delta_models.prompt_network import KINDS, PromptNetwork, network_in
-from opendelta.delta_models.prompt_way import require_tensor, way_into
-from opendelta.delta_models.prompted_call import (
-    CrossMask,
-    Entrance,
-    FillIn,
+from opendelta.delta_models.prompt_entrance import Entrance, FillIn, stand_in
+from opendelta.delta_models.prompt_layer import (
+    LAYER,
+    NETWORK,
+    PROMPT,
     FurtherSite,
     Site,
     SoftPromptLayer,
-    TrimEncoder,
-    cut,
-    cut_features,
-    enter,
-    enter_features,
-    leave,
-    rest,
-    stand_in,
-    trim_encoder,
 )
+from opendelta.delta_models.prompt_network import KINDS, PromptNetwork, network_in
+from opendelta.delta_models.prompt_sites import cut, cut_features, enter, enter_features, hold
+from opendelta.delta_models.prompt_way import require_tensor, way_into
+from opendelta.delta_models.prompted_call import leave
 from opendelta.delta_models.prompted_models import (
     argument_names,
     base_of,
@@ -43,6 +37,7 @@ from opendelta.delta_models.prompted_models import (
     prompted_model,
     room_of,
 )
+from opendelta.delta_models.prompted_pair import CrossMask, TrimEncoder, trim_encoder
 from opendelta.exceptions import CheckpointError, ConfigError, InsertionError
 from opendelta.ground.blocks import within
 from opendelta.ground.names import dotted, lineage
@@ -52,8 +47,7 @@ from opendelta.mechanism.dispatch import AfterDispatcher, BeforeDispatcher
 from opendelta.mechanism.engines import require_unsplit
 from opendelta.mechanism.ownership import own_modules
 
-ROOT, LAYER = "root", "soft_prompt_layer"
-PROMPT, NETWORK = "soft_embeds", "network"  # what it is called there
+ROOT = "root"
 
 
 class SoftPromptConfig(BaseDeltaConfig):
@@ -84,9 +78,9 @@ class SoftPromptModel(PeftPrompt):
         trim_output: cut the returned sequences to the text, without the prompt's positions.
             Attention weights stay whole; of an encoder-decoder the returned states of the encoder
             are cut.
-        init_text: start from the embeddings of this text: a string, which `tokenizer` turns into
-            ids, or ids. A longer text is cut to the prompt, a shorter one repeated. The config
-            holds the ids.
+        init_text: start from the embeddings of this text, whatever `token_init` says: a string,
+            which `tokenizer` turns into ids, or ids. A longer text is cut to the prompt, a shorter
+            one repeated. The config holds the ids.
         tokenizer: called with `init_text`; nothing of it is kept.
         reparameterize: ``"mlp"`` or ``"lstm"`` for a network that generates the prompt while
             training (P-tuning); saving keeps what it generates (see `save_finetuned`).
@@ -102,8 +96,6 @@ class SoftPromptModel(PeftPrompt):
     delta_type: ClassVar[str] = "soft_prompt"
     config_class = SoftPromptConfig
     default_modified_modules: ClassVar[list[str]] = [ROOT]
-    title = "a soft prompt"
-    peft_types = ("PROMPT_TUNING", "P_TUNING")
 
     def __init__(
         self,
@@ -171,6 +163,7 @@ class SoftPromptModel(PeftPrompt):
         way = way_into(plan.backbone, host, embedding, argument_names(host), prompt_id)
         around = [modules[n] for n in ("", *reversed(lineage(name)))]
         outermost = next((m for m in around if hasattr(m, "get_input_embeddings")), home)
+        decoder = decoder_beside(around, home)
         layer = SoftPromptLayer(
             start,
             self.other_expand_ids,
@@ -179,10 +172,11 @@ class SoftPromptModel(PeftPrompt):
             way.counts_positions,
             names=argument_names(home),
             embedding=embedding_name if way.by_embeddings else None,
-            cuts=self.trim_output or home is not outermost,
+            # A decoder looks at all that its encoder gives.
+            cuts=decoder is None and (self.trim_output or home is not outermost),
         )
         if reads_ids:  # what it looks for among the ids is to be where it is
-            self.insert_action(home, layer, LAYER, BeforeDispatcher, rest)
+            self.insert_action(home, layer, LAYER, BeforeDispatcher, hold)
         else:
             self._put_site(plan, home, layer, LAYER)
         if base:
@@ -202,20 +196,18 @@ class SoftPromptModel(PeftPrompt):
             further = FurtherSite(layer, home, names=[], embedding=None, cuts=True)
             of_features = enter_features, cut_features
             self._put_site(plan, wrapper, further, "soft_prompt_site", of_features)
-        entrance = Entrance(layer, home, by_ids=not way.by_embeddings)
+        entrance = Entrance(layer, home, not way.by_embeddings, is_shared=decoder is not None)
         name = "soft_prompt_entrance"
         self.insert_action(embedding, entrance, name, BeforeDispatcher, stand_in)
         plan.at_end(embedding, FillIn(entrance))
-        decoder = decoder_beside(around, home)
         if decoder is None:
             return
         self.insert_module(
             decoder, "before", CrossMask(layer.count, argument_names(decoder)), "soft_prompt_mask"
         )
-        layer.cuts = False  # the decoder looks at all of it
         if self.trim_output:
-            cut = TrimEncoder(layer.count)
-            self.insert_action(outermost, cut, "soft_prompt_trim", AfterDispatcher, trim_encoder)
+            trim = TrimEncoder(layer.count)
+            self.insert_action(outermost, trim, "soft_prompt_trim", AfterDispatcher, trim_encoder)
 
     def _put_site(
         self,
@@ -248,10 +240,15 @@ class SoftPromptModel(PeftPrompt):
 
     def _first_ids(self, count: int, vocabulary: int) -> Tensor | None:
         """The tokens whose embeddings the prompt starts from, None for random numbers."""
+        tokenizer = record_of(self).helpers.get("tokenizer")
+        if tokenizer is not None and not (callable(tokenizer) and self.init_text is not None):
+            raise ConfigError(
+                f"tokenizer={tokenizer!r:.60}: expected the tokenizer itself, for init_text=...; "
+                "nothing else uses it."
+            )
         if self.init_text is not None:
             ids = self.init_text
             if isinstance(ids, str):
-                tokenizer = record_of(self).helpers.get("tokenizer")
                 if tokenizer is None:
                     raise ConfigError(
                         f"init_text={ids!r:.60} needs the model's tokenizer: pass tokenizer=..., "
@@ -322,16 +319,6 @@ class SoftPromptModel(PeftPrompt):
         changes.set(self.config, reparameterize=False)
         rest = ((n, t) for n, t in self.own_tensors() if not n.startswith(dotted(name, NETWORK)))
         return {**dict(rest), dotted(name, PROMPT): p}, tensors
-
-    @classmethod
-    def fields_from_peft(
-        cls, values: Tensor, settings: dict[str, Any], backbone: nn.Module
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {"soft_token_num": len(values), "token_init": False}, {dotted(LAYER, PROMPT): values}
-
-    def peft_values(self) -> tuple[Tensor, dict[str, Any]]:
-        values = self.checkpoint_tensors()[dotted(self._layer[0], PROMPT)]
-        return values, {"token_dim": values.shape[1]}
 
     def translate_keys(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Accept files whose prompt is at another model (0.3.2's, 1.0's), and one's network.

@@ -84,6 +84,37 @@ def is_running(function: str, module: str | None = None) -> bool:
     return False
 
 
+def prefill_is_cut() -> bool:
+    """Whether `generate` runs its first forward, without the ids that its cache stands for.
+
+    It leaves out as many as the cache has positions. Transformers 5.20 to 5.24.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "_prefill":
+        frame = frame.f_back
+    if frame is None or frame.f_globals.get("__name__") != "transformers.generation.utils":
+        return False
+    known = frame.f_locals
+    left, config = known.get("next_sequence_length"), known.get("generation_config")
+    if left is None or (left == 0 and getattr(config, "prefill_chunk_size", None) is not None):
+        return False  # in pieces 0 stands for None
+    return bool(left < known["input_ids"].shape[1])
+
+
+def forward_of(model: nn.Module) -> FrameType | None:
+    """The frame of a module's own ``forward`` that runs now, further out; None if none does.
+
+    Hooks alone tell that a module is called, and a forward that is called by itself runs none.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        # What torch.compile goes on with after a break is called ``..._resume_in_forward_at_...``.
+        if "forward" in frame.f_code.co_name and frame.f_locals.get("self") is model:
+            return frame
+        frame = frame.f_back
+    return None
+
+
 def is_for_a_model_folder() -> bool:
     """Whether a state dict is asked for here to be written into a folder that looks like a model's.
 

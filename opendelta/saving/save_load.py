@@ -15,7 +15,7 @@ from opendelta.center.arguments import DeltaCenterArguments
 from opendelta.center.center import DeltaCenter
 from opendelta.center.publish import Publication
 from opendelta.center.resolve import resolve, source_arguments
-from opendelta.delta.config import ConfigFields
+from opendelta.delta.config import HELPERS, ConfigFields
 from opendelta.delta.delta import Delta
 from opendelta.delta.plan import held_back
 from opendelta.delta.record import record_of
@@ -58,8 +58,8 @@ class SaveLoadMixin(Delta):
             backbone_model: modified in place.
             check_hash: whether a hash in the config is compared with the backbone's; ``"full"``
                 reads the whole backbone for it.
-            kwargs: fields that override the config's, and `interactive_modify`; `own_modules`
-                may hold modules, as in the constructor.
+            kwargs: fields that override the config's, `interactive_modify`, and what only helps to
+                construct (`tokenizer`); `own_modules` may hold modules, as in the constructor.
 
         Raises:
             ConfigError: for the config of another method, or an unknown field.
@@ -69,6 +69,7 @@ class SaveLoadMixin(Delta):
         """
         model_class = loading.class_for(cls, config)
         own = kwargs.pop("own_modules", None)
+        helpers = {name: kwargs.pop(name) for name in HELPERS if name in kwargs}
         made = model_class.config_from(config, **kwargs)
         check_backbone(made, backbone_model, check_hash)
         taken = inspect.signature(model_class.__init__).parameters
@@ -80,6 +81,7 @@ class SaveLoadMixin(Delta):
             fields["own_modules"] = own
         if "interactive_modify" in kwargs:
             fields["interactive_modify"] = kwargs["interactive_modify"]
+        fields |= helpers
         with held_back() as plans, within(warnings.catch_warnings()):
             if made.from_file:  # patterns that were checked when the delta was made
                 warnings.simplefilter("ignore", UnmatchedPatternWarning)
