@@ -190,6 +190,16 @@ def test_arguments_that_count_positions_are_refused() -> None:
         model(TEXT, **entities, entity_position_ids=torch.tensor([[[0, 1]]]))
 
 
+@torch.no_grad()
+def test_a_span_that_is_none_is_the_first_token_as_ever() -> None:
+    torch.manual_seed(0)
+    model = transformers.BertForQuestionAnswering(transformers.BertConfig(**SIZES)).eval()
+    SoftPromptModel(model, soft_token_num=COUNT)
+    first, none = torch.tensor([0]), torch.tensor([-1])
+    losses = [model(TEXT, start_positions=s, end_positions=s).loss for s in (first, none)]
+    assert torch.equal(*losses)
+
+
 # --- past the hooks of the model ------------------------------------------------------------------
 
 

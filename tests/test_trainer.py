@@ -408,3 +408,36 @@ def test_a_part_that_carries_the_delta_tells_too(tmp_path: Path) -> None:
     with told() as messages:
         model.save_pretrained(tmp_path)
     assert len(messages) == 1 and "whole BertModel" in messages[0]
+
+
+class Wrapper(torch.nn.Module):
+    """As of sentence-transformers: what is saved is the model inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = backbones.build("bert_cls")
+
+    def forward(self, **given: Any) -> Any:
+        return self.inner(**given)
+
+    def save(self, folder: Path) -> None:
+        self.inner.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("cls", [LoraModel, BitFitModel, AdapterModel])
+def test_a_wrapper_that_saves_the_model_inside_tells_too(cls: Any, tmp_path: Path) -> None:
+    model = Wrapper()
+    delta = cls(model)
+    with told() as messages:
+        delta.freeze_module()
+        model.inner.state_dict()
+        with delta.detached:
+            model.save(tmp_path / "bare")
+    assert messages == []
+    with told() as messages:
+        for name in ("x", "y"):
+            model.save(tmp_path / name)
+    (message,) = messages
+    assert "loaded untuned" in message and "delta.save_finetuned" in message
+    delta.remove()
+    assert not model.inner._state_dict_hooks and not model.inner._load_state_dict_pre_hooks

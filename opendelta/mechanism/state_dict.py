@@ -69,6 +69,45 @@ class TrimmedStateDict:
                     state_dict.setdefault(prefix + name, tensor.detach())
 
 
+class WholePart:
+    """State-dict hooks of a model inside a backbone that is reduced: a wrapper saves it by itself.
+
+    Args:
+        whole: the hooks of the backbone.
+    """
+
+    def __init__(self, whole: TrimmedStateDict) -> None:
+        self.whole = whole
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+        """After ``state_dict()``: tell that a folder of a model is made of the bare one."""
+        if self.whole.is_trimmed() and module not in _told and is_for_a_model_folder():
+            _told.add(module)
+            warn(
+                f"What is saved here is the bare {type(module).__name__}, with tensors of deltas "
+                "that from_pretrained leaves out: it would be loaded untuned. The delta alone is "
+                "saved by delta.save_finetuned(folder); a whole model is written after "
+                "delta.merge(). This is said once.",
+                DeltaWarning,
+            )
+
+    def accept(self, *_: Any) -> None:
+        """Before ``load_state_dict()``: nothing is left out."""
+
+
+def models_inside(backbone: nn.Module) -> list[nn.Module]:
+    """The outermost models of transformers in a backbone that is none itself."""
+    found: list[nn.Module] = []
+    waiting = [backbone]
+    while waiting:
+        module = waiting.pop()
+        if hasattr(module, "save_pretrained") and hasattr(module, "main_input_name"):
+            found.append(module)
+        else:
+            waiting += module.children()
+    return [module for module in found if module is not backbone]
+
+
 def _warn_of_folder(module: nn.Module, kept: int, left_out: int) -> None:
     warn(
         f"What is saved here is not the whole {type(module).__name__}: {kept} tensors, those that "

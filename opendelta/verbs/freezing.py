@@ -32,6 +32,7 @@ from opendelta.mechanism.changes import Changes
 from opendelta.mechanism.hooks import add_state_dict_hooks
 from opendelta.mechanism.hosts import require_hosts
 from opendelta.mechanism.ownership import own_modules
+from opendelta.mechanism.state_dict import WholePart, models_inside
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,11 @@ def _trim(
     module = uncompiled(module)
     if module is backbone:
         changes.set(state, trimmed=True, held=None)
+        for part in models_inside(backbone):
+            if not any(type(hook) is WholePart for hook in part._state_dict_hooks.values()):
+                whole = WholePart(state)
+                made = add_state_dict_hooks(changes, part, whole, whole.accept)
+                changes.set(state, handles=[*changes.get(state, "handles"), *made])
         return
     targeting.name_of(module)  # raises for a module of another model
     if not any(type(hook) is SubmoduleTrim for hook in module._state_dict_hooks.values()):
