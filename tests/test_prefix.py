@@ -589,6 +589,16 @@ def test_an_error_inside_the_attention_leaves_nothing_active(
     assert _get_current_function_mode() is None
 
 
+@pytest.mark.parametrize("family", ["deberta", "bert"])
+@torch.no_grad()
+def test_a_prefix_in_float32_on_attention_in_16_bits(family: str) -> None:
+    model, delta = prefixed(family)
+    model.to(torch.bfloat16)
+    in_16_bits = run(model, family)
+    delta.float()
+    torch.testing.assert_close(run(model, family), in_16_bits, atol=0.05, rtol=0.05)
+
+
 def test_the_lookup_is_untouched_outside_of_prefixed_attention() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

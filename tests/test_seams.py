@@ -258,7 +258,8 @@ def test_cache_of(family: str) -> None:
     ids = torch.tensor([[5, 9, 3]])
     model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert held == ([0, 1, 2] if family == "t5" else [0, 3, 4])
-    assert seams.cache_of({"cache": None, "past_key_values": 1}) == 1
+    for name in ("cache", "past_key_values", "cache_params"):
+        assert seams.cache_of({"cache": None, name: 1, "input_ids": 2}) == 1
     assert seams.cache_of({"cache": True, "input_ids": 1}) is None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -267,6 +269,26 @@ def test_an_error_inside_ends_the_call() -> None:
     handle.remove()
     with pytest.raises(InsertionError, match="past its hooks"):
         model.forward(TEXT)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_that_is_over_holds_nothing(fails: bool) -> None:
+    model, _ = model_with_prompt("bert")
+    if fails:
+        model.encoder.register_forward_pre_hook(lambda *_: 1 / 0)
+
+    def call() -> Any:
+        ids = TEXT.clone()
+        if fails:
+            with pytest.raises(ZeroDivisionError):
+                model(ids)
+        else:
+            model(ids)
+        return weakref.ref(ids)
+
+    was_given = call()
+    gc.collect()
+    assert was_given() is None
 
 
 # --- compiled code and threads --------------------------------------------------------------------
